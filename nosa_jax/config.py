@@ -1,0 +1,256 @@
+"""What a model is: frozen dataclasses, checked when they are built."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, get_args
+
+from pallas_kernels._checks import bad_type, bad_value
+
+Variant = Literal["full", "infllmv2", "dma", "nosa"]
+VARIANTS: tuple[Variant, ...] = get_args(Variant)
+
+
+def _require_int(owner: str, name: str, value: Any, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise bad_type(f"{owner}.{name}", "must be an int", repr(value), f"Pass a whole number >= {minimum}.")
+    if value < minimum:
+        raise bad_value(f"{owner}.{name}", f"must be >= {minimum}", value, f"Raise it to at least {minimum}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """Which blocks a query attends to (paper section 3; defaults are those of the released models).
+
+    variant: `nosa` (query-aware and query-agnostic picks, bias), `infllmv2` (query-aware picks, no bias),
+        `dma` (query-agnostic picks, bias), `full` (dense, no bias).
+    block_size: tokens per KV block, P.
+    pooling_window, pooling_stride: tokens per mean-pooled key and the step between two of them.
+    num_selected_blocks: the whole budget per query token and KV head, J, forced blocks included.
+    num_sink_blocks: first blocks, always selected.
+    num_local_blocks: the query's own block and those right before it, always selected.
+    num_query_blocks: picked by the query-aware score beside the forced ones; importance fills the rest.
+
+    Raises ValueError or TypeError when a rule between the fields is broken.
+    """
+
+    variant: Variant = "nosa"
+    block_size: int = 64
+    pooling_window: int = 32
+    pooling_stride: int = 16
+    num_selected_blocks: int = 64
+    num_sink_blocks: int = 1
+    num_local_blocks: int = 17
+    num_query_blocks: int = 15
+
+    def __post_init__(self) -> None:
+        if self.variant not in VARIANTS:
+            raise bad_value("AttentionConfig.variant", f"must be one of {VARIANTS}", repr(self.variant), "Pick one.")
+        for name, minimum in (
+            ("block_size", 1),
+            ("pooling_window", 2),
+            ("pooling_stride", 1),
+            ("num_selected_blocks", 1),
+            ("num_sink_blocks", 0),
+            ("num_local_blocks", 1),
+            ("num_query_blocks", 0),
+        ):
+            _require_int("AttentionConfig", name, getattr(self, name), minimum)
+        if self.pooling_window != 2 * self.pooling_stride:
+            raise bad_value(
+                "AttentionConfig.pooling_window",
+                "must be 2 * pooling_stride",
+                f"window {self.pooling_window} and stride {self.pooling_stride}",
+                f"Use pooling_window={2 * self.pooling_stride}.",
+            )
+        if self.block_size % self.pooling_stride:
+            raise bad_value(
+                "AttentionConfig.block_size",
+                "must be a multiple of pooling_stride",
+                f"block size {self.block_size} and stride {self.pooling_stride}",
+                "Change one of the two.",
+            )
+        # Otherwise an unforced block could still gain a pooled window, and decode would not select as prefill does.
+        overhang = self.pooling_window - self.pooling_stride - 1
+        if self.block_size * (self.num_local_blocks - 1) < overhang:
+            raise bad_value(
+                "AttentionConfig.num_local_blocks",
+                f"must satisfy block_size * (num_local_blocks - 1) >= pooling_window - pooling_stride - 1 = {overhang}",
+                f"{self.num_local_blocks} with block size {self.block_size}",
+                "Use at least 2 local blocks.",
+            )
+        needed = self.num_sink_blocks + self.num_local_blocks + self.num_query_blocks
+        if needed > self.num_selected_blocks:
+            raise bad_value(
+                "AttentionConfig.num_selected_blocks",
+                "must be >= num_sink_blocks + num_local_blocks + num_query_blocks",
+                f"{self.num_selected_blocks} < {self.num_sink_blocks} + {self.num_local_blocks} "
+                f"+ {self.num_query_blocks} = {needed}",
+                f"Raise it to {needed} or ask for fewer blocks.",
+            )
+
+    @property
+    def is_sparse(self) -> bool:
+        return self.variant != "full"
+
+    @property
+    def uses_importance(self) -> bool:
+        """Whether importance takes part, in the selection and as the bias of attention."""
+        return self.variant in ("nosa", "dma")
+
+    @property
+    def uses_query_scores(self) -> bool:
+        return self.variant in ("nosa", "infllmv2")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding. Factors apply to `longrope` only, one per pair of dimensions (D/2).
+
+    attention_factor: multiplies cos and sin; None derives it from the context lengths.
+    """
+
+    theta: float = 10000.0
+    kind: Literal["plain", "longrope"] = "plain"
+    short_factor: tuple[float, ...] | None = None
+    long_factor: tuple[float, ...] | None = None
+    original_max_context: int | None = None
+    attention_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("plain", "longrope"):
+            raise bad_value(
+                "RopeConfig.kind", "must be 'plain' or 'longrope'", repr(self.kind), "Other kinds are not built."
+            )
+        if not self.theta > 0:
+            raise bad_value("RopeConfig.theta", "must be > 0", self.theta, "10000.0 is usual.")
+        if self.kind == "longrope" and None in (self.short_factor, self.long_factor, self.original_max_context):
+            raise bad_value(
+                "RopeConfig",
+                "longrope needs short_factor, long_factor and original_max_context",
+                f"{self.short_factor}, {self.long_factor}, {self.original_max_context}",
+                "Copy them from the checkpoint's config.json.",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A Llama-style decoder with NOSA attention (SPEC letters: N = num_heads, K = num_kv_heads, D = head_dim).
+
+    max_context: the length the model was configured for; it picks the longrope factors and bounds nothing.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_context: int = 16384
+    rms_norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    rope: RopeConfig = RopeConfig()
+    attention: AttentionConfig = AttentionConfig()
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
+            _require_int("ModelConfig", name, getattr(self, name), 1)
+        _require_int("ModelConfig", "head_dim", self.head_dim, 2)
+        _require_int("ModelConfig", "max_context", self.max_context, 1)
+        if self.num_heads % self.num_kv_heads:
+            raise bad_value(
+                "ModelConfig.num_heads",
+                "must be a multiple of num_kv_heads",
+                f"{self.num_heads} heads and {self.num_kv_heads} KV heads",
+                "Change one of the two.",
+            )
+        if self.head_dim % 2:
+            raise bad_value("ModelConfig.head_dim", "must be even (RoPE pairs dimensions)", self.head_dim, "Change it.")
+        for name in ("short_factor", "long_factor"):
+            factors = getattr(self.rope, name)
+            if factors is not None and len(factors) != self.head_dim // 2:
+                raise bad_value(
+                    f"RopeConfig.{name}",
+                    f"must hold head_dim / 2 = {self.head_dim // 2} factors",
+                    len(factors),
+                    "Copy them from the checkpoint's config.json.",
+                )
+
+    @property
+    def group_size(self) -> int:
+        """G, query heads per KV head."""
+        return self.num_heads // self.num_kv_heads
+
+    def with_attention(self, **overrides: Any) -> ModelConfig:
+        """The same model with fields of its AttentionConfig replaced, e.g. `variant="infllmv2"`."""
+        return dataclasses.replace(self, attention=replace_attention(self.attention, overrides))
+
+
+def replace_attention(attention: AttentionConfig, overrides: dict[str, Any]) -> AttentionConfig:
+    """Applies `overrides`; raises ValueError naming unknown keys."""
+    known = [field.name for field in dataclasses.fields(AttentionConfig)]
+    unknown = sorted(set(overrides) - set(known))
+    if unknown:
+        raise bad_value("attention", f"keys must be among {known}", unknown, "Remove or rename the unknown keys.")
+    return dataclasses.replace(attention, **overrides)
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheConfig:
+    """Where the KV cache lives while decoding.
+
+    offload: keep it in host memory and only `slots` blocks per row, layer and KV head on the device.
+        `full` attention reads every block at every step: its cache stays on the device whatever `offload` says.
+    slots: size of the device pool in blocks; None means J + J/4; more than the number of blocks is clamped.
+        More slots than J change no output, only how many blocks must be fetched.
+    transport: how blocks cross to the device: "auto" or "device_put" (portable).
+    """
+
+    offload: bool = True
+    slots: int | None = None
+    transport: Literal["auto", "device_put"] = "auto"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.offload, bool):
+            raise bad_type("CacheConfig.offload", "must be a bool", repr(self.offload), "Pass True or False.")
+        if self.slots is not None:
+            if not self.offload:
+                raise bad_value(
+                    "CacheConfig.slots",
+                    "has a meaning only with offload=True",
+                    f"slots={self.slots} with offload=False",
+                    "Drop slots or set offload=True.",
+                )
+            _require_int("CacheConfig", "slots", self.slots, 1)
+        if self.transport not in ("auto", "device_put"):
+            raise bad_value(
+                "CacheConfig.transport",
+                "must be 'auto' or 'device_put'",
+                repr(self.transport),
+                "Use transport='auto'.",
+            )
+
+    def resolve_slots(self, attention: AttentionConfig, num_blocks: int) -> int | None:
+        """Blocks in the device pool, or None where the whole cache is on the device.
+
+        Raises ValueError when `slots` cannot hold one selection, or is set for `full` attention.
+        """
+        selected = attention.num_selected_blocks
+        if self.slots is not None and not attention.is_sparse:
+            raise bad_value(
+                "CacheConfig.slots",
+                "has no meaning for variant 'full', which reads every block at every step",
+                self.slots,
+                "Use slots=None.",
+            )
+        if self.slots is not None and self.slots < selected:
+            raise bad_value(
+                "CacheConfig.slots",
+                f"must hold one selection, num_selected_blocks = {selected}",
+                self.slots,
+                f"Use slots={selected} or more, or slots=None.",
+            )
+        if not self.offload or not attention.is_sparse:
+            return None
+        return min(num_blocks, selected + selected // 4 if self.slots is None else self.slots)

@@ -1,0 +1,36 @@
+"""One shape for every message about bad input: argument, rule, value, remedy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+
+def bad_value(argument: str, rule: str, got: Any, remedy: str) -> ValueError:
+    """The error to raise when `argument` breaks `rule`; `remedy` is a full sentence."""
+    return ValueError(f"{argument}: {rule}, got {got}. {remedy}")
+
+
+def bad_type(argument: str, rule: str, got: Any, remedy: str) -> TypeError:
+    return TypeError(f"{argument}: {rule}, got {got}. {remedy}")
+
+
+def require_shape(argument: str, array: Any, expected: tuple[int | None, ...], letters: str) -> None:
+    """Raises ValueError unless `array.shape` equals `expected` (None: any size)."""
+    shape = tuple(array.shape)
+    matches = len(shape) == len(expected) and all(e is None or e == s for s, e in zip(shape, expected, strict=True))
+    if not matches:
+        wanted = "(" + ", ".join("any" if e is None else str(e) for e in expected) + ")"
+        raise bad_value(argument, f"must have shape {letters} = {wanted}", shape, "Reshape or transpose it.")
+
+
+def require_integers(argument: str, array: Any) -> None:
+    """Raises TypeError unless `array` has an integer dtype."""
+    if not jax.numpy.issubdtype(array.dtype, jax.numpy.integer):
+        raise bad_type(argument, "must hold integers", array.dtype, f"Cast it: {argument}.astype(jnp.int32).")
+
+
+def is_concrete(*arrays: Any) -> bool:
+    """True when every array has values to look at, that is, outside `jax.jit`."""
+    return not any(isinstance(array, jax.core.Tracer) for array in arrays)
