@@ -1,0 +1,47 @@
+"""Training: local text in, a NosaLM out.
+
+    from nosa_jax import presets, train
+
+    corpus = train.load_corpus(train.stdlib_files())
+    result = train.train(train.TrainConfig(presets.tiny()), corpus, "runs/tiny")
+    model = train.load_model("runs/tiny/checkpoints")
+
+Needs the extra `train`: pip install "nosa-jax[train]".
+"""
+
+from nosa_jax.train.checkpoint import Checkpoints, load_model, model_config_from_dict
+from nosa_jax.train.data import Corpus, find_files, heldout_batches, load_corpus, stdlib_files, train_batches
+from nosa_jax.train.evaluate import Evaluation, evaluate
+from nosa_jax.train.log import read_log
+from nosa_jax.train.loop import TrainConfig, TrainResult, train
+from nosa_jax.train.loss import bits_per_byte, length_mask, next_token_loss
+from nosa_jax.train.optim import OptimizerConfig, learning_rate_schedule, make_optimizer
+from nosa_jax.train.step import TrainState, batch_loss, init_state, train_step
+
+__all__ = [
+    "Checkpoints",
+    "Corpus",
+    "Evaluation",
+    "OptimizerConfig",
+    "TrainConfig",
+    "TrainResult",
+    "TrainState",
+    "batch_loss",
+    "bits_per_byte",
+    "evaluate",
+    "find_files",
+    "heldout_batches",
+    "init_state",
+    "learning_rate_schedule",
+    "length_mask",
+    "load_corpus",
+    "load_model",
+    "make_optimizer",
+    "model_config_from_dict",
+    "next_token_loss",
+    "read_log",
+    "stdlib_files",
+    "train",
+    "train_batches",
+    "train_step",
+]

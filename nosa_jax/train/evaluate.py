@@ -1,0 +1,48 @@
+"""Loss on held-out text."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from nosa_jax.train.data import heldout_batches
+from nosa_jax.train.loss import bits_per_byte
+from nosa_jax.train.step import batch_loss
+
+_batch_loss = jax.jit(batch_loss, static_argnames="compute_dtype")
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """loss: mean nats per token; bits_per_byte: the same per byte of text; tokens: how many were predicted."""
+
+    loss: float
+    bits_per_byte: float
+    tokens: int
+
+
+def evaluate(
+    model: Any,
+    tokens: Int[np.ndarray, " S"],
+    *,
+    batch_size: int,
+    length: int,
+    max_batches: int = 16,
+    bytes_per_token: float = 1.0,
+    compute_dtype: Any = jnp.float32,
+) -> Evaluation:
+    """Next-token loss over at most `max_batches` batches of windows of `length` tokens, the same ones at every call.
+
+    Raises ValueError when the text is shorter than one window.
+    """
+    losses, predicted = [], 0
+    for batch in heldout_batches(tokens, batch_size=batch_size, length=length, max_batches=max_batches):
+        losses.append(_batch_loss(model, batch, compute_dtype=compute_dtype))
+        predicted += batch[:, 1:].size
+    loss = float(jnp.stack(losses).mean())  # all batches have one size
+    return Evaluation(loss, bits_per_byte(loss, bytes_per_token), predicted)

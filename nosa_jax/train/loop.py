@@ -1,0 +1,345 @@
+"""The training loop: steps, progress, log, evaluation on held-out text, checkpoints, resume."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+from flax import nnx
+
+from nosa_jax.config import ModelConfig
+from nosa_jax.model import NosaLM
+from nosa_jax.train._require import import_extra, require_int
+from nosa_jax.train.checkpoint import Checkpoints
+from nosa_jax.train.data import Corpus, train_batches
+from nosa_jax.train.evaluate import Evaluation, evaluate
+from nosa_jax.train.log import JsonLines, environment
+from nosa_jax.train.loss import bits_per_byte
+from nosa_jax.train.optim import OptimizerConfig
+from nosa_jax.train.step import TrainState, init_state, train_step
+from pallas_kernels._checks import bad_type, bad_value
+
+Record = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A training run.
+
+    model: what is trained, e.g. `presets.tiny(variant="infllmv2")`.
+    steps: of the whole run; the horizon of the learning rate schedule.
+    batch_size, length: windows per step and target tokens per window.
+    accumulate: parts a batch is split into to save memory; divides `batch_size`.
+    compute_dtype: of forward and backward pass; "auto" is float32 on a CPU and bfloat16 elsewhere.
+    seed: of the initial weights and the order of the data.
+    log_every: steps between two log records (the first and the last step are always logged).
+    eval_every, checkpoint_every: steps between two of them; 0 leaves only the one at the end.
+    eval_batches: held-out batches per evaluation, at most.
+    keep_checkpoints: how many of the newest stay on disk.
+
+    Raises TypeError or ValueError when a field is out of range.
+    """
+
+    model: ModelConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    steps: int = 400
+    batch_size: int = 4
+    length: int = 512
+    accumulate: int = 1
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    seed: int = 0
+    log_every: int = 10
+    eval_every: int = 100
+    eval_batches: int = 16
+    checkpoint_every: int = 200
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, ModelConfig):
+            raise bad_type("TrainConfig.model", "must be a ModelConfig", type(self.model).__name__, "See presets.")
+        for name in ("steps", "batch_size", "length", "accumulate", "log_every", "eval_batches", "keep_checkpoints"):
+            require_int(f"TrainConfig.{name}", getattr(self, name), 1)
+        for name in ("seed", "eval_every", "checkpoint_every"):
+            require_int(f"TrainConfig.{name}", getattr(self, name), 0)
+        if self.batch_size % self.accumulate:
+            raise bad_value(
+                "TrainConfig.accumulate", f"must divide batch_size {self.batch_size}", self.accumulate, "Change one."
+            )
+        if self.compute_dtype not in ("auto", "float32", "bfloat16"):
+            raise bad_value(
+                "TrainConfig.compute_dtype", "must be auto, float32 or bfloat16", repr(self.compute_dtype), "Pick one."
+            )
+
+    def resolved_dtype(self) -> str:
+        """`compute_dtype` with "auto" decided for the default backend."""
+        if self.compute_dtype != "auto":
+            return self.compute_dtype
+        return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """What `train` returns.
+
+    model: float32 NosaLM after the last step taken.
+    step: how many steps the model has seen.
+    history, evaluations: the log records of kind `train` and `eval` of this call.
+    directory: where checkpoints and `log.jsonl` are, None when nothing was saved.
+    interrupted: whether Ctrl-C ended the run early.
+    """
+
+    model: Any
+    step: int
+    history: list[Record]
+    evaluations: list[Record]
+    directory: Path | None
+    interrupted: bool
+
+
+def train(
+    config: TrainConfig,
+    corpus: Corpus,
+    directory: str | os.PathLike[str] | None = None,
+    *,
+    model: NosaLM | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    on_record: Callable[[Record], None] | None = None,
+) -> TrainResult:
+    """Trains on `corpus.train`, evaluates on `corpus.heldout`.
+
+    directory: gets `log.jsonl` and `checkpoints/`; None saves nothing.
+    model: to start from (copied), e.g. for continued pretraining; None draws weights with `config.seed`.
+    resume: continue from the newest checkpoint in `directory` (from the start if there is none) on exactly the
+        batches that would have come. Everything but the model's shape, the seed, the batches and the text may change.
+    on_record: called with every log record, for trackers.
+
+    Ctrl-C lets the current step end, saves, and returns what there is; a second one stops at once.
+    Raises ValueError for text shorter than a window or out of the vocabulary, for a directory that already holds
+    checkpoints without `resume`, and for a checkpoint of another run; FloatingPointError when the loss is not finite.
+    """
+    tqdm = import_extra("tqdm").tqdm
+    _check_vocabulary(config, corpus)
+    root = None if directory is None else Path(directory).expanduser().resolve()
+    batches = train_batches(corpus.train, batch_size=config.batch_size, length=config.length, seed=config.seed)
+    model = NosaLM(config.model, rngs=nnx.Rngs(config.seed)) if model is None else model
+    state = init_state(model, config.optimizer, steps=config.steps)
+    del model
+
+    with contextlib.ExitStack() as stack:
+        checkpoints = None
+        if root is not None:
+            keep = config.keep_checkpoints
+            checkpoints = stack.enter_context(Checkpoints(root / "checkpoints", keep=keep))
+            if checkpoints.latest_step() is not None:
+                _check_resumable(config, corpus, checkpoints, resume)
+                batches.set_state(checkpoints.meta()["data"])
+                state = checkpoints.restore(state)
+        log = stack.enter_context(JsonLines(None if root is None else root / "log.jsonl"))
+        bar = stack.enter_context(
+            tqdm(total=config.steps, initial=int(state.step), unit="step", disable=not progress, dynamic_ncols=True)
+        )
+        stop = stack.enter_context(_interrupt_flag())
+        run = _Run(config, corpus, state, batches, checkpoints, log, bar, on_record)
+        run.start()
+        run.advance(stop)
+        run.finish(interrupted=stop.is_set())
+        return TrainResult(run.state.model, run.step, run.history, run.evaluations, root, run.step < config.steps)
+
+
+class _Run:
+    """The mutable part of `train`."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        corpus: Corpus,
+        state: TrainState,
+        batches: Any,
+        checkpoints: Checkpoints | None,
+        log: JsonLines,
+        bar: Any,
+        on_record: Callable[[Record], None] | None,
+    ) -> None:
+        self.config, self.corpus, self.state, self.batches = config, corpus, state, batches
+        self.checkpoints, self.log, self.bar, self.on_record = checkpoints, log, bar, on_record
+        self.dtype = config.resolved_dtype()
+        self.step = int(state.step)
+        self.history: list[Record] = []
+        self.evaluations: list[Record] = []
+        self.train_step = jax.jit(
+            partial(
+                train_step,
+                optimizer=config.optimizer,
+                steps=config.steps,
+                compute_dtype=self.dtype,
+                accumulate=config.accumulate,
+            ),
+            donate_argnums=0,
+        )
+
+    def record(self, kind: str, **fields: Any) -> Record:
+        record = {"kind": kind, "step": self.step, **fields}
+        self.log.write(record)
+        if self.on_record is not None:
+            self.on_record(record)
+        return record
+
+    def start(self) -> None:
+        self.record(
+            "start",
+            seed=self.config.seed,
+            config=dataclasses.asdict(self.config),
+            compute_dtype=self.dtype,
+            parameters=sum(leaf.size for leaf in jax.tree.leaves(self.state.model)),
+            corpus={
+                "train_tokens": len(self.corpus.train),
+                "heldout_tokens": len(self.corpus.heldout),
+                "fingerprint": self.corpus.fingerprint(),
+            },
+            **environment(),
+        )
+
+    def advance(self, stop: threading.Event) -> None:
+        """Steps until the end of the run or until `stop` is set."""
+        config = self.config
+        begin, since = time.perf_counter(), self.step
+        while self.step < config.steps and not stop.is_set():
+            self.state, metrics = self.train_step(self.state, next(self.batches))
+            self.step += 1
+            self.bar.update()
+            last = self.step == config.steps
+            # Looking at a metric waits for the device, so the steps in between are only queued.
+            if self.step % config.log_every == 0 or last or not self.history:
+                self._log_step(metrics, begin, since)
+                begin, since = time.perf_counter(), self.step
+            if _due(self.step, config.eval_every) and not last:
+                self._evaluate()
+                begin, since = time.perf_counter(), self.step
+            if _due(self.step, config.checkpoint_every) and not last:
+                self.save()
+                begin, since = time.perf_counter(), self.step
+
+    def finish(self, *, interrupted: bool) -> None:
+        """Saves and, unless the user is waiting for the prompt, evaluates."""
+        saved = self.save()
+        if interrupted and self.step < self.config.steps:
+            where = "nothing was saved (no directory)" if saved is None else f"saved {saved}; resume=True continues"
+            self.bar.write(f"Interrupted after step {self.step}: {where}.")
+        else:
+            self._evaluate()
+
+    def save(self) -> Path | None:
+        if self.checkpoints is None:
+            return None
+        meta = {
+            "config": dataclasses.asdict(self.config),
+            "corpus": self.corpus.fingerprint(),
+            "data": self.batches.get_state(),
+        }
+        return self.checkpoints.save(self.state, meta)
+
+    def _log_step(self, metrics: dict[str, Any], begin: float, since: int) -> None:
+        values = {name: float(value) for name, value in metrics.items()}
+        if not math.isfinite(values["loss"]):
+            raise FloatingPointError(
+                f"loss: must stay finite, got {values['loss']} in step {self.step}. Lower the learning rate "
+                f"(now {values['learning_rate']:.3g}) or warm up longer; earlier checkpoints are kept."
+            )
+        seconds = time.perf_counter() - begin
+        tokens = (self.step - since) * self.config.batch_size * self.config.length
+        rate = tokens / seconds
+        values["bits_per_byte"] = bits_per_byte(values["loss"], self.corpus.bytes_per_token)
+        self.bar.set_postfix_str(f"loss {values['loss']:.3f}, {rate:,.0f} tokens/s", refresh=False)
+        self.history.append(self.record("train", **values, tokens_per_second=rate, seconds=seconds))
+
+    def _evaluate(self) -> None:
+        if not len(self.corpus.heldout):
+            return
+        config, begin = self.config, time.perf_counter()
+        result: Evaluation = evaluate(
+            self.state.model,
+            self.corpus.heldout,
+            batch_size=config.batch_size,
+            length=config.length,
+            max_batches=config.eval_batches,
+            bytes_per_token=self.corpus.bytes_per_token,
+            compute_dtype=self.dtype,
+        )
+        seconds = time.perf_counter() - begin
+        self.evaluations.append(self.record("eval", **dataclasses.asdict(result), seconds=seconds))
+        self.bar.write(f"step {self.step}: held-out {result.loss:.4f} nats, {result.bits_per_byte:.4f} bits per byte")
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _check_vocabulary(config: TrainConfig, corpus: Corpus) -> None:
+    for name in ("train", "heldout"):
+        tokens, vocab_size = getattr(corpus, name), config.model.vocab_size
+        if len(tokens) and not (0 <= tokens.min() and tokens.max() < vocab_size):
+            raise bad_value(
+                f"corpus.{name}",
+                f"must hold token ids below vocab_size = {vocab_size}",
+                f"{tokens.min()} .. {tokens.max()}",
+                "Use the tokenizer of the model; bytes need 256.",
+            )
+
+
+def _check_resumable(config: TrainConfig, corpus: Corpus, checkpoints: Checkpoints, resume: bool) -> None:
+    if not resume:
+        raise bad_value(
+            "directory",
+            "must not hold checkpoints yet",
+            f"step {checkpoints.latest_step()} in {checkpoints.directory}",
+            "Pass resume=True to continue it, or take another directory.",
+        )
+    meta = checkpoints.meta()
+    saved = dict(meta["config"])
+    now = dataclasses.asdict(config)
+    for name in ("seed", "batch_size", "length"):
+        if saved[name] != now[name]:
+            raise bad_value(
+                f"TrainConfig.{name}",
+                f"must be {saved[name]} as in the checkpoint to resume",
+                now[name],
+                "Use the same value, or take another directory.",
+            )
+    if meta["corpus"] != corpus.fingerprint():
+        raise bad_value(
+            "corpus",
+            f"must be the text of the checkpoint ({meta['corpus']}) to resume",
+            corpus.fingerprint(),
+            "Pass the same files, held-out fraction and seed, or take another directory.",
+        )
+
+
+@contextlib.contextmanager
+def _interrupt_flag() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C sets; the second one raises KeyboardInterrupt as usual."""
+    flag = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
+        yield flag
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def handle(*_: object) -> None:
+        flag.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield flag
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,49 @@
+"""Public function of this op; see the package docstring for the contract."""
+
+from __future__ import annotations
+
+import jax
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels._checks import bad_value, require_integers, require_shape
+from pallas_kernels._dispatch import Op
+from pallas_kernels.block_attention import vjp, xla
+
+BLOCK_ATTENTION = Op("block_attention", {"xla": vjp.differentiable(xla.forward, xla.backward)})
+
+
+def block_attention(
+    q: Float[Array, "B T N D"],
+    k: Float[Array, "B K S D"],
+    v: Float[Array, "B K S D"],
+    bias: Float[Array, "B K S"] | None,
+    block_ids: Int32[Array, "B K T J"] | None,
+    positions: Int32[Array, "B T"],
+    first_block: Int32[Array, "B M"] | None = None,
+    *,
+    block_size: int,
+    scale: float | None = None,
+    implementation: str = "auto",
+) -> tuple[Float[Array, "B T N D"], Float[Array, "B T N"]]:
+    """softmax(q . k * scale + bias) v over the tokens of the selected blocks, up to the query (paper equation 5).
+
+    q: head n belongs to KV head n // (N/K). bias: added after scaling, None for no bias. block_ids: None selects every
+    block. positions: of the queries among the keys, -1 for padding (output 0, lse -inf). scale: default 1/sqrt(D).
+    Returns (out in q's dtype, natural-log lse in float32). Differentiable in q, k, v and bias (also through lse).
+    """
+    batch, length, heads, dim = q.shape
+    kv_heads, tokens = k.shape[1:3]
+    require_shape("k", k, (batch, None, None, dim), "[B, K, S, D]")
+    require_shape("v", v, k.shape, "[B, K, S, D]")
+    require_shape("positions", positions, (batch, length), "[B, T]")
+    if heads % kv_heads:
+        raise bad_value("q", "must have a multiple of K heads", f"N={heads}, K={kv_heads}", "Check the head axis.")
+    if bias is not None:
+        require_shape("bias", bias, (batch, kv_heads, tokens), "[B, K, S]")
+    if block_ids is not None:
+        require_shape("block_ids", block_ids, (batch, kv_heads, length, None), "[B, K, T, J]")
+        require_integers("block_ids", block_ids)
+    settings = xla.Settings(block_size, dim**-0.5 if scale is None else scale)
+    with jax.named_scope("block_attention"):
+        attend = BLOCK_ATTENTION.pick(implementation)
+        return attend(settings, q, k, v, bias, block_ids, positions, first_block)

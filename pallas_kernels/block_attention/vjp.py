@@ -1,0 +1,27 @@
+"""Gives a pair of (forward, backward) functions JAX's reverse mode; the selection takes no gradient."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+
+def differentiable(forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
+    """f(settings, q, k, v, bias, block_ids, positions, first_block) with gradients for q, k, v and bias."""
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+    def attend(settings, q, k, v, bias, block_ids, positions, first_block):
+        return forward(settings, q, k, v, bias, block_ids, positions, first_block)
+
+    def attend_forward(settings, *args):
+        out, lse = forward(settings, *args)
+        return (out, lse), (*args, out, lse)
+
+    def attend_backward(settings, residuals, grads):
+        return (*backward(settings, residuals, grads), None, None, None)
+
+    attend.defvjp(attend_forward, attend_backward)
+    return attend

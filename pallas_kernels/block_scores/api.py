@@ -1,0 +1,48 @@
+"""Public function of this op; see the package docstring for the contract."""
+
+from __future__ import annotations
+
+import jax
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels._checks import bad_value, require_shape
+from pallas_kernels._dispatch import Op
+from pallas_kernels.block_scores import xla
+
+BLOCK_SCORES = Op("block_scores", {"xla": xla.block_scores})
+
+
+def block_scores(
+    q: Float[Array, "B T N D"],
+    pooled_keys: Float[Array, "*L B K C D"],
+    positions: Int32[Array, "B T"],
+    first_block: Int32[Array, "B M"] | None = None,
+    *,
+    num_blocks: int,
+    block_size: int,
+    stride: int,
+    layer: Int32[Array, ""] | None = None,
+    implementation: str = "auto",
+) -> Float[Array, "B K T M"]:
+    """How much each query wants each block (paper section 3.2, query-aware selection).
+
+    q: after RoPE. pooled_keys: from `pool_keys`, or the cache's [L, B, K, C, D] with `layer`. positions: in the row, -1
+    for padding, whose scores are 0. Returns float32; blocks without any window score -inf. Not differentiable.
+    """
+    if (layer is None) != (pooled_keys.ndim == 4):
+        raise bad_value("layer", "must be given exactly when pooled_keys has a leading L", layer, "Pass both or neither.")
+    batch, length, heads, dim = q.shape
+    kv_heads, windows = pooled_keys.shape[-3:-1]
+    require_shape("pooled_keys", pooled_keys[0] if layer is not None else pooled_keys, (batch, None, None, dim), "[B, K, C, D]")
+    require_shape("positions", positions, (batch, length), "[B, T]")
+    if heads % kv_heads:
+        raise bad_value("q", "must have a multiple of K heads", f"N={heads}, K={kv_heads}", "Check the head axis.")
+    if windows > num_blocks * (block_size // stride):
+        raise bad_value("num_blocks", "must cover every window", f"{num_blocks} for C={windows}", "Raise it.")
+    with jax.named_scope("block_scores"):
+        run = BLOCK_SCORES.pick(implementation)
+        scores = run(
+            jax.lax.stop_gradient(q), jax.lax.stop_gradient(pooled_keys), positions, first_block, layer,
+            num_blocks=num_blocks, block_size=block_size, stride=stride,
+        )  # fmt: skip
+        return scores

@@ -1,0 +1,59 @@
+"""Query-aware block scores in chunks of queries: memory is bounded by the chunk, not by T."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels import blocks
+
+_CHUNK_BYTES = 32 * 2**20  # of the float32 window logits of one chunk
+
+
+def block_scores(
+    q: Float[Array, "B T N D"],
+    pooled_keys: Float[Array, "*L B K C D"],
+    positions: Int32[Array, "B T"],
+    first_block: Int32[Array, "B M"] | None,
+    layer: Int32[Array, ""] | None,
+    *,
+    num_blocks: int,
+    block_size: int,
+    stride: int,
+) -> Float[Array, "B K T M"]:
+    if layer is not None:
+        pooled_keys = jax.lax.dynamic_index_in_dim(pooled_keys, layer, keepdims=False)
+    batch, length, heads, dim = q.shape
+    kv_heads, windows = pooled_keys.shape[1], pooled_keys.shape[2]
+    query_first = blocks.query_first_blocks(positions, first_block, block_size)
+    # Windows of a cache that no token reached yet may hold anything; they are invisible, zero keeps NaN out of the dot.
+    reached = (stride * jnp.arange(windows) + 2 * stride - 1)[None] <= positions.max(-1, keepdims=True)
+    pooled_keys = jnp.where(reached[:, None, :, None], pooled_keys, 0)
+
+    def chunk_scores(args: tuple[Array, Array, Array]) -> Array:
+        q, positions, query_first = args
+        grouped = q.reshape(batch, -1, kv_heads, heads // kv_heads, dim)
+        logits = jnp.einsum("btkgd,bkcd->bkgtc", grouped, pooled_keys, preferred_element_type=jnp.float32)
+        visible = blocks.visible_windows(positions, query_first, windows, block_size=block_size, stride=stride)
+        visible = visible[:, None, None]
+        logits = jnp.where(visible, logits * dim**-0.5, -jnp.inf)
+        top = jnp.max(logits, axis=-1, keepdims=True, initial=jnp.finfo(jnp.float32).min)
+        weights = jnp.exp(logits - top)
+        total = weights.sum(-1, keepdims=True)
+        scores = (weights / jnp.where(total > 0, total, 1)).sum(2)
+        return blocks.pool_windows_to_blocks(scores, first_block, blocks=num_blocks, ratio=block_size // stride)
+
+    per_query = 4 * batch * heads * max(windows, 1)
+    chunk = max(1, min(length, _CHUNK_BYTES // per_query))
+    if chunk == length:
+        return chunk_scores((q, positions, query_first))
+    chunks = -(-length // chunk)
+    pad = chunks * chunk - length
+
+    def split(x: Array, fill: int) -> Array:
+        x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2), constant_values=fill)
+        return jnp.moveaxis(x.reshape(batch, chunks, chunk, *x.shape[2:]), 1, 0)
+
+    scores = jax.lax.map(chunk_scores, (split(q, 0), split(positions, -1), split(query_first, 0)))
+    return jnp.moveaxis(scores, 0, 2).reshape(batch, kv_heads, chunks * chunk, num_blocks)[:, :, :length]

@@ -1,0 +1,48 @@
+"""Public functions of this op; see the package docstring for the contract."""
+
+from __future__ import annotations
+
+import jax
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels._checks import require_shape
+from pallas_kernels._dispatch import Op
+from pallas_kernels.pooled_keys import xla
+
+POOL_KEYS = Op("pool_keys", {"xla": xla.pool_keys})
+APPEND_POOLED_KEYS = Op("append_pooled_keys", {"xla": xla.append_pooled_keys})
+
+
+def pool_keys(
+    keys: Float[Array, "B K S D"], *, stride: int, implementation: str = "auto"
+) -> Float[Array, "B K C D"]:
+    """Mean of every complete window of 2 * stride keys, stride apart (paper section 3.2, compressed keys).
+
+    keys: after RoPE, any float dtype. Returns C = max(0, S // stride - 1) windows, averaged in float32 and rounded once
+    to the dtype of `keys`.
+    """
+    with jax.named_scope("pool_keys"):
+        return POOL_KEYS.pick(implementation)(keys, stride=stride)
+
+
+def append_pooled_keys(
+    pooled: Float[Array, "L B K C D"],
+    sums: Float[Array, "L B K 2 D"],
+    new: Float[Array, "B K n D"],
+    start: Int32[Array, " B"],
+    count: Int32[Array, " B"],
+    layer: Int32[Array, ""],
+    *,
+    stride: int,
+    implementation: str = "auto",
+) -> tuple[Float[Array, "L B K C D"], Float[Array, "L B K 2 D"]]:
+    """Adds tokens to the running pooled keys of one layer; the first `count[b]` of `new[b]` follow `start[b]` others.
+
+    sums: float32, sum of the last complete stride and of the open one. Returns the updated (pooled, sums); windows
+    beyond C are dropped. Appending in any split gives the same bits as `pool_keys` on the whole.
+    """
+    layers, batch, heads, _, dim = pooled.shape
+    require_shape("sums", sums, (layers, batch, heads, 2, dim), "[L, B, K, 2, D]")
+    require_shape("new", new, (batch, heads, None, dim), "[B, K, n, D]")
+    with jax.named_scope("append_pooled_keys"):
+        return APPEND_POOLED_KEYS.pick(implementation)(pooled, sums, new, start, count, layer, stride=stride)

@@ -1,0 +1,55 @@
+"""Public function of this op; see the package docstring for the contract."""
+
+from __future__ import annotations
+
+import jax
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels._checks import bad_value, require_shape
+from pallas_kernels._dispatch import Op
+from pallas_kernels.select_blocks import xla
+
+SELECT_BLOCKS = Op("select_blocks", {"xla": xla.select_blocks})
+
+
+def select_blocks(
+    query_scores: Float[Array, "B K T M"] | None,
+    importance_scores: Float[Array, "B K M"] | None,
+    positions: Int32[Array, "B T"],
+    first_block: Int32[Array, "B M"] | None = None,
+    *,
+    block_size: int,
+    num_selected_blocks: int,
+    num_sink_blocks: int,
+    num_local_blocks: int,
+    num_query_blocks: int,
+    implementation: str = "auto",
+) -> Int32[Array, "B K T J"]:
+    """The blocks that each query attends to: sink and local window, then picks (paper section 3.3).
+
+    Both scores: `num_query_blocks` by query score, the rest by importance (NOSA). Query scores alone: all picks by them
+    (InfLLMv2). Importance alone: all picks by it (DMA). positions: -1 for padding, whose ids are all -1.
+    Raises ValueError when neither score is given or the counts exceed the budget.
+    """
+    scores = query_scores if query_scores is not None else importance_scores
+    if scores is None:
+        raise bad_value("query_scores, importance_scores", "one of them must be given", None, "Pass at least one.")
+    batch, length = positions.shape
+    if query_scores is not None:
+        require_shape("query_scores", query_scores, (batch, None, length, None), "[B, K, T, M]")
+    if importance_scores is not None:
+        require_shape("importance_scores", importance_scores, (batch, scores.shape[1], scores.shape[-1]), "[B, K, M]")
+    picks = num_query_blocks if query_scores is not None and importance_scores is not None else 0
+    if num_sink_blocks + num_local_blocks + picks > num_selected_blocks:
+        raise bad_value(
+            "num_selected_blocks",
+            "must hold sink, local and query blocks",
+            f"{num_selected_blocks} < {num_sink_blocks} + {num_local_blocks} + {picks}",
+            "Raise it.",
+        )
+    with jax.named_scope("select_blocks"):
+        return SELECT_BLOCKS.pick(implementation)(
+            query_scores, importance_scores, positions, first_block, block_size=block_size,
+            num_selected_blocks=num_selected_blocks, num_sink_blocks=num_sink_blocks,
+            num_local_blocks=num_local_blocks, num_query_blocks=num_query_blocks,
+        )  # fmt: skip
