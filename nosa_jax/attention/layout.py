@@ -1,0 +1,115 @@
+"""How tokens lie in rows: positions, padding, packed documents; and the checks of token arrays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int32
+
+from nosa_jax._pytree import pytree_dataclass
+from pallas_kernels import blocks
+from pallas_kernels._checks import bad_value, is_concrete, require_integers, require_shape
+
+
+@pytree_dataclass
+class Layout:
+    """positions [B, T]: place in the row, -1 for padding. rope_positions [B, T]: place in the document.
+    first_block [B, M]: first block of each block's document, None where rows hold one document each."""
+
+    positions: Any
+    rope_positions: Any
+    first_block: Any = None
+
+
+def row_layout(tokens: Int32[Array, "B T"], lengths: Int32[Array, " B"] | None) -> Layout:
+    """Rows of one document each; tokens from `lengths` on are padding."""
+    place = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    return Layout(place if lengths is None else jnp.where(place < lengths[:, None], place, -1), place)
+
+
+def packed_layout(segment_ids: Int32[Array, "B T"], lengths: Int32[Array, " B"] | None, block_size: int) -> Layout:
+    """Rows of several documents. A block belongs to the document of its first token; other tokens in it are padding."""
+    batch, length = segment_ids.shape
+    m = blocks.num_blocks(length, block_size)
+    owner = segment_ids[:, ::block_size]
+    starts = jnp.concatenate([jnp.ones((batch, 1), bool), owner[:, 1:] != owner[:, :-1]], axis=1)
+    first_block = jnp.max(
+        jnp.where(jnp.tril(jnp.ones((m, m), bool)) & starts[:, None], jnp.arange(m, dtype=jnp.int32), 0), axis=-1
+    )
+    place = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+    first = jnp.repeat(first_block, block_size, axis=1)[:, :length]
+    real = (segment_ids >= 0) & (segment_ids == jnp.repeat(owner, block_size, axis=1)[:, :length])
+    if lengths is not None:
+        real &= place < lengths[:, None]
+    return Layout(jnp.where(real, place, -1), place - block_size * first, first_block)
+
+
+def as_tokens(tokens: Any, vocab_size: int, *, rank: int = 2, name: str = "tokens") -> Array:
+    """int32 tokens of the right rank; values are checked where there are any to look at."""
+    tokens = _as_integers(name, tokens)
+    if tokens.ndim != rank:
+        letters = {1: "[B]", 2: "[B, T]"}[rank]
+        raise bad_value(name, f"must be {letters}", f"shape {tokens.shape}", "Add or drop a batch axis.")
+    if tokens.size == 0:
+        raise bad_value(name, "must hold at least one token per row", f"shape {tokens.shape}", "Pass a prompt.")
+    if is_concrete(tokens):
+        values = np.asarray(tokens)
+        wrong = np.argwhere((values < 0) | (values >= vocab_size))
+        if wrong.size:
+            where = tuple(int(i) for i in wrong[0])
+            raise bad_value(
+                name,
+                f"ids must be in [0, vocab_size = {vocab_size})",
+                f"{values[where]} at index {where}",
+                "Use the tokenizer of this model; pad with a valid id and pass lengths.",
+            )
+    return tokens
+
+
+def as_lengths(
+    lengths: Any, batch: int, limit: int, *, minimum: int = 1, what: str = "tokens.shape[1]"
+) -> Array | None:
+    """int32 lengths [B] between `minimum` and `limit`, or None as given."""
+    if lengths is None:
+        return None
+    lengths = _as_integers("lengths", lengths)
+    require_shape("lengths", lengths, (batch,), "[B]")
+    if is_concrete(lengths):
+        values = np.asarray(lengths)
+        wrong = np.flatnonzero((values < minimum) | (values > limit))
+        if wrong.size:
+            row = int(wrong[0])
+            raise bad_value(
+                "lengths",
+                f"must be in [{minimum}, {what} = {limit}]",
+                f"{values[row]} for row {row}",
+                "Count the real tokens of each row.",
+            )
+    return lengths
+
+
+def as_segment_ids(segment_ids: Any, shape: tuple[int, ...], block_size: int) -> Array:
+    """int32 segment ids [B, T] whose documents start on block boundaries."""
+    segment_ids = _as_integers("segment_ids", segment_ids)
+    require_shape("segment_ids", segment_ids, shape, "[B, T]")
+    if is_concrete(segment_ids):
+        values = np.asarray(segment_ids)
+        owner = np.repeat(values[:, ::block_size], block_size, axis=1)[:, : values.shape[1]]
+        wrong = np.argwhere((values > 0) & (values != owner))
+        if wrong.size:
+            row, place = (int(i) for i in wrong[0])
+            raise bad_value(
+                "segment_ids",
+                f"every document must start on a multiple of block_size = {block_size}",
+                f"document {values[row, place]} at token {place} of row {row}",
+                "Pad each document up to a whole block, with segment id -1.",
+            )
+    return segment_ids
+
+
+def _as_integers(name: str, array: Any) -> Array:
+    array = array if hasattr(array, "dtype") else np.asarray(array)
+    require_integers(name, array)
+    return jnp.asarray(array, jnp.int32)

@@ -1,0 +1,201 @@
+"""The language model: a Llama-style decoder whose layers are stacked and scanned, and its plain forward pass."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int32
+
+from nosa_jax._pytree import pytree_dataclass
+from nosa_jax.attention import layout
+from nosa_jax.attention.importance import Importance
+from nosa_jax.attention.layer import Attention
+from nosa_jax.config import ModelConfig
+from pallas_kernels._checks import bad_value, is_concrete, require_integers, require_shape
+
+Logits = Literal["all", "last", "none"]
+
+
+@pytree_dataclass
+class ForwardOutput:
+    """logits [B, T, V] float32 ([B, 1, V] for "last", None for "none"); hidden [B, T, H] after the final norm;
+    block_ids [L, B, K, T, J] int32 when recorded, else None (always None for `full`)."""
+
+    logits: Any
+    hidden: Any
+    block_ids: Any = None
+
+
+class MLP(nnx.Module):
+    """SwiGLU of all layers, stacked. gate_up [L, H, 2F]: gate columns, then up columns. down [L, F, H]."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+        layers, hidden, inner = config.num_layers, config.hidden_size, config.intermediate_size
+        scale = 0.02 / (2 * layers) ** 0.5
+        self.gate_up = nnx.Param(0.02 * jax.random.normal(rngs.params(), (layers, hidden, 2 * inner), dtype))
+        self.down = nnx.Param(scale * jax.random.normal(rngs.params(), (layers, inner, hidden), dtype))
+
+    def __call__(self, x: Float[Array, "B T H"]) -> Float[Array, "B T H"]:
+        gate, up = jnp.split(x @ self.gate_up[...], 2, axis=-1)
+        return (jax.nn.silu(gate) * up) @ self.down[...]
+
+
+class Layers(nnx.Module):
+    """All decoder layers; `lax.scan` over this module yields one layer at a time."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+        shape = (config.num_layers, config.hidden_size)
+        self.attention_norm = nnx.Param(jnp.ones(shape, dtype))
+        self.attention = Attention(config, rngs=rngs, dtype=dtype)
+        self.mlp_norm = nnx.Param(jnp.ones(shape, dtype))
+        self.mlp = MLP(config, rngs=rngs, dtype=dtype)
+
+    def feed_forward(self, config: ModelConfig, x: Float[Array, "B T H"]) -> Float[Array, "B T H"]:
+        """The MLP half of one layer, residual included."""
+        return x + self.mlp(rms_norm(x, self.mlp_norm[...], config.rms_norm_eps))
+
+
+class NosaLM(nnx.Module):
+    """A decoder with NOSA attention or one of its rivals (`config.attention.variant`).
+
+    The module is a pytree: pass it to functions under `jax.jit`, `jax.grad` and `lax.scan` as it is. Matrices are stored
+    [in, out]. `dtype` is that of parameters and computation; importance, scores, norms and logits are float32 in any.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32) -> None:
+        dtype = jnp.dtype(dtype)
+        self.config = config
+        vocab = (config.vocab_size, config.hidden_size)
+        self.embed = nnx.Param(0.02 * jax.random.normal(rngs.params(), vocab, dtype))
+        self.layers = Layers(config, rngs=rngs, dtype=dtype)
+        self.norm = nnx.Param(jnp.ones((config.hidden_size,), dtype))
+        self.lm_head = (
+            None if config.tie_embeddings else nnx.Param(0.02 * jax.random.normal(rngs.params(), vocab[::-1], dtype))
+        )
+
+    def __call__(self, tokens: Int32[Array, "B T"], lengths: Any = None, **options: Any) -> ForwardOutput:
+        return forward(self, tokens, lengths, **options)
+
+    def logits(self, hidden: Float[Array, "*rest H"]) -> Float[Array, "*rest V"]:
+        """float32 logits of hidden states after the final norm."""
+        if self.lm_head is None:
+            return jnp.einsum("...h,vh->...v", hidden, self.embed[...], preferred_element_type=jnp.float32)
+        return jnp.einsum("...h,hv->...v", hidden, self.lm_head[...], preferred_element_type=jnp.float32)
+
+    def final_norm(self, x: Float[Array, "*rest H"]) -> Float[Array, "*rest H"]:
+        return rms_norm(x, self.norm[...], self.config.rms_norm_eps)
+
+
+def rms_norm(x: Float[Array, "*rest H"], weight: Float[Array, " H"], eps: float) -> Float[Array, "*rest H"]:
+    """x / rms(x) * weight in float32, back in the dtype of `x`."""
+    wide = x.astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (wide * weight.astype(jnp.float32)).astype(x.dtype)
+
+
+def forward(
+    model: NosaLM,
+    tokens: Int32[Array, "B T"],
+    lengths: Any = None,
+    *,
+    segment_ids: Any = None,
+    block_ids: Any = None,
+    logits: Logits = "all",
+    record: bool = False,
+    remat: bool = False,
+) -> ForwardOutput:
+    """Runs whole rows without a cache: training and evaluation. Same as `model(tokens, ...)`.
+
+    tokens: int [B, T], right-padded where `lengths` [B] says so; padded positions give finite logits and ids of -1.
+    segment_ids: int [B, T] for rows that pack several documents, each starting on a block boundary; -1 marks padding
+        (0 inside another document's last block too). Each document is computed as if it were alone.
+    block_ids: int [L, B, K, T, J] from an earlier call with `record`, used instead of selecting.
+    remat: recompute each layer in the backward pass instead of keeping its activations.
+    Raises ValueError or TypeError for wrong shapes and dtypes, and for wrong values outside `jax.jit`.
+    """
+    config = model.config
+    if logits not in ("all", "last", "none"):
+        raise bad_value("logits", "must be 'all', 'last' or 'none'", repr(logits), "Pick one.")
+    tokens = layout.as_tokens(tokens, config.vocab_size)
+    lengths = layout.as_lengths(lengths, tokens.shape[0], tokens.shape[1])
+    if segment_ids is None:
+        rows = layout.row_layout(tokens, lengths)
+    else:
+        segment_ids = layout.as_segment_ids(segment_ids, tokens.shape, config.attention.block_size)
+        rows = layout.packed_layout(segment_ids, lengths, config.attention.block_size)
+    block_ids = as_block_ids(config, block_ids, rows.positions)
+
+    def run_layer(x: Array, inputs: tuple[Layers, Array | None]) -> tuple[Array, Array | None]:
+        layer, ids = inputs
+        normed = rms_norm(x, layer.attention_norm[...], config.rms_norm_eps)
+        attended, ids = layer.attention(config, normed, rows, ids)
+        return layer.feed_forward(config, x + attended), ids if record else None
+
+    body = jax.checkpoint(run_layer) if remat else run_layer
+    x, recorded = jax.lax.scan(body, model.embed[...][tokens], (model.layers, block_ids))
+    hidden = model.final_norm(x)
+    if logits == "none":
+        return ForwardOutput(None, hidden, recorded)
+    if logits == "last":
+        last = jnp.max(rows.positions, axis=1)[:, None, None]
+        return ForwardOutput(model.logits(jnp.take_along_axis(hidden, last, axis=1)), hidden, recorded)
+    return ForwardOutput(model.logits(hidden), hidden, recorded)
+
+
+def as_block_ids(config: ModelConfig, block_ids: Any, positions: Int32[Array, "B T"]) -> Array | None:
+    """Checked int32 [L, B, K, T, J] for a replay, or None as given."""
+    if block_ids is None:
+        return None
+    if not config.attention.is_sparse:
+        raise bad_value("block_ids", "has no meaning for variant 'full'", "an array", "Drop it.")
+    require_integers("block_ids", block_ids)
+    batch, length = positions.shape
+    expected = (config.num_layers, batch, config.num_kv_heads, length, config.attention.num_selected_blocks)
+    require_shape("block_ids", block_ids, expected, "[L, B, K, T, J]")
+    block_ids = jnp.asarray(block_ids, jnp.int32)
+    if is_concrete(block_ids, positions):
+        own = jnp.where(positions >= 0, positions // config.attention.block_size, -1)[None, :, None, :, None]
+        ascending = jnp.all((block_ids[..., 1:] > block_ids[..., :-1]) | (block_ids[..., 1:] == -1))
+        if not bool(ascending & jnp.all((block_ids >= -1) & (block_ids <= own))):
+            raise bad_value(
+                "block_ids",
+                "must ascend without repeats, padded with -1 at the end, none after the query's own block",
+                "ids that break this",
+                "Use ids recorded on rows of the same lengths.",
+            )
+    return block_ids
+
+
+def with_attention(model: NosaLM, **overrides: Any) -> NosaLM:
+    """The same weights under another AttentionConfig, e.g. `variant="infllmv2"`; parameters are shared, not copied.
+
+    A variant that needs importance the model does not have gets a fresh one with A = 0.
+    """
+    changed = _shallow_copy(model)
+    changed.config = model.config.with_attention(**overrides)
+    config = changed.config
+    if config.attention.uses_importance and changed.layers.attention.importance is None:
+        changed.layers.attention.importance = nnx.data(
+            Importance(config.num_layers, config.num_kv_heads, config.head_dim, rngs=nnx.Rngs(0))
+        )
+    return changed
+
+
+def cast(model: NosaLM, dtype: Any) -> NosaLM:
+    """The model in another dtype for parameters and computation; importance stays float32."""
+    changed = jax.tree.map(lambda x: x.astype(dtype), model)
+    if model.layers.attention.importance is not None:
+        changed.layers.attention.importance = model.layers.attention.importance
+    return changed
+
+
+def num_parameters(model: NosaLM) -> int:
+    return sum(x.size for x in jax.tree.leaves(model))
+
+
+def _shallow_copy(model: NosaLM) -> NosaLM:
+    leaves, structure = jax.tree.flatten(model)
+    return jax.tree.unflatten(structure, leaves)
