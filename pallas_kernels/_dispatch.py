@@ -37,7 +37,9 @@ class Op:
                 _warn_slow_path(self.name)
             return self.implementations[chosen]
         if implementation not in PREFERENCE:
-            raise bad_value("implementation", f"must be 'auto' or one of {PREFERENCE}", repr(implementation), "Pick one.")
+            raise bad_value(
+                "implementation", f"must be 'auto' or one of {PREFERENCE}", repr(implementation), "Pick one."
+            )
         if implementation not in self.implementations:
             raise KernelUnsupportedError(f"{self.name}: {self.reason(implementation)}")
         return self.implementations[implementation]

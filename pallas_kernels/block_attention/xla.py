@@ -107,9 +107,7 @@ def _prepare(
     ids = None
     if block_ids is not None:
         ids = jnp.moveaxis(_split_queries(jnp.moveaxis(block_ids, 2, 1), tile, -1), 3, 2)
-    tiles = Tiles(
-        _split_rows(q, kv_heads, tile), ids, _split_queries(positions, tile, -1), _split_queries(first, tile)
-    )
+    tiles = Tiles(_split_rows(q, kv_heads, tile), ids, _split_queries(positions, tile, -1), _split_queries(first, tile))
 
     span = size * _span_blocks(blocks.num_blocks(tokens, size), size)
     count = -(-tokens // span)

@@ -30,10 +30,14 @@ def block_scores(
     for padding, whose scores are 0. Returns float32; blocks without any window score -inf. Not differentiable.
     """
     if (layer is None) != (pooled_keys.ndim == 4):
-        raise bad_value("layer", "must be given exactly when pooled_keys has a leading L", layer, "Pass both or neither.")
+        raise bad_value(
+            "layer", "must be given exactly when pooled_keys has a leading L", layer, "Pass both or neither."
+        )
     batch, length, heads, dim = q.shape
     kv_heads, windows = pooled_keys.shape[-3:-1]
-    require_shape("pooled_keys", pooled_keys[0] if layer is not None else pooled_keys, (batch, None, None, dim), "[B, K, C, D]")
+    require_shape(
+        "pooled_keys", pooled_keys[0] if layer is not None else pooled_keys, (batch, None, None, dim), "[B, K, C, D]"
+    )
     require_shape("positions", positions, (batch, length), "[B, T]")
     if heads % kv_heads:
         raise bad_value("q", "must have a multiple of K heads", f"N={heads}, K={kv_heads}", "Check the head axis.")

@@ -13,9 +13,7 @@ POOL_KEYS = Op("pool_keys", {"xla": xla.pool_keys})
 APPEND_POOLED_KEYS = Op("append_pooled_keys", {"xla": xla.append_pooled_keys})
 
 
-def pool_keys(
-    keys: Float[Array, "B K S D"], *, stride: int, implementation: str = "auto"
-) -> Float[Array, "B K C D"]:
+def pool_keys(keys: Float[Array, "B K S D"], *, stride: int, implementation: str = "auto") -> Float[Array, "B K C D"]:
     """Mean of every complete window of 2 * stride keys, stride apart (paper section 3.2, compressed keys).
 
     keys: after RoPE, any float dtype. Returns C = max(0, S // stride - 1) windows, averaged in float32 and rounded once

@@ -54,7 +54,9 @@ def append_pooled_keys(
     taken = (source >= 0) & (source < count[:, None])
     tokens = jnp.take_along_axis(new, jnp.clip(source, 0, n - 1)[:, None, :, None], axis=2)
     tokens = jnp.where(taken[:, None, :, None], tokens, 0).reshape(batch, heads, strides, stride, dim)
-    all_sums = jnp.concatenate([state[:, :, :1], _stride_sums(tokens, state[:, :, 1])], axis=2)  # index 0: stride before
+    all_sums = jnp.concatenate(
+        [state[:, :, :1], _stride_sums(tokens, state[:, :, 1])], axis=2
+    )  # index 0: stride before
 
     # Window (start // stride - 1 + j) ends with stride j of this call; it is written once that stride is complete.
     complete = (offset + count) // stride

@@ -1,0 +1,21 @@
+"""The ops of NOSA attention. Each takes `implementation=` and has a slow float32 twin in its `reference` module."""
+
+from pallas_kernels._dispatch import KernelUnsupportedError
+from pallas_kernels.block_attention import block_attention
+from pallas_kernels.block_scores import block_scores
+from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.fetch_blocks import fetch_blocks, write_back_blocks
+from pallas_kernels.pooled_keys import append_pooled_keys, pool_keys
+from pallas_kernels.select_blocks import select_blocks
+
+__all__ = [
+    "KernelUnsupportedError",
+    "append_pooled_keys",
+    "block_attention",
+    "block_scores",
+    "decode_attention",
+    "fetch_blocks",
+    "pool_keys",
+    "select_blocks",
+    "write_back_blocks",
+]

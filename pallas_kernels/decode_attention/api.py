@@ -1,0 +1,46 @@
+"""Public function of this op; see the package docstring for the contract."""
+
+from __future__ import annotations
+
+import jax
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels._checks import bad_value, require_shape
+from pallas_kernels._dispatch import Op
+from pallas_kernels.decode_attention import xla
+
+DECODE_ATTENTION = Op("decode_attention", {"xla": xla.decode_attention})
+
+
+def decode_attention(
+    q: Float[Array, "B N D"],
+    pool: Float[Array, "L B K slots 2 P D"],
+    bias: Float[Array, "L B K M P"] | None,
+    slots: Int32[Array, "B K J"],
+    block_ids: Int32[Array, "B K J"],
+    positions: Int32[Array, " B"],
+    layer: Int32[Array, ""],
+    *,
+    scale: float | None = None,
+    implementation: str = "auto",
+) -> Float[Array, "B N D"]:
+    """Attention of one query token per row over the blocks that lie in `slots` of the device pool.
+
+    pool: K (index 0) and V (index 1) of each block. bias: per token of each block, float32, None for none. block_ids:
+    ascending, -1 padding; block_ids[b, k, j] lies in slots[b, k, j]. positions: of the queries; later tokens are masked.
+    layer: which of the L layers. scale: default 1/sqrt(D). Returns the dtype of q; float32 accumulation.
+    """
+    batch, heads, dim = q.shape
+    layers, _, kv_heads, _, _, size, _ = pool.shape
+    require_shape("pool", pool, (layers, batch, kv_heads, None, 2, size, dim), "[L, B, K, slots, 2, P, D]")
+    require_shape("block_ids", block_ids, (batch, kv_heads, None), "[B, K, J]")
+    require_shape("slots", slots, block_ids.shape, "[B, K, J]")
+    require_shape("positions", positions, (batch,), "[B]")
+    if heads % kv_heads:
+        raise bad_value("q", "must have a multiple of K heads", f"N={heads}, K={kv_heads}", "Check the head axis.")
+    if bias is not None:
+        require_shape("bias", bias, (layers, batch, kv_heads, None, size), "[L, B, K, M, P]")
+    with jax.named_scope("decode_attention"):
+        return DECODE_ATTENTION.pick(implementation)(
+            q, pool, bias, slots, block_ids, positions, layer, scale=dim**-0.5 if scale is None else scale
+        )

@@ -1,0 +1,69 @@
+"""Decode attention in chunks of blocks, ascending, through the slot table.
+
+What is computed depends on J only, never on how many slots there are: a pool with any number of slots gives the same bits.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+_CHUNK = 8  # blocks gathered at once
+
+
+def decode_attention(
+    q: Float[Array, "B N D"],
+    pool: Float[Array, "L B K slots 2 P D"],
+    bias: Float[Array, "L B K M P"] | None,
+    slots: Int32[Array, "B K J"],
+    block_ids: Int32[Array, "B K J"],
+    positions: Int32[Array, " B"],
+    layer: Int32[Array, ""],
+    *,
+    scale: float,
+) -> Float[Array, "B N D"]:
+    batch, heads, dim = q.shape
+    kv_heads, num_slots, size = pool.shape[2], pool.shape[3], pool.shape[5]
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    grouped = q.reshape(batch, kv_heads, heads // kv_heads, dim)
+    row, head = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[None, :, None]
+    valid = (block_ids >= 0) & (slots >= 0) & (slots < num_slots)
+    if bias is not None:
+        valid &= block_ids < bias.shape[3]
+
+    chunks = -(-block_ids.shape[-1] // _CHUNK)
+    pad = ((0, 0), (0, 0), (0, chunks * _CHUNK - block_ids.shape[-1]))
+    block_ids = jnp.pad(jnp.where(valid, block_ids, 0), pad)
+    slots = jnp.pad(jnp.where(valid, slots, 0), pad)
+    valid = jnp.pad(valid, pad)
+    # Ids ascend, so the chunks after the longest selection of the batch are empty.
+    trips = (jnp.max(jnp.where(valid, jnp.arange(chunks * _CHUNK) + 1, 0)) + _CHUNK - 1) // _CHUNK
+
+    def body(trip: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        out, top, total = carry
+        ids, slot, ok = (
+            jax.lax.dynamic_slice_in_dim(x, trip * _CHUNK, _CHUNK, axis=-1) for x in (block_ids, slots, valid)
+        )
+        token = ids[..., None] * size + jnp.arange(size, dtype=jnp.int32)
+        mask = (ok[..., None] & (token <= positions[:, None, None, None])).reshape(batch, kv_heads, -1)
+        kv = pool[layer, row, head, slot]  # [B, K, chunk, 2, P, D]
+        kv = jnp.moveaxis(kv, 3, 2).reshape(batch, kv_heads, 2, -1, dim)
+        kv = jnp.where(mask[:, :, None, :, None], kv, 0)  # unwritten memory may hold NaN
+        logits = jnp.einsum("bkgd,bksd->bkgs", grouped, kv[:, :, 0], preferred_element_type=dtype) * scale
+        if bias is not None:
+            gathered = bias[layer, row, head, ids].reshape(batch, kv_heads, 1, -1)
+            logits += jnp.where(mask[:, :, None], gathered, 0).astype(dtype)
+        logits = jnp.where(mask[:, :, None], logits, -jnp.inf)
+        new_top = jnp.maximum(top, jnp.max(logits, axis=-1))
+        safe_top = jnp.where(jnp.isfinite(new_top), new_top, 0)
+        weights = jnp.where(mask[:, :, None], jnp.exp(logits - safe_top[..., None]), 0)
+        decay = jnp.exp(jnp.where(jnp.isfinite(top), top, 0) - safe_top)
+        seen = jnp.einsum("bkgs,bksd->bkgd", weights.astype(kv.dtype), kv[:, :, 1], preferred_element_type=dtype)
+        return out * decay[..., None] + seen, new_top, total * decay + weights.sum(-1)
+
+    rows = grouped.shape[:-1]
+    init = (jnp.zeros(grouped.shape, dtype), jnp.full(rows, -jnp.inf, dtype), jnp.zeros(rows, dtype))
+    out, _, total = jax.lax.fori_loop(0, trips, body, init)
+    out = out / jnp.where(total > 0, total, 1)[..., None]
+    return out.reshape(batch, heads, dim).astype(q.dtype)

@@ -1,0 +1,64 @@
+"""Portable transport: one asynchronous `device_put` per block, and no trip for a block that need not move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.memory import Space
+from jaxtyping import Array, Float, Int32
+
+
+def _for_each_move(
+    block_ids: Int32[Array, "B K X"],
+    slots: Int32[Array, "B K X"],
+    limits: tuple[int, int],
+    move: Callable[[tuple[Array, ...], tuple[Array, ...], Array], Array],
+    target: Array,
+) -> Array:
+    """Folds `move(from (b, k, block), (b, k, slot), target)` over the valid entries, in order."""
+    _, heads, width = block_ids.shape
+    valid = (block_ids >= 0) & (block_ids < limits[0]) & (slots >= 0) & (slots < limits[1])
+    # Valid entries first, so that the loop has as many trips as there are blocks to move.
+    order = jnp.argsort(~valid.reshape(-1), stable=True).astype(jnp.int32)
+    flat_blocks, flat_slots = block_ids.reshape(-1), slots.reshape(-1)
+
+    def body(trip: Array, target: Array) -> Array:
+        entry = order[trip]
+        row, head = entry // (heads * width), entry // width % heads
+        return move((row, head, flat_blocks[entry]), (row, head, flat_slots[entry]), target)
+
+    return jax.lax.fori_loop(0, jnp.sum(valid, dtype=jnp.int32), body, target)
+
+
+def fetch_blocks(
+    pool: Float[Array, "L B K slots 2 P D"],
+    host: Float[Array, "L B K M 2 P D"],
+    block_ids: Int32[Array, "B K X"],
+    slots: Int32[Array, "B K X"],
+    layer: Int32[Array, ""],
+) -> Float[Array, "L B K slots 2 P D"]:
+    size = (1, 1, 1, 1, *pool.shape[4:])
+
+    def move(block: tuple[Array, ...], slot: tuple[Array, ...], pool: Array) -> Array:
+        data = jax.lax.dynamic_slice(host, (layer, *block, 0, 0, 0), size)
+        return jax.lax.dynamic_update_slice(pool, jax.device_put(data, Space.Device), (layer, *slot, 0, 0, 0))
+
+    return _for_each_move(block_ids, slots, (host.shape[3], pool.shape[3]), move, pool)
+
+
+def write_back_blocks(
+    host: Float[Array, "L B K M 2 P D"],
+    pool: Float[Array, "L B K slots 2 P D"],
+    block_ids: Int32[Array, "B K X"],
+    slots: Int32[Array, "B K X"],
+    layer: Int32[Array, ""],
+) -> Float[Array, "L B K M 2 P D"]:
+    size = (1, 1, 1, 1, *pool.shape[4:])
+
+    def move(block: tuple[Array, ...], slot: tuple[Array, ...], host: Array) -> Array:
+        data = jax.lax.dynamic_slice(pool, (layer, *slot, 0, 0, 0), size)
+        return jax.lax.dynamic_update_slice(host, jax.device_put(data, Space.Host), (layer, *block, 0, 0, 0))
+
+    return _for_each_move(block_ids, slots, (host.shape[3], pool.shape[3]), move, host)
