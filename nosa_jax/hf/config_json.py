@@ -48,7 +48,9 @@ def read_config_json(folder: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise bad_value(str(path), "must be valid JSON", f"({error})", "Restore the file or download it again.") from error
+        raise bad_value(
+            str(path), "must be valid JSON", f"({error})", "Restore the file or download it again."
+        ) from error
     if not isinstance(raw, dict):
         raise bad_value(str(path), "must hold a JSON object", type(raw).__name__, "Restore the file.")
     return raw
@@ -199,5 +201,4 @@ def _parse_attention(raw: dict[str, Any], overrides: dict[str, Any], has_importa
             got,
             "Remove or rename the unknown keys.",
         )
-    replace_attention(AttentionConfig(), {key: getattr(AttentionConfig(), key, None) for key in overrides})
-    return AttentionConfig(**{**stored, **overrides})
+    return replace_attention(AttentionConfig(**stored), overrides)

@@ -1,0 +1,140 @@
+"""A local Hugging Face folder becomes a model."""
+
+from __future__ import annotations
+
+import operator
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from nosa_jax.attention.importance import Importance
+from nosa_jax.config import ModelConfig, Variant
+from nosa_jax.hf.config_json import parse_config, read_config_json
+from nosa_jax.hf.files import CheckpointFiles, TensorInfo
+from nosa_jax.hf.keymap import Piece, model_pieces
+from nosa_jax.model import NosaLM
+from pallas_kernels._checks import bad_value
+
+DTYPES = ("float32", "bfloat16", "float16")
+_STORED_DTYPES = ("F32", "BF16", "F16", "F64")
+_ROWS_PER_COPY = 256
+
+
+def from_pretrained(
+    path: str | os.PathLike[str],
+    dtype: DTypeLike = jnp.float32,
+    variant: Variant | None = None,
+    attention: dict[str, Any] | None = None,
+) -> NosaLM:
+    """Loads a local checkpoint folder: config.json with model.safetensors, whole or sharded with an index.
+
+    dtype: of the weights: float32, bfloat16 or float16. Importance (A and delta) is float32 always.
+    variant: None takes what config.json says under `nosa_attention`; without that key it is `nosa` if the checkpoint
+        has importance tensors, else `full`. A plain Llama checkpoint asked for as `nosa` or `dma` starts with A = 0 and
+        a small random delta that is the same every time. `full` and `infllmv2` ignore stored importance.
+    attention: fields of AttentionConfig to change, e.g. `{"num_selected_blocks": 32}`. The released NOSA checkpoints
+        do not store theirs: the defaults of AttentionConfig are theirs.
+
+    The host holds one parameter at a time beside what is already on the device.
+
+    Raises FileNotFoundError where files are missing, ImportError without the extra `hf`, ValueError for an unreadable
+    file, for a config.json that asks for other maths, and for tensors that do not fit (all of them are listed).
+    """
+    folder = Path(path)
+    want = check_dtype(dtype)
+    overrides = dict(attention or {})
+    if variant is not None:
+        if overrides.get("variant", variant) != variant:
+            raise bad_value("variant", f"must agree with attention={overrides}", repr(variant), "Give it once.")
+        overrides["variant"] = variant
+    raw = read_config_json(folder)
+    files = CheckpointFiles(folder)
+    has_importance = any(name.endswith(("self_attn.A", "self_attn.delta.weight")) for name in files.infos)
+    config = parse_config(raw, overrides=overrides, has_importance=has_importance)
+    fresh = config.attention.uses_importance and not has_importance and "variant" in overrides
+    pieces = model_pieces(config, importance=config.attention.uses_importance and not fresh)
+    _check_tensors(folder, config, pieces, files)
+    model = nnx.eval_shape(lambda: NosaLM(config, rngs=nnx.Rngs(0), dtype=want))
+    for target, parts in _by_target(pieces).items():
+        variable = operator.attrgetter(target)(model)
+        buffer = np.empty(variable.shape, variable.dtype)
+        for part in parts:
+            _copy(part.view(buffer), files.read(part.name))
+        # On a CPU this shares the memory of `buffer`, which nobody writes again.
+        variable.set_value(jax.device_put(buffer))
+    if fresh:
+        model.layers.attention.importance = Importance(
+            config.num_layers, config.num_kv_heads, config.head_dim, rngs=nnx.Rngs(0)
+        )
+    return model
+
+
+def check_dtype(dtype: DTypeLike) -> np.dtype:
+    """The numpy dtype of weights; raises ValueError for one that weights cannot have."""
+    want = jnp.dtype(dtype)
+    if want.name not in DTYPES:
+        raise bad_value("dtype", f"must be one of {DTYPES}", want.name, "Use jnp.float32 or jnp.bfloat16.")
+    return want
+
+
+def _by_target(pieces: list[Piece]) -> dict[str, list[Piece]]:
+    grouped: dict[str, list[Piece]] = {}
+    for piece in pieces:
+        grouped.setdefault(piece.target, []).append(piece)
+    return grouped
+
+
+def _copy(into: np.ndarray, tensor: np.ndarray) -> None:
+    # In bands of rows: a whole transposed copy of a large matrix is bound by cache misses.
+    for start in range(0, tensor.shape[0], _ROWS_PER_COPY):
+        into[start : start + _ROWS_PER_COPY] = tensor[start : start + _ROWS_PER_COPY]
+
+
+def _check_tensors(folder: Path, config: ModelConfig, pieces: list[Piece], files: CheckpointFiles) -> None:
+    expected = {piece.name: piece.shape for piece in pieces}
+    known = expected.keys() | _ignored(config, files)
+    lines = [
+        *(f"  missing     {name}: expected {shape}" for name, shape in expected.items() if name not in files.infos),
+        *(f"  unexpected  {name}: found {info.shape}" for name, info in files.infos.items() if name not in known),
+        *(
+            f"  misfit      {name}: expected {shape}, found {files.infos[name].shape} {files.infos[name].dtype}"
+            for name, shape in expected.items()
+            if name in files.infos and not _fits(shape, files.infos[name])
+        ),
+    ]
+    if lines:
+        raise ValueError(
+            f"path: the tensors of {folder} must fit its config.json with variant {config.attention.variant!r} "
+            f"(dtypes {', '.join(_STORED_DTYPES)}), got\n"
+            + "\n".join(lines)
+            + "\nCheck that config.json and the weights belong together, or ask for another variant."
+        )
+
+
+def _fits(shape: tuple[int, ...], info: TensorInfo) -> bool:
+    return info.shape == shape and info.dtype in _STORED_DTYPES
+
+
+def _ignored(config: ModelConfig, files: CheckpointFiles) -> set[str]:
+    """Stored tensors that a model of `config` has no use for."""
+    pieces = model_pieces(config, importance=True)
+    ignored = {piece.name for piece in pieces if piece.is_importance and not config.attention.uses_importance}
+    # Derived from config.json; written by old versions of transformers.
+    ignored |= {name for name in files.infos if name.endswith("rotary_emb.inv_freq")}
+    head, embed = "lm_head.weight", "model.embed_tokens.weight"
+    if config.tie_embeddings and head in files.infos and embed in files.infos:
+        if not np.array_equal(files.read(head), files.read(embed)):
+            raise bad_value(
+                "config.json",
+                "tie_word_embeddings=True needs lm_head.weight equal to model.embed_tokens.weight",
+                "two different tensors",
+                "Set tie_word_embeddings to false in config.json.",
+            )
+        ignored.add(head)
+    return ignored
