@@ -275,29 +275,25 @@ class LocalityReport:
     def table(self) -> str:
         """One line per layer and KV head, then their mean and sum; fixed width."""
         kib = self.block_bytes / 1024
-        columns = [("gamma", ".3f", self.gamma), ("unforced", ".3f", self.gamma_unforced)]
-        columns += [("new", ".2f", self.new_blocks)]
-        columns += [(f"miss@{slots}", ".2f", misses) for slots, misses in self.misses.items()]
-        columns += [(f"KiB@{slots}", ".1f", misses * kib) for slots, misses in self.misses.items()]
-
-        def line(name: str, numbers: Sequence[float | None]) -> str:
-            cells = ["" if x is None else _number(x, spec) for (_, spec, _), x in zip(columns, numbers, strict=True)]
-            return name + "".join(f"{cell:>10}" for cell in cells)
-
-        lines = [
-            f"{self.label}: {self.steps} steps, {self.attention.num_selected_blocks} blocks of "
-            f"{self.attention.block_size} tokens selected, {kib:g} KiB per block; guaranteed gamma "
-            f"{_number(self.guaranteed_gamma, '.3f')}",
-            "layer  head" + "".join(f"{name:>10}" for name, _, _ in columns),
-        ]
-        for layer, head in np.ndindex(self.gamma.shape):
-            lines.append(line(f"{layer:5d} {head:5d}", [values[layer, head] for _, _, values in columns]))
-        lines.append(line(f"{'mean':>11}", [values.mean() for _, _, values in columns]))
-        lines.append(line(f"{'sum':>11}", [None, None, *(values.sum() for _, _, values in columns[2:])]))
-        lines.append(
-            "unforced: gamma without sink and local blocks. new, miss, KiB: per step; @: slots of an LRU pool."
+        columns = {"gamma": self.gamma, "unforced": self.gamma_unforced, "new": self.new_blocks}
+        columns |= {f"miss@{slots}": values for slots, values in self.misses.items()}
+        columns |= {f"KiB@{slots}": values * kib for slots, values in self.misses.items()}
+        values = np.stack(list(columns.values()))  # [columns, L, K]
+        sums = values.sum((1, 2))
+        sums[:2] = np.nan  # a ratio has no sum
+        rows = [(f"{layer:5d} {head:5d}", values[:, layer, head]) for layer, head in np.ndindex(self.gamma.shape)]
+        rows += [(f"{'mean':>11}", values.mean((1, 2))), (f"{'sum':>11}", sums)]
+        specs = [".3f" if i < 2 else ".2f" for i in range(len(columns))]
+        return "\n".join(
+            [
+                f"{self.label}: {self.steps} steps; {self.attention.num_selected_blocks} blocks of "
+                f"{self.attention.block_size} tokens selected; a block is {kib:g} KiB; guaranteed gamma "
+                f"{_number(self.guaranteed_gamma, '.3f')}",
+                "layer  head" + "".join(f"{name:>10}" for name in columns),
+                *(name + "".join(f"{_number(x, f):>10}" for x, f in zip(xs, specs, strict=True)) for name, xs in rows),
+                "unforced: gamma without sink and local blocks; new, miss, KiB: per step; @: slots of the device pool",
+            ]
         )
-        return "\n".join(lines)
 
     def __str__(self) -> str:
         return self.table()
@@ -306,8 +302,7 @@ class LocalityReport:
         """The report in plain types for `json.dump`; NaN becomes None."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         fields["attention"] = dataclasses.asdict(self.attention)
-        fields["misses"] = {str(slots): misses for slots, misses in self.misses.items()}
-        fields["bytes_per_token"] = {str(slots): self.bytes_per_token(slots) for slots in self.misses}
+        fields["bytes_per_token"] = {slots: self.bytes_per_token(slots) for slots in self.misses}
         return _plain(fields)
 
 
@@ -317,9 +312,11 @@ def _number(value: float, spec: str) -> str:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, np.ndarray | list | tuple):
-        return [_plain(item) for item in (value.tolist() if isinstance(value, np.ndarray) else value)]
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return [_plain(item) for item in value.tolist()]
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
     return None if isinstance(value, float) and np.isnan(value) else value
 
 

@@ -1,0 +1,254 @@
+"""Recorded selections: where they come from, how they are stored and joined, and what is drawn from them."""
+
+import builtins
+import dataclasses
+import json
+import types
+
+import jax.numpy as jnp
+import jaxtyping
+import matplotlib
+import numpy as np
+import pytest
+
+from nosa_jax import plots
+from nosa_jax.config import AttentionConfig, ModelConfig
+from nosa_jax.recorder import Selections
+
+ATTENTION = AttentionConfig(
+    block_size=4,
+    pooling_window=4,
+    pooling_stride=2,
+    num_selected_blocks=5,
+    num_sink_blocks=1,
+    num_local_blocks=2,
+    num_query_blocks=1,
+)
+CONFIG = ModelConfig(
+    vocab_size=8,
+    hidden_size=8,
+    intermediate_size=8,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=16,
+    attention=ATTENTION,
+)
+LAYERS, HEADS, WIDTH = 2, 2, 5
+
+
+def select(position, layer, row, head):
+    """Any selection that depends on everything: forced blocks and some of the others."""
+    own = position // 4
+    rng = np.random.default_rng([position, layer, row, head])
+    others = [m for m in range(own + 1) if m >= 1 and m < own - 1]
+    chosen = {0, own, max(0, own - 1), *rng.permutation(others)[:2].tolist()}
+    return [*sorted(chosen), *[-1] * (WIDTH - len(chosen))]
+
+
+def ids_for(positions):
+    """[L, B, K, T, J]; garbage where the position is -1, as a finished row may leave it."""
+    positions = np.asarray(positions)
+    ids = np.full((LAYERS, len(positions), HEADS, positions.shape[1], WIDTH), 7, np.int32)
+    for layer, row, head, t in np.ndindex(ids.shape[:-1]):
+        if positions[row, t] >= 0:
+            ids[layer, row, head, t] = select(positions[row, t], layer, row, head)
+    return ids
+
+
+def run(positions):
+    positions = np.array(positions, np.int32)
+    return Selections(np.where((positions >= 0)[:, None, :, None], ids_for(positions), -1), positions, ATTENTION, 16)
+
+
+def assert_same(a, b):
+    np.testing.assert_array_equal(a.positions, b.positions)
+    np.testing.assert_array_equal(a.block_ids, b.block_ids)
+    for name in ("attention", "head_dim", "itemsize", "label"):
+        assert getattr(a, name) == getattr(b, name)
+
+
+# Two rows: prompts of 6 and 9 tokens, then 5 and 3 generated ones.
+PREFILL = [[0, 1, 2, 3, 4, 5, -1, -1, -1], [0, 1, 2, 3, 4, 5, 6, 7, 8]]
+DECODE = [[5, 6, 7, 8, 9], [8, 9, 10, -1, -1]]
+WHOLE = [[*range(10), -1], [*range(11)]]
+
+
+def prefill():
+    out = types.SimpleNamespace(block_ids=jnp.asarray(ids_for(PREFILL)))
+    return Selections.from_forward(out, jnp.array([6, 9]), config=CONFIG)
+
+
+def decode():
+    generation = types.SimpleNamespace(block_ids=jnp.asarray(ids_for(DECODE)), lengths=jnp.array([5, 3]))
+    return Selections.from_generation(generation, [6, 9], config=CONFIG)
+
+
+def test_from_forward():
+    assert_same(prefill(), run(PREFILL))
+    out = types.SimpleNamespace(block_ids=jnp.asarray(ids_for([range(9)] * 2)))
+    assert_same(Selections.from_forward(out, config=CONFIG), run([range(9)] * 2))
+
+
+def test_from_generation():
+    assert_same(decode(), run(DECODE))
+    assert decode().label == "nosa"
+
+
+def test_concatenate_joins_prefill_and_generation():
+    assert_same(prefill().concatenate(decode()), run(WHOLE))
+
+
+def test_concatenate_with_nothing_new():
+    assert_same(prefill().concatenate(prefill()), prefill())
+
+
+def test_save_and_load(tmp_path):
+    recorded = dataclasses.replace(decode(), label="nosa, 8K text", itemsize=4)
+    path = tmp_path / "run"  # no .npz: the name stays as it is
+    recorded.save(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["run"]
+    assert_same(Selections.load(path), recorded)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a zip", b"PK\x03\x04 broken"])
+def test_load_refuses_other_files(tmp_path, content):
+    path = tmp_path / "other.npz"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"path: must be a file written by Selections.save, got .*other.npz"):
+        Selections.load(path)
+
+
+def test_load_refuses_other_arrays(tmp_path):
+    np.savez(tmp_path / "a.npz", x=np.zeros(3))
+    np.save(tmp_path / "b.npy", np.zeros(3))
+    np.savez(tmp_path / "c.npz", header=json.dumps({"format": "2"}), block_ids=np.zeros(1), positions=np.zeros(1))
+    for name, message in (("a.npz", "must be a file"), ("b.npy", "must be a file"), ("c.npz", "must hold 'nosa-jax")):
+        with pytest.raises(ValueError, match=message):
+            Selections.load(tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        Selections.load(tmp_path / "missing.npz")
+
+
+def test_report_uses_the_block_size_in_bytes():
+    report = prefill().concatenate(decode()).report(slots=[5])
+    assert report.block_bytes == 2 * 4 * 16 * 2
+    assert report.steps == 9 + 10
+    assert report.gamma.shape == (2, 2)
+
+
+@pytest.mark.parametrize(
+    "build, error, message",
+    [
+        (lambda: run([[3, 5, 6]]), ValueError, "positions: must count up one by one"),
+        (lambda: run([[-1, 0, 1]]), ValueError, "positions: must count up one by one"),
+        (lambda: Selections(np.zeros((1, 1, 1, 2, 3)), np.zeros((1, 2), np.int32), ATTENTION, 16), TypeError, "int32"),
+        (
+            lambda: Selections(np.zeros((1, 1, 1, 2, 3), np.int32), np.zeros((1, 3), np.int32), ATTENTION, 16),
+            ValueError,
+            r"positions: must have shape \[B, T\] = \(1, 2\), got \(1, 3\)",
+        ),
+        (
+            lambda: Selections.from_forward(types.SimpleNamespace(block_ids=None), config=CONFIG),
+            ValueError,
+            "Call with record=True",
+        ),
+        (
+            lambda: Selections.from_forward(types.SimpleNamespace(block_ids=ids_for(PREFILL)), [6, 10], config=CONFIG),
+            ValueError,
+            "lengths: must be between 0 and T = 9",
+        ),
+        (
+            lambda: Selections.from_generation(
+                types.SimpleNamespace(block_ids=ids_for(DECODE), lengths=[5, 3]), [6], config=CONFIG
+            ),
+            ValueError,
+            r"prompt_lengths: must have shape \[B\] = \(2\), got \(1,\)",
+        ),
+        (
+            lambda: Selections.from_generation(
+                types.SimpleNamespace(block_ids=ids_for(DECODE), lengths=[5, 3]), [6, 0], config=CONFIG
+            ),
+            ValueError,
+            "prompt_lengths: must be >= 1",
+        ),
+        (lambda: run([[0, 1]]).concatenate(run([[3, 4]])), ValueError, "positions: must count up one by one"),
+        (lambda: run([[0, 1]]).concatenate(run(DECODE)), ValueError, "later.block_ids: must have shape"),
+        (
+            lambda: run([[0, 1]]).concatenate(dataclasses.replace(run([[1, 2]]), head_dim=8)),
+            ValueError,
+            "later: must have the same head_dim, got 16 and 8",
+        ),
+    ],
+)
+def test_errors(build, error, message, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(error, match=message):
+        build()
+
+
+# --- Figures -------------------------------------------------------------------------------------------------------
+
+
+def test_comparison_figure(tmp_path):
+    reports = {"nosa": run([range(16, 27)] * 2).report([5]), "early": run([range(11)] * 2).report([5, 8])}
+    settings = dict(matplotlib.rcParams)
+    figure = plots.plot_comparison(reports, tmp_path / "comparison.png")
+    assert dict(matplotlib.rcParams) == settings
+    assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    by_layer, by_slots, by_position = figure.axes[:3]
+    assert [axes.get_title(loc="left") for axes in figure.axes[:3]] == [
+        "Reuse by layer",
+        "Transfers by size of the device pool",
+        "Reuse along the text",
+    ]
+    np.testing.assert_allclose(by_layer.lines[0].get_ydata(), reports["nosa"].gamma.mean(1))
+    np.testing.assert_array_equal(by_slots.lines[1].get_xdata(), [5, 8])
+    np.testing.assert_array_equal(by_position.lines[1].get_xdata(), range(0, 11, 4))
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == ["nosa", "early", r"guaranteed $\gamma$"]
+    with pytest.raises(ValueError, match="reports: must hold at least one"):
+        plots.plot_comparison({})
+
+
+def test_selection_map(tmp_path):
+    recorded = run([[7, 8, 9, 10, 11, 12]])
+    ids = np.array([[0, 1], [0, 1], [0, 1], [0, 2], [1, 2], [0, 2]], np.int32)
+    ids = np.concatenate([ids, np.full((6, 3), -1, np.int32)], axis=1)
+    ids[-1] = [0, 2, 3, -1, -1]
+    recorded.block_ids[1, 0, 1] = ids
+    figure = plots.plot_selection_map(recorded, layer=1, head=1, path=tmp_path / "map.png")
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+    # Rows are blocks 0 .. 3. 0: not selected, 1: sink or local, 2: kept, 3: new, 4: not yet written.
+    np.testing.assert_array_equal(
+        figure.axes[0].images[0].get_array(),
+        [
+            [1, 1, 1, 1, 0, 3],
+            [1, 1, 1, 0, 3, 0],
+            [4, 0, 0, 3, 1, 1],
+            [4, 4, 4, 4, 4, 3],
+        ],
+    )
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["not selected", "sink and local", "new at this step", "not yet written"]
+
+
+def test_selection_map_errors():
+    with pytest.raises(ValueError, match=r"head: must be in 0 .. 1, got 2"):
+        plots.plot_selection_map(run([[0, 1]]), head=2)
+    with pytest.raises(ValueError, match="row: must have at least one step"):
+        plots.plot_selection_map(run([[0, 1], [-1, -1]]), row=1)
+
+
+def test_missing_matplotlib_is_named(monkeypatch):
+    real = builtins.__import__
+
+    def without_matplotlib(name, *args, **kwargs):
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    selections = run([[0, 1]])
+    monkeypatch.setattr(builtins, "__import__", without_matplotlib)
+    with pytest.raises(ImportError, match=r'pip install "nosa-jax\[plots\]"'):
+        plots.plot_selection_map(selections)
