@@ -145,23 +145,25 @@ def forward(
     return ForwardOutput(model.logits(hidden), hidden, recorded)
 
 
-def as_block_ids(config: ModelConfig, block_ids: Any, positions: Int32[Array, "B T"]) -> Array | None:
+def as_block_ids(
+    config: ModelConfig, block_ids: Any, positions: Int32[Array, "B T"], name: str = "block_ids"
+) -> Array | None:
     """Checked int32 [L, B, K, T, J] for a replay, or None as given."""
     if block_ids is None:
         return None
     if not config.attention.is_sparse:
-        raise bad_value("block_ids", "has no meaning for variant 'full'", "an array", "Drop it.")
-    require_integers("block_ids", block_ids)
+        raise bad_value(name, "has no meaning for variant 'full'", "an array", "Drop it.")
+    require_integers(name, block_ids)
     batch, length = positions.shape
     expected = (config.num_layers, batch, config.num_kv_heads, length, config.attention.num_selected_blocks)
-    require_shape("block_ids", block_ids, expected, "[L, B, K, T, J]")
+    require_shape(name, block_ids, expected, "[L, B, K, T, J]")
     block_ids = jnp.asarray(block_ids, jnp.int32)
     if is_concrete(block_ids, positions):
         own = jnp.where(positions >= 0, positions // config.attention.block_size, -1)[None, :, None, :, None]
         ascending = jnp.all((block_ids[..., 1:] > block_ids[..., :-1]) | (block_ids[..., 1:] == -1))
         if not bool(ascending & jnp.all((block_ids >= -1) & (block_ids <= own))):
             raise bad_value(
-                "block_ids",
+                name,
                 "must ascend without repeats, padded with -1 at the end, none after the query's own block",
                 "ids that break this",
                 "Use ids recorded on rows of the same lengths.",

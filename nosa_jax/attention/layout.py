@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int32
@@ -55,7 +56,7 @@ def as_tokens(tokens: Any, vocab_size: int, *, rank: int = 2, name: str = "token
     if tokens.size == 0:
         raise bad_value(name, "must hold at least one token per row", f"shape {tokens.shape}", "Pass a prompt.")
     if is_concrete(tokens):
-        values = np.asarray(tokens)
+        values = np.asarray(jax.device_get(tokens))
         wrong = np.argwhere((values < 0) | (values >= vocab_size))
         if wrong.size:
             where = tuple(int(i) for i in wrong[0])
@@ -77,7 +78,7 @@ def as_lengths(
     lengths = _as_integers("lengths", lengths)
     require_shape("lengths", lengths, (batch,), "[B]")
     if is_concrete(lengths):
-        values = np.asarray(lengths)
+        values = np.asarray(jax.device_get(lengths))
         wrong = np.flatnonzero((values < minimum) | (values > limit))
         if wrong.size:
             row = int(wrong[0])
@@ -95,7 +96,7 @@ def as_segment_ids(segment_ids: Any, shape: tuple[int, ...], block_size: int) ->
     segment_ids = _as_integers("segment_ids", segment_ids)
     require_shape("segment_ids", segment_ids, shape, "[B, T]")
     if is_concrete(segment_ids):
-        values = np.asarray(segment_ids)
+        values = np.asarray(jax.device_get(segment_ids))
         owner = np.repeat(values[:, ::block_size], block_size, axis=1)[:, : values.shape[1]]
         wrong = np.argwhere((values > 0) & (values != owner))
         if wrong.size:

@@ -187,7 +187,7 @@ def forward(
             _, _, v, logits, mask = _visit(settings, tile, spans, plan, trip)
             new_top = jnp.maximum(top, jnp.max(logits, axis=-1))
             weights = jnp.where(mask, jnp.exp(logits - _finite(new_top)[..., None]), 0)
-            decay = jnp.exp(_finite(top) - _finite(new_top))
+            decay = jnp.exp(top - _finite(new_top))  # 0 while nothing was seen
             seen = jnp.einsum("bktgs,bksd->bktgd", weights.astype(v.dtype), v, preferred_element_type=dtype)
             return out * decay[..., None] + seen, new_top, total * decay + weights.sum(-1)
 

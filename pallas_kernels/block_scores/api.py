@@ -35,9 +35,8 @@ def block_scores(
         )
     batch, length, heads, dim = q.shape
     kv_heads, windows = pooled_keys.shape[-3:-1]
-    require_shape(
-        "pooled_keys", pooled_keys[0] if layer is not None else pooled_keys, (batch, None, None, dim), "[B, K, C, D]"
-    )
+    stacked = () if layer is None else (None,)
+    require_shape("pooled_keys", pooled_keys, (*stacked, batch, None, None, dim), "[(L,) B, K, C, D]")
     require_shape("positions", positions, (batch, length), "[B, T]")
     if heads % kv_heads:
         raise bad_value("q", "must have a multiple of K heads", f"N={heads}, K={kv_heads}", "Check the head axis.")

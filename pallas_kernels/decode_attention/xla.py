@@ -58,7 +58,7 @@ def decode_attention(
         new_top = jnp.maximum(top, jnp.max(logits, axis=-1))
         safe_top = jnp.where(jnp.isfinite(new_top), new_top, 0)
         weights = jnp.where(mask[:, :, None], jnp.exp(logits - safe_top[..., None]), 0)
-        decay = jnp.exp(jnp.where(jnp.isfinite(top), top, 0) - safe_top)
+        decay = jnp.exp(top - safe_top)  # 0 while nothing was seen
         seen = jnp.einsum("bkgs,bksd->bkgd", weights.astype(kv.dtype), kv[:, :, 1], preferred_element_type=dtype)
         return out * decay[..., None] + seen, new_top, total * decay + weights.sum(-1)
 

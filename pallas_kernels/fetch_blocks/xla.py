@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.memory import Space
 from jaxtyping import Array, Float, Int32
 
 
@@ -43,7 +42,7 @@ def fetch_blocks(
 
     def move(block: tuple[Array, ...], slot: tuple[Array, ...], pool: Array) -> Array:
         data = jax.lax.dynamic_slice(host, (layer, *block, 0, 0, 0), size)
-        return jax.lax.dynamic_update_slice(pool, jax.device_put(data, Space.Device), (layer, *slot, 0, 0, 0))
+        return jax.lax.dynamic_update_slice(pool, jax.device_put(data, jax.memory.Space.Device), (layer, *slot, 0, 0, 0))
 
     return _for_each_move(block_ids, slots, (host.shape[3], pool.shape[3]), move, pool)
 
@@ -59,6 +58,6 @@ def write_back_blocks(
 
     def move(block: tuple[Array, ...], slot: tuple[Array, ...], host: Array) -> Array:
         data = jax.lax.dynamic_slice(pool, (layer, *slot, 0, 0, 0), size)
-        return jax.lax.dynamic_update_slice(host, jax.device_put(data, Space.Host), (layer, *block, 0, 0, 0))
+        return jax.lax.dynamic_update_slice(host, jax.device_put(data, jax.memory.Space.Host), (layer, *block, 0, 0, 0))
 
     return _for_each_move(block_ids, slots, (host.shape[3], pool.shape[3]), move, host)

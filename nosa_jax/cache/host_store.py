@@ -1,0 +1,51 @@
+"""The KV cache in host memory, [L, B, K, M, 2, P, D] in `pinned_host`: allocation and moves of whole layers.
+
+Single blocks cross through `nosa_jax.cache.transport`; nothing else touches host arrays.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+
+def allocate(shape: tuple[int, ...], dtype: Any) -> Array:
+    """A host array of unspecified content; traced, it needs no device memory."""
+    return jax.device_put(jnp.empty(shape, dtype), jax.memory.Space.Host)
+
+
+def load_layer(host: Float[Array, "L B K M 2 P D"], layer: Int32[Array, ""]) -> Float[Array, "B K M 2 P D"]:
+    """One layer of the store, on the device."""
+    start = (layer, *(0,) * (host.ndim - 1))
+    return jax.device_put(jax.lax.dynamic_slice(host, start, (1, *host.shape[1:])), jax.memory.Space.Device)[0]
+
+
+def store_layer(
+    host: Float[Array, "L B K M 2 P D"], blocks: Float[Array, "B K m 2 P D"], layer: Int32[Array, ""]
+) -> Float[Array, "L B K M 2 P D"]:
+    """Writes the first m blocks of every row."""
+    return jax.lax.dynamic_update_slice(
+        host, jax.device_put(blocks[None], jax.memory.Space.Host), (layer, *(0,) * (host.ndim - 1))
+    )
+
+
+def store_rows(
+    host: Float[Array, "L B K M 2 P D"],
+    blocks: Float[Array, "B K M 2 P D"],
+    first: Int32[Array, " B"],
+    count: int,
+    layer: Int32[Array, ""],
+) -> Float[Array, "L B K M 2 P D"]:
+    """Writes `count` blocks of every row, each row from its own `first` (clipped so that they fit)."""
+    batch, kv_heads, m = blocks.shape[:3]
+    first = jnp.clip(first, 0, m - count)
+
+    def body(row: Array, host: Array) -> Array:
+        start = (row, 0, first[row], 0, 0, 0)
+        data = jax.lax.dynamic_slice(blocks, start, (1, kv_heads, count, *blocks.shape[3:]))
+        return jax.lax.dynamic_update_slice(host, jax.device_put(data[None], jax.memory.Space.Host), (layer, *start))
+
+    return jax.lax.fori_loop(0, batch, body, host)

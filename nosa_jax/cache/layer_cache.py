@@ -1,0 +1,194 @@
+"""What one layer does to the decode state: whole [L, ...] arrays in, whole arrays out, `layer` an int32 scalar.
+
+Slices of the pool or the host store would be copies; only small tables are sliced.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from nosa_jax.cache import host_store, slots, transport
+from nosa_jax.cache.state import DecodeState, PooledCache, table_at
+from nosa_jax.config import AttentionConfig
+from pallas_kernels import append_pooled_keys
+
+
+def append_summaries(
+    config: AttentionConfig,
+    state: DecodeState,
+    k: Float[Array, "B K n D"],
+    importance: Float[Array, "B K n"] | None,
+    count: Int32[Array, " B"],
+    layer: Int32[Array, ""],
+) -> DecodeState:
+    """Adds the first `count[b]` new tokens of each row to what the selection reads: pooled keys and importance."""
+    start, stride = state.lengths, config.pooling_stride
+
+    def append(cache: PooledCache, new: Array) -> PooledCache:
+        return PooledCache(*append_pooled_keys(*cache, new, start, count, layer, stride=stride))
+
+    if state.keys is not None:
+        state = dataclasses.replace(state, keys=append(state.keys, k))
+    if state.importance is not None:
+        assert importance is not None
+        place, row, head = _places(start, count, importance.shape[1], importance.shape[2], state)
+        block, offset = place // config.block_size, place % config.block_size
+        state = dataclasses.replace(
+            state,
+            pooled_importance=append(state.pooled_importance, importance[..., None]),
+            importance=state.importance.at[layer, row, head, block, offset].set(importance, mode="drop"),
+        )
+    return state
+
+
+def _places(
+    start: Array, count: Array, kv_heads: int, n: int, state: DecodeState
+) -> tuple[Int32[Array, "B 1 n"], Int32[Array, "B 1 1"], Int32[Array, "1 K 1"]]:
+    """Row positions of new tokens (out of range where there is none), with row and head indices to scatter by."""
+    new = jnp.arange(n, dtype=jnp.int32)
+    nowhere = state.num_blocks * state.pool.shape[5]
+    place = jnp.where(new < count[:, None], start[:, None] + new, nowhere)[:, None]
+    return place, jnp.arange(start.shape[0])[:, None, None], jnp.arange(kv_heads)[None, :, None]
+
+
+def admit(
+    state: DecodeState, block_ids: Int32[Array, "B K J"], positions: Int32[Array, " B"], layer: Int32[Array, ""]
+) -> tuple[DecodeState, Int32[Array, "B K J"], Int32[Array, "B K"]]:
+    """Makes the selected blocks resident. Returns the state, the slot of each block and how many were fetched.
+
+    The query's own block takes a slot but is not fetched when it starts with this very token.
+    """
+    if state.host is None:
+        return state, block_ids, jnp.zeros(block_ids.shape[:2], jnp.int32)
+    size = state.pool.shape[5]
+    kept = table_at(state, layer)
+    table, slot_ids, missing = slots.resolve(kept, block_ids, jnp.broadcast_to(positions[:, None], block_ids.shape[:2]))
+    starts_now = (positions % size == 0)[:, None, None] & (block_ids == (positions // size)[:, None, None])
+    wanted = jnp.where(missing & ~starts_now, block_ids, -1)
+    return (
+        dataclasses.replace(
+            state,
+            pool=transport.fetch(state.transport, state.pool, state.host, wanted, slot_ids, layer),
+            table=slots.SlotTable(
+                *(jax.lax.dynamic_update_index_in_dim(x, y, layer, 0) for x, y in zip(state.table, table, strict=True))
+            ),
+        ),
+        slot_ids,
+        jnp.sum(wanted >= 0, axis=-1, dtype=jnp.int32),
+    )
+
+
+def own_slots(
+    block_ids: Int32[Array, "B K J"], slot_ids: Int32[Array, "B K J"], own: Int32[Array, " B"]
+) -> Int32[Array, "B K"]:
+    """The slot of each row's own block; -1 where it is not selected (padding rows)."""
+    return jnp.max(jnp.where(block_ids == own[:, None, None], slot_ids, -1), axis=-1)
+
+
+def write_token(
+    state: DecodeState,
+    k: Float[Array, "B K 1 D"],
+    v: Float[Array, "B K 1 D"],
+    slot: Int32[Array, "B K"],
+    positions: Int32[Array, " B"],
+    layer: Int32[Array, ""],
+) -> DecodeState:
+    """Writes one token per row into its block's slot; nowhere for slot -1."""
+    batch, kv_heads = slot.shape
+    num_slots, size = state.pool.shape[3], state.pool.shape[5]
+    row, head = jnp.arange(batch)[:, None], jnp.arange(kv_heads)[None, :]
+    target = jnp.where(slot >= 0, slot, num_slots)
+    kv = jnp.stack([k[:, :, 0], v[:, :, 0]], axis=2).astype(state.pool.dtype)
+    pool = state.pool.at[layer, row, head, target, :, (positions % size)[:, None]].set(kv, mode="drop")
+    return dataclasses.replace(state, pool=pool)
+
+
+def write_back_full(
+    state: DecodeState, slot: Int32[Array, "B K"], positions: Int32[Array, " B"], layer: Int32[Array, ""]
+) -> DecodeState:
+    """Copies the row's own block to the host store when this token filled it."""
+    if state.host is None:
+        return state
+    size = state.pool.shape[5]
+    filled = jnp.where((positions >= 0) & (positions % size == size - 1), positions // size, -1)
+    block_ids = jnp.broadcast_to(filled[:, None, None], (*slot.shape, 1))
+    host = transport.write_back(state.transport, state.host, state.pool, block_ids, slot[..., None], layer)
+    return dataclasses.replace(state, host=host)
+
+
+def stage_layer(state: DecodeState, layer: Int32[Array, ""], *, fresh: bool) -> Float[Array, "B K M 2 P D"]:
+    """All blocks of one layer on the device. fresh: the rows are empty, nothing need be read."""
+    if state.host is None:
+        return jax.lax.dynamic_index_in_dim(state.pool, layer, keepdims=False)
+    if fresh:
+        return jnp.zeros(state.host.shape[1:], state.pool.dtype)
+    staged = host_store.load_layer(state.host, layer)
+    # A block that is not full yet lives in its slot alone.
+    size = state.pool.shape[5]
+    own = jnp.where(state.lengths % size > 0, state.lengths // size, -1)
+    table = table_at(state, layer).blocks
+    slot = jnp.argmax(table == own[:, None, None], axis=-1)
+    row, head = jnp.arange(slot.shape[0])[:, None], jnp.arange(slot.shape[1])[None, :]
+    target = jnp.where(own >= 0, own, state.num_blocks)[:, None]
+    return staged.at[row, head, target].set(state.pool[layer, row, head, slot], mode="drop")
+
+
+def write_staged(
+    state: DecodeState,
+    staged: Float[Array, "B K M 2 P D"],
+    k: Float[Array, "B K n D"],
+    v: Float[Array, "B K n D"],
+    count: Int32[Array, " B"],
+) -> Float[Array, "B K M 2 P D"]:
+    """Puts the new tokens where they belong."""
+    size = staged.shape[4]
+    place, row, head = _places(state.lengths, count, k.shape[1], k.shape[2], state)
+    kv = jnp.stack([k, v], axis=3).astype(staged.dtype)
+    return staged.at[row, head, place // size, :, place % size].set(kv, mode="drop")
+
+
+def unstage_layer(
+    state: DecodeState,
+    staged: Float[Array, "B K M 2 P D"],
+    last_ids: Int32[Array, "B K J"] | None,
+    count: Int32[Array, " B"],
+    width: int,
+    layer: Int32[Array, ""],
+    *,
+    fresh: bool,
+) -> DecodeState:
+    """Stores a staged layer after up to `width` new tokens; the slots then hold `last_ids`, the last query's selection."""
+    if state.host is None:
+        return dataclasses.replace(state, pool=jax.lax.dynamic_update_index_in_dim(state.pool, staged, layer, 0))
+    assert last_ids is not None
+    size, m = state.pool.shape[5], state.num_blocks
+    touched = min(m, -(-width // size) + 1)
+    if fresh:
+        host = host_store.store_layer(state.host, staged[:, :, :touched], layer)
+    else:
+        host = host_store.store_rows(state.host, staged, state.lengths // size, touched, layer)
+
+    num_slots = state.pool.shape[3]
+    held = min(last_ids.shape[-1], num_slots)
+    row, head = jnp.arange(last_ids.shape[0])[:, None, None], jnp.arange(last_ids.shape[1])[None, :, None]
+    selected = staged[row, head, jnp.maximum(last_ids[..., :held], 0)]
+    start = (layer, *(0,) * (state.pool.ndim - 1))
+    kept = jax.lax.dynamic_slice(state.pool, start, (1, *selected.shape))[0]
+    grows = count > 0
+    selected = jnp.where(grows[:, None, None, None, None, None], selected, kept)
+    last = state.lengths + count - 1
+    table = slots.filled_table(last_ids, jnp.broadcast_to(last[:, None], last_ids.shape[:2]), num_slots)
+    old = table_at(state, layer)
+    table = slots.SlotTable(*(jnp.where(grows[:, None, None], x, y) for x, y in zip(table, old, strict=True)))
+    return dataclasses.replace(
+        state,
+        host=host,
+        pool=jax.lax.dynamic_update_slice(state.pool, selected[None], start),
+        table=slots.SlotTable(
+            *(jax.lax.dynamic_update_index_in_dim(x, y, layer, 0) for x, y in zip(state.table, table, strict=True))
+        ),
+    )

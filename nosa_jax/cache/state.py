@@ -1,0 +1,84 @@
+"""The decode state: one pytree that holds everything a running batch has."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from nosa_jax._pytree import pytree_dataclass, static_field
+from nosa_jax.cache import host_store
+from nosa_jax.cache.slots import SlotTable, empty_table
+from nosa_jax.config import CacheConfig, ModelConfig
+from pallas_kernels import blocks
+
+
+class PooledCache(NamedTuple):
+    """pooled [L, B, K, C, D]: means of the complete windows. sums [L, B, K, 2, D] float32: the last complete stride and
+    the open one."""
+
+    pooled: Float[Array, "L B K C D"]
+    sums: Float[Array, "L B K 2 D"]
+
+
+@pytree_dataclass
+class DecodeState:
+    """A running batch; every row has its own length.
+
+    pool: [L, B, K, slots, 2, P, D], blocks on the device (index 0: K, 1: V). Without offload, slot = block id.
+    host: [L, B, K, M, 2, P, D] in pinned_host; holds every full block. None without offload.
+    table: which block lies in which slot. None without offload.
+    keys: pooled keys. None where the variant does not score by query.
+    importance: [L, B, K, M, P] float32, the bias of each token. None without bias.
+    pooled_importance: the same pooled over windows, D = 1.
+    lengths: int32 [B], tokens in the cache.
+    max_length: what the rows may grow to (static). transport: see CacheConfig (static).
+
+    Memory that no token has reached may hold anything, NaN included.
+    """
+
+    pool: Any
+    host: Any
+    table: Any
+    keys: Any
+    importance: Any
+    pooled_importance: Any
+    lengths: Any
+    max_length: int = static_field()
+    transport: str = static_field()
+
+    @property
+    def num_blocks(self) -> int:
+        """M, blocks that a row may fill."""
+        return self.pool.shape[3] if self.host is None else self.host.shape[3]
+
+
+def empty_state(config: ModelConfig, batch: int, max_length: int, cache: CacheConfig, dtype: Any) -> DecodeState:
+    """The state of `batch` empty rows; call it under `jax.jit`, so that the host store needs no device memory."""
+    attention = config.attention
+    size, stride, dim = attention.block_size, attention.pooling_stride, config.head_dim
+    m = blocks.num_blocks(max_length, size)
+    slots = cache.resolve_slots(attention, m)
+    lead = (config.num_layers, batch, config.num_kv_heads)
+    block = (2, size, dim)
+
+    def pooled(width: int, dtype: Any) -> PooledCache:
+        windows = blocks.num_windows(m * size, stride)
+        return PooledCache(jnp.zeros((*lead, windows, width), dtype), jnp.zeros((*lead, 2, width), jnp.float32))
+
+    return DecodeState(
+        pool=jnp.zeros((*lead, m if slots is None else slots, *block), dtype),
+        host=None if slots is None else host_store.allocate((*lead, m, *block), dtype),
+        table=None if slots is None else empty_table((*lead, slots)),
+        keys=pooled(dim, dtype) if attention.uses_query_scores else None,
+        importance=jnp.zeros((*lead, m, size), jnp.float32) if attention.uses_importance else None,
+        pooled_importance=pooled(1, jnp.float32) if attention.uses_importance else None,
+        lengths=jnp.zeros((batch,), jnp.int32),
+        max_length=max_length,
+        transport=cache.transport,
+    )
+
+
+def table_at(state: DecodeState, layer: Array) -> SlotTable:
+    return SlotTable(*(x[layer] for x in state.table))
