@@ -169,7 +169,12 @@ class Selections:
 def _recorded(out: Any) -> np.ndarray:
     block_ids = getattr(out, "block_ids", None)
     if block_ids is None:
-        raise bad_value("out", "must hold recorded selections", "block_ids=None", "Call with record=True.")
+        raise bad_value(
+            "out",
+            "must hold recorded selections",
+            "block_ids=None",
+            "Call with record=True (`full` selects no blocks).",
+        )
     require_integers("block_ids", block_ids)
     require_shape("block_ids", block_ids, (None,) * 5, "[L, B, K, T, J]")
     return np.asarray(jax.device_get(block_ids), np.int32)  # explicit, so that a transfer guard lets it pass
