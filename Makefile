@@ -1,0 +1,59 @@
+# make PYTHON=/path/to/python picks the interpreter; make setup EXTRAS=dev,cuda13 adds the GPU build of JAX.
+
+SHELL := /bin/sh
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+EXTRAS ?= dev
+# Arguments for pytest: make test ARGS="tests/test_hf_config.py -x"
+ARGS ?=
+
+# Each candidate has to run and to say its version: a pyenv shim may exist and fail.
+CANDIDATES := python3.13 python3.12 python3 python $${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.1[2-9]*/bin/python
+ASK_VERSION := import sys, venv, ensurepip; print("%d%02d" % sys.version_info[:2])
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format clean
+
+help: ## show this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
+		printf '  make %-8s %s\n' "$$name" "$$text"; \
+	done
+
+setup: $(INSTALLED) ## make .venv with the package and everything its tests need
+
+demo: $(INSTALLED) ## train and run a tiny model, and show what its cache does
+	$(BIN)/nosa demo
+
+test: $(INSTALLED) ## run all tests (ARGS="..." goes to pytest)
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+lint: $(INSTALLED) ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED) ## bring the code into shape
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove caches and build leftovers; .venv stays
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(INSTALLED): pyproject.toml
+	@if ! $(BIN)/python -c '$(ASK_VERSION)' >/dev/null 2>&1; then \
+		for python in $(PYTHON) $(CANDIDATES); do \
+			version=$$("$$python" -c '$(ASK_VERSION)' 2>/dev/null) || continue; \
+			if [ "$$version" -ge 312 ]; then found=$$python; break; fi; \
+		done; \
+		if [ -z "$$found" ]; then \
+			echo "No Python >= 3.12 with venv found among $(PYTHON) python3.13, python3.12, python3, python and the versions of pyenv." >&2; \
+			echo "Install one (pyenv install 3.12, or apt install python3.12-venv) or run: make PYTHON=/path/to/python" >&2; \
+			exit 1; \
+		fi; \
+		echo "Making $(VENV) with $$found"; \
+		"$$found" -m venv --clear $(VENV); \
+	fi
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
+	@touch $@

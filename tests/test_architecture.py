@@ -1,0 +1,99 @@
+"""Imports go one way only, and `import nosa_jax` asks for nothing but the core dependencies."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# From the bottom up: a module may import its own floor and those below it.
+FLOORS: list[set[str]] = [
+    {"pallas_kernels"},
+    {"nosa_jax._pytree", "nosa_jax.config", "nosa_jax.presets"},
+    {"nosa_jax.attention", "nosa_jax.rope"},
+    {"nosa_jax.model"},
+    {"nosa_jax.cache", "nosa_jax.decode", "nosa_jax.generation", "nosa_jax.sampling", "nosa_jax.train"},
+    {"nosa_jax.hf", "nosa_jax.locality", "nosa_jax.recorder", "nosa_jax.plots", "nosa_jax.evals", "nosa_jax.tracking"},
+    {"nosa_jax", "nosa_jax.ops"},  # what users import
+    {"nosa_jax.cli"},
+    {"experiments"},
+]
+KERNEL_DEPENDENCIES = {"jax", "jaxlib", "jaxtyping", "numpy", "pallas_kernels"}
+BACKEND_MODULE = "pallas_kernels._backend"
+OPTIONAL = ("tyro", "grain", "tqdm", "matplotlib", "safetensors", "tokenizers", "torch", "transformers")
+
+
+def modules() -> dict[str, Path]:
+    files = [file for top in ("pallas_kernels", "nosa_jax", "experiments") for file in (ROOT / top).rglob("*.py")]
+    names = {}
+    for file in files:
+        parts = file.relative_to(ROOT).with_suffix("").parts
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    return names
+
+
+MODULES = modules()
+
+
+def floor(module: str) -> int | None:
+    """The floor of `module` or of the closest package around it; only the package `nosa_jax` itself is the facade."""
+    for length in range(module.count(".") + 1, 0, -1):
+        prefix = ".".join(module.split(".")[:length])
+        if prefix == "nosa_jax" and prefix != module:
+            return None
+        for number, names in enumerate(FLOORS):
+            if prefix in names:
+                return number
+    return None
+
+
+def imports(module: str) -> Iterator[str]:
+    """Dotted names that the file of `module` imports, anywhere in it."""
+    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} has a relative import"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                # `from package import thing` names a module or something inside the package.
+                is_module = full in MODULES or (node.module or "").startswith("jax.experimental")
+                yield full if is_module else str(node.module)
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_go_down_only(module):
+    own = floor(module)
+    assert own is not None, f"{module} has no place yet: give it a floor in {Path(__file__).name}"
+    for name in imports(module):
+        if name.split(".")[0] in ("pallas_kernels", "nosa_jax", "experiments"):
+            other = floor(name)
+            assert other is not None and other <= own, f"{module} must not import {name}"
+
+
+def test_kernels_know_jax_only():
+    for module in MODULES:
+        if module.split(".")[0] == "pallas_kernels":
+            for name in imports(module):
+                top = name.split(".")[0]
+                assert top in KERNEL_DEPENDENCIES or top in sys.stdlib_module_names, f"{module} imports {name}"
+
+
+def test_one_module_knows_the_pallas_backends():
+    for module in MODULES:
+        for name in imports(module):
+            backend = name.startswith("jax.experimental.pallas.") or name.startswith("jax._src.pallas")
+            assert not backend or module == BACKEND_MODULE, f"{module} imports {name}: go through {BACKEND_MODULE}"
+
+
+@pytest.mark.parametrize("module", ["nosa_jax", "nosa_jax.hf"])
+def test_importing_needs_the_core_alone(module):
+    script = f"import sys, {module}; print(*[name for name in {OPTIONAL!r} if name in sys.modules])"
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert loaded.stdout.split() == []
