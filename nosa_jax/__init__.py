@@ -1,17 +1,46 @@
 """Native and offloadable sparse attention (NOSA, arXiv 2510.13602) in JAX."""
 
-from typing import TYPE_CHECKING, Any
-
-from nosa_jax import ops, presets
+from nosa_jax import locality, ops, presets
 from nosa_jax.cache.plan import CacheTooLargeError, Plan, plan
 from nosa_jax.cache.state import DecodeState
 from nosa_jax.config import AttentionConfig, CacheConfig, ModelConfig, RopeConfig
 from nosa_jax.decode import decode_step, extend, prefill
 from nosa_jax.generation import Generation, generate, stream
-
+from nosa_jax.hf import from_pretrained, save_pretrained
 from nosa_jax.model import ForwardOutput, NosaLM, cast, forward, num_parameters, with_attention
-
+from nosa_jax.recorder import Selections
 from nosa_jax.sampling import Sampling
 from pallas_kernels import KernelUnsupportedError
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "AttentionConfig",
+    "CacheConfig",
+    "CacheTooLargeError",
+    "DecodeState",
+    "ForwardOutput",
+    "Generation",
+    "KernelUnsupportedError",
+    "ModelConfig",
+    "NosaLM",
+    "Plan",
+    "RopeConfig",
+    "Sampling",
+    "Selections",
+    "cast",
+    "decode_step",
+    "extend",
+    "forward",
+    "from_pretrained",
+    "generate",
+    "locality",
+    "num_parameters",
+    "ops",
+    "plan",
+    "prefill",
+    "presets",
+    "save_pretrained",
+    "stream",
+    "with_attention",
+]

@@ -19,7 +19,7 @@ from nosa_jax.cache import layer_cache as kv
 from nosa_jax.cache.plan import plan
 from nosa_jax.cache.state import DecodeState, empty_state
 from nosa_jax.config import CacheConfig, ModelConfig
-from nosa_jax.model import Layers, NosaLM, rms_norm
+from nosa_jax.model import Layers, NosaLM, layer_at, rms_norm
 from pallas_kernels import block_attention, decode_attention
 from pallas_kernels._checks import bad_value, is_concrete
 
@@ -267,16 +267,19 @@ def step(
     active = room if active is None else room & active
     positions = jnp.where(active, state.lengths, -1)
 
-    def body(carry: tuple[Array, DecodeState], inputs: tuple[Layers, Array, Array | None]) -> tuple[Any, Any]:
+    def body(carry: tuple[Array, DecodeState], inputs: tuple[Array, Array | None]) -> tuple[Any, Any]:
         x, state = carry
-        layer, index, forced = inputs
-        normed = rms_norm(x, layer.attention_norm[...], config.rms_norm_eps)
-        out, state, ids, fetched = _step_layer(config, layer.attention, state, normed, positions, forced, index)
-        return (layer.feed_forward(config, x + out), state), (ids, fetched)
+        index, forced = inputs
+        attention, x = layer_at(model.layers.attention, index, x)
+        normed = rms_norm(x, model.layers.attention_norm[...][index], config.rms_norm_eps)
+        out, state, ids, fetched = _step_layer(config, attention, state, normed, positions, forced, index)
+        mlp, x = layer_at(model.layers.mlp, index, x + out)
+        x = x + mlp(rms_norm(x, model.layers.mlp_norm[...][index], config.rms_norm_eps))
+        return (x, state), (ids, fetched)
 
     indices = jnp.arange(config.num_layers, dtype=jnp.int32)
     x = model.embed[...][tokens][:, None]
-    (x, state), (ids, fetched) = jax.lax.scan(body, (x, state), (model.layers, indices, forced_ids))
+    (x, state), (ids, fetched) = jax.lax.scan(body, (x, state), (indices, forced_ids))
     state = dataclasses.replace(state, lengths=state.lengths + active)
     return state, StepOutput(model.logits(model.final_norm(x[:, 0])), ids, fetched)
 

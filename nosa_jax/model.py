@@ -171,6 +171,12 @@ def as_block_ids(
     return block_ids
 
 
+def layer_at[Stack: nnx.Module](stack: Stack, index: Int32[Array, ""], x: Array) -> tuple[Stack, Array]:
+    """One layer of stacked parameters, sliced only when `x` is computed: a step then keeps one slice at a time, not all."""
+    index, x = jax.lax.optimization_barrier((index, x))
+    return jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, index, keepdims=False), stack), x
+
+
 def with_attention(model: NosaLM, **overrides: Any) -> NosaLM:
     """The same weights under another AttentionConfig, e.g. `variant="infllmv2"`; parameters are shared, not copied.
 

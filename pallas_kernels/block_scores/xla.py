@@ -27,9 +27,6 @@ def block_scores(
     batch, length, heads, dim = q.shape
     kv_heads, windows = pooled_keys.shape[1], pooled_keys.shape[2]
     query_first = blocks.query_first_blocks(positions, first_block, block_size)
-    # Windows of a cache that no token reached yet may hold anything; they are invisible, zero keeps NaN out of the dot.
-    reached = (stride * jnp.arange(windows) + 2 * stride - 1)[None] <= positions.max(-1, keepdims=True)
-    pooled_keys = jnp.where(reached[:, None, :, None], pooled_keys, 0)
 
     def chunk_scores(args: tuple[Array, Array, Array]) -> Array:
         q, positions, query_first = args

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-_CHUNK = 8  # blocks gathered at once
+_CHUNK = 4  # blocks gathered at once
 
 
 def decode_attention(
@@ -47,10 +47,8 @@ def decode_attention(
         )
         token = ids[..., None] * size + jnp.arange(size, dtype=jnp.int32)
         mask = (ok[..., None] & (token <= positions[:, None, None, None])).reshape(batch, kv_heads, -1)
-        kv = pool[layer, row, head, slot]  # [B, K, chunk, 2, P, D]
-        kv = jnp.moveaxis(kv, 3, 2).reshape(batch, kv_heads, 2, -1, dim)
-        kv = jnp.where(mask[:, :, None, :, None], kv, 0)  # unwritten memory may hold NaN
-        logits = jnp.einsum("bkgd,bksd->bkgs", grouped, kv[:, :, 0], preferred_element_type=dtype) * scale
+        keys = pool[layer, row, head, slot, 0].reshape(batch, kv_heads, -1, dim)
+        logits = jnp.einsum("bkgd,bksd->bkgs", grouped, keys, preferred_element_type=dtype) * scale
         if bias is not None:
             gathered = bias[layer, row, head, ids].reshape(batch, kv_heads, 1, -1)
             logits += jnp.where(mask[:, :, None], gathered, 0).astype(dtype)
@@ -59,7 +57,9 @@ def decode_attention(
         safe_top = jnp.where(jnp.isfinite(new_top), new_top, 0)
         weights = jnp.where(mask[:, :, None], jnp.exp(logits - safe_top[..., None]), 0)
         decay = jnp.exp(top - safe_top)  # 0 while nothing was seen
-        seen = jnp.einsum("bkgs,bksd->bkgd", weights.astype(kv.dtype), kv[:, :, 1], preferred_element_type=dtype)
+        values = pool[layer, row, head, slot, 1].reshape(batch, kv_heads, -1, dim)
+        values = jnp.where(mask[..., None], values, 0)  # unwritten memory may hold NaN
+        seen = jnp.einsum("bkgs,bksd->bkgd", weights.astype(values.dtype), values, preferred_element_type=dtype)
         return out * decay[..., None] + seen, new_top, total * decay + weights.sum(-1)
 
     rows = grouped.shape[:-1]
