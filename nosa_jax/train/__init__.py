@@ -10,13 +10,14 @@ Needs the extra `train`: pip install "nosa-jax[train]".
 """
 
 from nosa_jax.train.checkpoint import Checkpoints, load_model, model_config_from_dict
+from nosa_jax.train.config import TrainConfig
 from nosa_jax.train.data import Corpus, find_files, heldout_batches, load_corpus, stdlib_files, train_batches
-from nosa_jax.train.evaluate import Evaluation, evaluate
+from nosa_jax.train.evaluation import Evaluation, evaluate
 from nosa_jax.train.log import read_log
-from nosa_jax.train.loop import TrainConfig, TrainResult, train
+from nosa_jax.train.loop import TrainResult, train
 from nosa_jax.train.loss import bits_per_byte, length_mask, next_token_loss
 from nosa_jax.train.optim import OptimizerConfig, learning_rate_schedule, make_optimizer
-from nosa_jax.train.step import TrainState, batch_loss, init_state, train_step
+from nosa_jax.train.step import TrainState, batch_loss, init_state, jit_train_step, train_step
 
 __all__ = [
     "Checkpoints",
@@ -32,6 +33,7 @@ __all__ = [
     "find_files",
     "heldout_batches",
     "init_state",
+    "jit_train_step",
     "learning_rate_schedule",
     "length_mask",
     "load_corpus",

@@ -7,7 +7,6 @@ folder and renames it, so a checkpoint that exists is whole.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -76,14 +75,15 @@ class Checkpoints:
     def restore(self, like: TrainState, step: int | None = None) -> TrainState:
         """The state saved at `step` (None: the newest); `like` gives the structure, shapes and dtypes expected.
 
-        `like` may hold arrays or the results of `jax.eval_shape`. Raises ValueError when there is no such
-        checkpoint or when it holds other names, shapes or dtypes.
+        `like` may hold arrays, whose sharding is then kept, or the results of `jax.eval_shape`.
+        Raises ValueError when there is no such checkpoint or when it holds other names, shapes or dtypes.
         """
         step = self._existing(step)
+        place = getattr(like.step, "sharding", None) or jax.devices()[0]
         return TrainState(
             model=self._restore_item("model", like.model, step),
             opt_state=self._restore_item("optimizer", like.opt_state, step),
-            step=jax.numpy.asarray(step, jax.numpy.int32),
+            step=jax.device_put(jax.numpy.int32(step), place),
         )
 
     def restore_model(self, like: Any, step: int | None = None) -> Any:
@@ -99,7 +99,10 @@ class Checkpoints:
         return steps[-1] if step is None else step
 
     def _restore_item(self, item: str, like: Any, step: int) -> Any:
-        wanted = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in _by_name(like).items()}
+        wanted = {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
+            for name, leaf in _by_name(like).items()
+        }
         saved = self._manager.item_metadata(step)[item]
         for name in sorted(wanted.keys() | saved.keys()):
             expected, found = _describe(wanted.get(name)), _describe(saved.get(name))
@@ -128,7 +131,9 @@ def load_model(directory: str | os.PathLike[str], step: int | None = None) -> No
 
 def model_config_from_dict(fields: dict[str, Any]) -> ModelConfig:
     """The inverse of `dataclasses.asdict` after a trip through JSON, which turns tuples into lists."""
-    rope = {name: tuple(value) if isinstance(value, list) else value for name, value in fields["rope"].items()}
+    rope: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in fields["rope"].items()
+    }
     return ModelConfig(**{**fields, "rope": RopeConfig(**rope), "attention": AttentionConfig(**fields["attention"])})
 
 
@@ -141,8 +146,4 @@ def _by_name(tree: Any) -> dict[str, Any]:
 
 
 def _describe(array: Any) -> str:
-    return (
-        "absent"
-        if array is None
-        else f"{array.dtype.name if hasattr(array.dtype, 'name') else array.dtype}{list(array.shape)}"
-    )
+    return "absent" if array is None else f"{jax.numpy.dtype(array.dtype).name}{list(array.shape)}"

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Integer
 
 from nosa_jax.train._require import import_extra, require_int, require_number
 from pallas_kernels._checks import bad_type, bad_value
@@ -91,7 +91,7 @@ def load_corpus(files: Iterable[str | os.PathLike[str]], *, heldout_fraction: fl
 
     Raises ValueError when there are no files, no bytes, or too few files to hold one out.
     """
-    require_number("heldout_fraction", heldout_fraction, 0, 0.9)
+    require_number("heldout_fraction", heldout_fraction, 0.0, 0.9)
     paths = sorted({Path(file) for file in files})
     if not paths:
         raise bad_value("files", "must name at least one file", "none", "Check the paths; see find_files.")
@@ -103,7 +103,7 @@ def load_corpus(files: Iterable[str | os.PathLike[str]], *, heldout_fraction: fl
             "files",
             "must be at least two that are not empty, as whole files are held out",
             len(texts),
-            "Split the text into more files or pass heldout_fraction=0.",
+            "Split the text into more files or pass heldout_fraction=0.0.",
         )
     wanted = heldout_fraction * sum(map(len, texts))
     heldout: set[int] = set()
@@ -129,7 +129,7 @@ class Windows(Sequence[np.ndarray]):
     Raises ValueError when the text is shorter than one window.
     """
 
-    def __init__(self, tokens: Int[np.ndarray, " S"], length: int) -> None:
+    def __init__(self, tokens: Integer[np.ndarray, " S"], length: int) -> None:
         require_int("length", length, 1)
         if len(tokens) < length + 1:
             raise bad_value(
@@ -147,7 +147,7 @@ class Windows(Sequence[np.ndarray]):
         return self.tokens[start : start + self.length + 1].astype(np.int32)
 
 
-def train_batches(tokens: Int[np.ndarray, " S"], *, batch_size: int, length: int, seed: int) -> Any:
+def train_batches(tokens: Integer[np.ndarray, " S"], *, batch_size: int, length: int, seed: int) -> Any:
     """An endless grain iterator of int32 [batch_size, length + 1]: all windows shuffled, anew in every epoch.
 
     `get_state()` returns a small JSON-able dict and `set_state()` takes it back: the next batch is then exactly
@@ -165,8 +165,8 @@ def train_batches(tokens: Int[np.ndarray, " S"], *, batch_size: int, length: int
 
 
 def heldout_batches(
-    tokens: Int[np.ndarray, " S"], *, batch_size: int, length: int, max_batches: int
-) -> Iterator[Int[np.ndarray, "B W"]]:
+    tokens: Integer[np.ndarray, " S"], *, batch_size: int, length: int, max_batches: int
+) -> Iterator[Integer[np.ndarray, "B W"]]:
     """Up to `max_batches` batches of int32 [B, length + 1], the same at every call, spread evenly over the text.
 
     B is `batch_size`, or the number of windows when the text holds fewer.

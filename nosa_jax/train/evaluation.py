@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Integer
 
 from nosa_jax.train.data import heldout_batches
 from nosa_jax.train.loss import bits_per_byte
@@ -28,13 +28,13 @@ class Evaluation:
 
 def evaluate(
     model: Any,
-    tokens: Int[np.ndarray, " S"],
+    tokens: Integer[np.ndarray, " S"],
     *,
     batch_size: int,
     length: int,
     max_batches: int = 16,
     bytes_per_token: float = 1.0,
-    compute_dtype: Any = jnp.float32,
+    compute_dtype: Any = "float32",
 ) -> Evaluation:
     """Next-token loss over at most `max_batches` batches of windows of `length` tokens, the same ones at every call.
 

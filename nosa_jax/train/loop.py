@@ -4,87 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 import os
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 from flax import nnx
 
-from nosa_jax.config import ModelConfig
-from nosa_jax.model import NosaLM
-from nosa_jax.train._require import import_extra, require_int
+from nosa_jax.model import NosaLM, num_parameters
+from nosa_jax.train._interrupt import interrupt_flag
+from nosa_jax.train._require import import_extra
 from nosa_jax.train.checkpoint import Checkpoints
+from nosa_jax.train.config import TrainConfig
 from nosa_jax.train.data import Corpus, train_batches
-from nosa_jax.train.evaluate import Evaluation, evaluate
+from nosa_jax.train.evaluation import Evaluation, evaluate
 from nosa_jax.train.log import JsonLines, environment
 from nosa_jax.train.loss import bits_per_byte
-from nosa_jax.train.optim import OptimizerConfig
-from nosa_jax.train.step import TrainState, init_state, train_step
-from pallas_kernels._checks import bad_type, bad_value
+from nosa_jax.train.step import TrainState, init_state, jit_train_step
+from pallas_kernels._checks import bad_value
 
 Record = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """A training run.
-
-    model: what is trained, e.g. `presets.tiny(variant="infllmv2")`.
-    steps: of the whole run; the horizon of the learning rate schedule.
-    batch_size, length: windows per step and target tokens per window.
-    accumulate: parts a batch is split into to save memory; divides `batch_size`.
-    compute_dtype: of forward and backward pass; "auto" is float32 on a CPU and bfloat16 elsewhere.
-    seed: of the initial weights and the order of the data.
-    log_every: steps between two log records (the first and the last step are always logged).
-    eval_every, checkpoint_every: steps between two of them; 0 leaves only the one at the end.
-    eval_batches: held-out batches per evaluation, at most.
-    keep_checkpoints: how many of the newest stay on disk.
-
-    Raises TypeError or ValueError when a field is out of range.
-    """
-
-    model: ModelConfig
-    optimizer: OptimizerConfig = OptimizerConfig()
-    steps: int = 400
-    batch_size: int = 4
-    length: int = 512
-    accumulate: int = 1
-    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    seed: int = 0
-    log_every: int = 10
-    eval_every: int = 100
-    eval_batches: int = 16
-    checkpoint_every: int = 200
-    keep_checkpoints: int = 2
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.model, ModelConfig):
-            raise bad_type("TrainConfig.model", "must be a ModelConfig", type(self.model).__name__, "See presets.")
-        for name in ("steps", "batch_size", "length", "accumulate", "log_every", "eval_batches", "keep_checkpoints"):
-            require_int(f"TrainConfig.{name}", getattr(self, name), 1)
-        for name in ("seed", "eval_every", "checkpoint_every"):
-            require_int(f"TrainConfig.{name}", getattr(self, name), 0)
-        if self.batch_size % self.accumulate:
-            raise bad_value(
-                "TrainConfig.accumulate", f"must divide batch_size {self.batch_size}", self.accumulate, "Change one."
-            )
-        if self.compute_dtype not in ("auto", "float32", "bfloat16"):
-            raise bad_value(
-                "TrainConfig.compute_dtype", "must be auto, float32 or bfloat16", repr(self.compute_dtype), "Pick one."
-            )
-
-    def resolved_dtype(self) -> str:
-        """`compute_dtype` with "auto" decided for the default backend."""
-        if self.compute_dtype != "auto":
-            return self.compute_dtype
-        return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +64,7 @@ def train(
 
     directory: gets `log.jsonl` and `checkpoints/`; None saves nothing.
     model: to start from (copied), e.g. for continued pretraining; None draws weights with `config.seed`.
+        Its configuration must be `config.model`.
     resume: continue from the newest checkpoint in `directory` (from the start if there is none) on exactly the
         batches that would have come. Everything but the model's shape, the seed, the batches and the text may change.
     on_record: called with every log record, for trackers.
@@ -132,8 +77,17 @@ def train(
     _check_vocabulary(config, corpus)
     root = None if directory is None else Path(directory).expanduser().resolve()
     batches = train_batches(corpus.train, batch_size=config.batch_size, length=config.length, seed=config.seed)
-    model = NosaLM(config.model, rngs=nnx.Rngs(config.seed)) if model is None else model
-    state = init_state(model, config.optimizer, steps=config.steps)
+    if model is None:
+        model = NosaLM(config.model, rngs=nnx.Rngs(config.seed))
+    elif model.config != config.model:
+        raise bad_value(
+            "model",
+            "must be of TrainConfig.model",
+            model.config,
+            "Change the variant with nosa_jax.model.with_attention.",
+        )
+    # Committed to its device as restored arrays are: otherwise the step would compile twice.
+    state = jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding), init_state(model, config.optimizer))
     del model
 
     with contextlib.ExitStack() as stack:
@@ -149,7 +103,7 @@ def train(
         bar = stack.enter_context(
             tqdm(total=config.steps, initial=int(state.step), unit="step", disable=not progress, dynamic_ncols=True)
         )
-        stop = stack.enter_context(_interrupt_flag())
+        stop = stack.enter_context(interrupt_flag())
         run = _Run(config, corpus, state, batches, checkpoints, log, bar, on_record)
         run.start()
         run.advance(stop)
@@ -177,16 +131,6 @@ class _Run:
         self.step = int(state.step)
         self.history: list[Record] = []
         self.evaluations: list[Record] = []
-        self.train_step = jax.jit(
-            partial(
-                train_step,
-                optimizer=config.optimizer,
-                steps=config.steps,
-                compute_dtype=self.dtype,
-                accumulate=config.accumulate,
-            ),
-            donate_argnums=0,
-        )
 
     def record(self, kind: str, **fields: Any) -> Record:
         record = {"kind": kind, "step": self.step, **fields}
@@ -201,7 +145,7 @@ class _Run:
             seed=self.config.seed,
             config=dataclasses.asdict(self.config),
             compute_dtype=self.dtype,
-            parameters=sum(leaf.size for leaf in jax.tree.leaves(self.state.model)),
+            parameters=num_parameters(self.state.model),
             corpus={
                 "train_tokens": len(self.corpus.train),
                 "heldout_tokens": len(self.corpus.heldout),
@@ -215,7 +159,15 @@ class _Run:
         config = self.config
         begin, since = time.perf_counter(), self.step
         while self.step < config.steps and not stop.is_set():
-            self.state, metrics = self.train_step(self.state, next(self.batches))
+            self.state, metrics = jit_train_step(
+                self.state,
+                next(self.batches),
+                optimizer=config.optimizer,
+                steps=config.steps,
+                compute_dtype=self.dtype,
+                accumulate=config.accumulate,
+                remat=config.remat,
+            )
             self.step += 1
             self.bar.update()
             last = self.step == config.steps
@@ -278,7 +230,10 @@ class _Run:
         )
         seconds = time.perf_counter() - begin
         self.evaluations.append(self.record("eval", **dataclasses.asdict(result), seconds=seconds))
-        self.bar.write(f"step {self.step}: held-out {result.loss:.4f} nats, {result.bits_per_byte:.4f} bits per byte")
+        if not self.bar.disable:
+            self.bar.write(
+                f"step {self.step}: held-out {result.loss:.4f} nats, {result.bits_per_byte:.4f} bits per byte"
+            )
 
 
 def _due(step: int, every: int) -> bool:
@@ -288,7 +243,7 @@ def _due(step: int, every: int) -> bool:
 def _check_vocabulary(config: TrainConfig, corpus: Corpus) -> None:
     for name in ("train", "heldout"):
         tokens, vocab_size = getattr(corpus, name), config.model.vocab_size
-        if len(tokens) and not (0 <= tokens.min() and tokens.max() < vocab_size):
+        if len(tokens) and not (tokens.min() >= 0 and tokens.max() < vocab_size):
             raise bad_value(
                 f"corpus.{name}",
                 f"must hold token ids below vocab_size = {vocab_size}",
@@ -306,9 +261,8 @@ def _check_resumable(config: TrainConfig, corpus: Corpus, checkpoints: Checkpoin
             "Pass resume=True to continue it, or take another directory.",
         )
     meta = checkpoints.meta()
-    saved = dict(meta["config"])
-    now = dataclasses.asdict(config)
-    for name in ("seed", "batch_size", "length"):
+    saved, now = meta["config"], json.loads(json.dumps(dataclasses.asdict(config)))
+    for name in ("model", "seed", "batch_size", "length"):
         if saved[name] != now[name]:
             raise bad_value(
                 f"TrainConfig.{name}",
@@ -323,23 +277,3 @@ def _check_resumable(config: TrainConfig, corpus: Corpus, checkpoints: Checkpoin
             corpus.fingerprint(),
             "Pass the same files, held-out fraction and seed, or take another directory.",
         )
-
-
-@contextlib.contextmanager
-def _interrupt_flag() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets; the second one raises KeyboardInterrupt as usual."""
-    flag = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
-        yield flag
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def handle(*_: object) -> None:
-        flag.set()
-        signal.signal(signal.SIGINT, before)
-
-    signal.signal(signal.SIGINT, handle)
-    try:
-        yield flag
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -7,12 +7,12 @@ import math
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Integer
 
 
 def next_token_loss(
-    logits: Float[Array, "B T V"], targets: Int[Array, "B T"], mask: Bool[Array, "B T"] | None = None
-) -> tuple[Float[Array, ""], Int[Array, ""]]:
+    logits: Float[Array, "B T V"], targets: Integer[Array, "B T"], mask: Bool[Array, "B T"] | None = None
+) -> tuple[Float[Array, ""], Integer[Array, ""]]:
     """Mean cross entropy in nats (float32) and the number of targets it is taken over (int32).
 
     `logits[b, t]` scores `targets[b, t]`, that is, `tokens[b, t + 1]`. Targets where `mask` is False do not count;
@@ -26,7 +26,7 @@ def next_token_loss(
     return jnp.where(mask, losses, 0.0).sum() / jnp.maximum(count, 1), count
 
 
-def length_mask(lengths: Int[Array, " B"], length: int) -> Bool[Array, "B {length}"]:
+def length_mask(lengths: Integer[Array, " B"], length: int) -> Bool[Array, "B {length}"]:
     """True for the targets inside each row: rows of `lengths[b]` input tokens, padded to `length`.
 
     The last input token of a padded row has no target, so `lengths[b] - 1` positions are True.

@@ -90,7 +90,10 @@ def decays(path: tuple[Any, ...], parameter: Any) -> bool:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clip, Adam, weight decay, schedule, as one optax transformation for a run of `steps` steps."""
+    """Clip, Adam, weight decay, schedule, as one optax transformation for a run of `steps` steps.
+
+    Its state does not depend on `steps`.
+    """
 
     def add_decay(updates: Any, params: Any) -> Any:
         return jax.tree.map_with_path(
