@@ -359,6 +359,13 @@ def test_text_beyond_the_vocabulary_is_refused():
         train(CONFIG, Corpus(np.arange(100), np.arange(10)), progress=False)
 
 
+def test_heldout_text_must_fill_a_window():
+    with pytest.raises(
+        ValueError, match=r"corpus.heldout: must be empty or fill one window of length \+ 1 = 25, got 9"
+    ):
+        train(CONFIG, Corpus(CORPUS.train, CORPUS.heldout[:9]), progress=False)
+
+
 def test_a_missing_package_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "grain", None)
     with pytest.raises(ImportError, match=r'Training needs grain. Install it: pip install "nosa-jax\[train\]"'):

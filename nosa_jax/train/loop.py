@@ -69,12 +69,16 @@ def train(
         batches that would have come. Everything but the model's shape, the seed, the batches and the text may change.
     on_record: called with every log record, for trackers.
 
+    A record of kind `train` holds step, loss (nats), bits_per_byte, learning_rate, grad_norm, and tokens_per_second
+    over the `seconds` since the record before (the first one includes compiling); one of kind `eval` holds step, loss,
+    bits_per_byte, tokens and seconds; one of kind `start` tells how the run was made.
+
     Ctrl-C lets the current step end, saves, and returns what there is; a second one stops at once.
     Raises ValueError for text shorter than a window or out of the vocabulary, for a directory that already holds
     checkpoints without `resume`, and for a checkpoint of another run; FloatingPointError when the loss is not finite.
     """
     tqdm = import_extra("tqdm").tqdm
-    _check_vocabulary(config, corpus)
+    _check_corpus(config, corpus)
     root = None if directory is None else Path(directory).expanduser().resolve()
     batches = train_batches(corpus.train, batch_size=config.batch_size, length=config.length, seed=config.seed)
     if model is None:
@@ -129,6 +133,7 @@ class _Run:
         self.checkpoints, self.log, self.bar, self.on_record = checkpoints, log, bar, on_record
         self.dtype = config.resolved_dtype()
         self.step = int(state.step)
+        self.metrics: dict[str, Any] = {}
         self.history: list[Record] = []
         self.evaluations: list[Record] = []
 
@@ -159,7 +164,7 @@ class _Run:
         config = self.config
         begin, since = time.perf_counter(), self.step
         while self.step < config.steps and not stop.is_set():
-            self.state, metrics = jit_train_step(
+            self.state, self.metrics = jit_train_step(
                 self.state,
                 next(self.batches),
                 optimizer=config.optimizer,
@@ -173,7 +178,7 @@ class _Run:
             last = self.step == config.steps
             # Looking at a metric waits for the device, so the steps in between are only queued.
             if self.step % config.log_every == 0 or last or not self.history:
-                self._log_step(metrics, begin, since)
+                self._log_step(begin, since)
                 begin, since = time.perf_counter(), self.step
             if _due(self.step, config.eval_every) and not last:
                 self._evaluate()
@@ -192,6 +197,8 @@ class _Run:
             self._evaluate()
 
     def save(self) -> Path | None:
+        """Writes a checkpoint unless the last step went wrong; returns its folder, None without a directory."""
+        self._finite_metrics()
         if self.checkpoints is None:
             return None
         meta = {
@@ -201,13 +208,19 @@ class _Run:
         }
         return self.checkpoints.save(self.state, meta)
 
-    def _log_step(self, metrics: dict[str, Any], begin: float, since: int) -> None:
-        values = {name: float(value) for name, value in metrics.items()}
-        if not math.isfinite(values["loss"]):
-            raise FloatingPointError(
-                f"loss: must stay finite, got {values['loss']} in step {self.step}. Lower the learning rate "
-                f"(now {values['learning_rate']:.3g}) or warm up longer; earlier checkpoints are kept."
-            )
+    def _finite_metrics(self) -> dict[str, float]:
+        """The last step's metrics. A finite gradient means that the step left finite parameters."""
+        values = {name: float(value) for name, value in self.metrics.items()}
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(values[name]):
+                raise FloatingPointError(
+                    f"{name}: must stay finite, got {values[name]} in step {self.step}. Lower the learning rate "
+                    f"(now {values['learning_rate']:.3g}) or warm up longer; earlier checkpoints are kept."
+                )
+        return values
+
+    def _log_step(self, begin: float, since: int) -> None:
+        values = self._finite_metrics()
         seconds = time.perf_counter() - begin
         tokens = (self.step - since) * self.config.batch_size * self.config.length
         rate = tokens / seconds
@@ -240,7 +253,7 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _check_vocabulary(config: TrainConfig, corpus: Corpus) -> None:
+def _check_corpus(config: TrainConfig, corpus: Corpus) -> None:
     for name in ("train", "heldout"):
         tokens, vocab_size = getattr(corpus, name), config.model.vocab_size
         if len(tokens) and not (tokens.min() >= 0 and tokens.max() < vocab_size):
@@ -250,6 +263,13 @@ def _check_vocabulary(config: TrainConfig, corpus: Corpus) -> None:
                 f"{tokens.min()} .. {tokens.max()}",
                 "Use the tokenizer of the model; bytes need 256.",
             )
+    if len(corpus.heldout) and len(corpus.heldout) <= config.length:
+        raise bad_value(
+            "corpus.heldout",
+            f"must be empty or fill one window of length + 1 = {config.length + 1}",
+            len(corpus.heldout),
+            "Hold out more text or shorten the windows.",
+        )
 
 
 def _check_resumable(config: TrainConfig, corpus: Corpus, checkpoints: Checkpoints, resume: bool) -> None:
