@@ -26,6 +26,7 @@ FLOORS: list[set[str]] = [
 ]
 KERNEL_DEPENDENCIES = {"jax", "jaxlib", "jaxtyping", "numpy", "pallas_kernels"}
 BACKEND_MODULE = "pallas_kernels._backend"
+BACKENDS = (*(f"jax.experimental.pallas.{name}" for name in ("triton", "mosaic_gpu", "tpu")), "jax._src.pallas")
 OPTIONAL = ("tyro", "grain", "tqdm", "matplotlib", "safetensors", "tokenizers", "torch", "transformers")
 
 
@@ -88,7 +89,7 @@ def test_kernels_know_jax_only():
 def test_one_module_knows_the_pallas_backends():
     for module in MODULES:
         for name in imports(module):
-            backend = name.startswith("jax.experimental.pallas.") or name.startswith("jax._src.pallas")
+            backend = name.startswith(BACKENDS)
             assert not backend or module == BACKEND_MODULE, f"{module} imports {name}: go through {BACKEND_MODULE}"
 
 
