@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int32
 
 from nosa_jax._pytree import pytree_dataclass
@@ -36,8 +37,8 @@ class StepOutput:
 
 def prefill(
     model: NosaLM,
-    tokens: Int32[Array, "B T"],
-    lengths: Any = None,
+    tokens: ArrayLike,
+    lengths: ArrayLike | None = None,
     *,
     max_length: int,
     cache: CacheConfig = CacheConfig(),
@@ -57,7 +58,7 @@ def prefill(
 
 
 def extend(
-    model: NosaLM, state: DecodeState, tokens: Int32[Array, "B n"], lengths: Any = None
+    model: NosaLM, state: DecodeState, tokens: ArrayLike, lengths: ArrayLike | None = None
 ) -> tuple[DecodeState, Float[Array, "B V"]]:
     """Reads any number of further tokens into a running state: the next turn, or the next chunk of a prompt.
 
@@ -76,7 +77,7 @@ def extend(
 
 
 def decode_step(
-    model: NosaLM, state: DecodeState, tokens: Int32[Array, " B"]
+    model: NosaLM, state: DecodeState, tokens: ArrayLike
 ) -> tuple[DecodeState, Float[Array, "B V"]]:
     """Feeds one token to every row. Returns the new state and the float32 logits of what follows.
 

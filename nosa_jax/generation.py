@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int32
 
 from nosa_jax import decode
@@ -43,8 +44,8 @@ class Generation:
 
 def generate(
     model: NosaLM,
-    tokens: Int32[Array, "B T"],
-    lengths: Any = None,
+    tokens: ArrayLike,
+    lengths: ArrayLike | None = None,
     *,
     max_new_tokens: int = 64,
     cache: CacheConfig = CacheConfig(),
@@ -53,8 +54,8 @@ def generate(
     stop_tokens: Iterable[int] = (),
     pad_token: int = 0,
     record: bool | Iterable[str] = False,
-    forced_tokens: Any = None,
-    forced_block_ids: Any = None,
+    forced_tokens: ArrayLike | None = None,
+    forced_block_ids: ArrayLike | None = None,
     chunk: int | None = None,
 ) -> Generation:
     """Continues the prompts: prefill, then one `lax.while_loop` that ends when all rows stopped.
@@ -88,8 +89,8 @@ def generate(
 
 def stream(
     model: NosaLM,
-    tokens: Int32[Array, "B T"],
-    lengths: Any = None,
+    tokens: ArrayLike,
+    lengths: ArrayLike | None = None,
     *,
     max_new_tokens: int = 64,
     cache: CacheConfig = CacheConfig(),

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int32
 
 from nosa_jax._pytree import pytree_dataclass
@@ -76,7 +77,7 @@ class NosaLM(nnx.Module):
             None if config.tie_embeddings else nnx.Param(0.02 * jax.random.normal(rngs.params(), vocab[::-1], dtype))
         )
 
-    def __call__(self, tokens: Int32[Array, "B T"], lengths: Any = None, **options: Any) -> ForwardOutput:
+    def __call__(self, tokens: ArrayLike, lengths: ArrayLike | None = None, **options: Any) -> ForwardOutput:
         return forward(self, tokens, lengths, **options)
 
     def logits(self, hidden: Float[Array, "*rest H"]) -> Float[Array, "*rest V"]:
@@ -98,11 +99,11 @@ def rms_norm(x: Float[Array, "*rest H"], weight: Float[Array, " H"], eps: float)
 
 def forward(
     model: NosaLM,
-    tokens: Int32[Array, "B T"],
-    lengths: Any = None,
+    tokens: ArrayLike,
+    lengths: ArrayLike | None = None,
     *,
-    segment_ids: Any = None,
-    block_ids: Any = None,
+    segment_ids: ArrayLike | None = None,
+    block_ids: ArrayLike | None = None,
     logits: Logits = "all",
     record: bool = False,
     remat: bool = False,

@@ -43,7 +43,7 @@ def attention_factor(rope: RopeConfig, max_context: int) -> float:
 
 def cos_sin(
     positions: Int32[Array, "B T"], rope: RopeConfig, head_dim: int, max_context: int
-) -> tuple[Float[Array, "B T D/2"], Float[Array, "B T D/2"]]:
+) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
     """float32 cos and sin of position * frequency, times the attention factor."""
     angles = positions.astype(jnp.float32)[..., None] * inverse_frequencies(rope, head_dim, max_context)
     factor = np.float32(attention_factor(rope, max_context))
@@ -51,7 +51,7 @@ def cos_sin(
 
 
 def rotate(
-    x: Float[Array, "B T h D"], cos: Float[Array, "B T D/2"], sin: Float[Array, "B T D/2"]
+    x: Float[Array, "B T h D"], cos: Float[Array, "B T half"], sin: Float[Array, "B T half"]
 ) -> Float[Array, "B T h D"]:
     """Rotates dimension i with i + D/2, in float32, back in the dtype of `x`."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

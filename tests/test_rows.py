@@ -1,0 +1,177 @@
+"""Every row of a batch is what it would be alone: ragged, extended, packed; prefill and decode agree."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import REDUCED, SMALL, forward, forward_one, lively_model, random_tokens, small_config, sure_rows
+
+import nosa_jax
+from nosa_jax import CacheConfig, decode
+
+LENGTHS = (1, 15, 16, 31, 32, 63, 64, 65, 700, 1203, 1500)
+TOLERANCE = 5e-5
+
+
+def assert_equivalent(model, tokens, ids, logits, *, start=0) -> None:
+    """What a row computed from position `start` on is what its sequence [T] computes alone.
+
+    ids [L, K, t, J] (None for `full`) and logits [t, V] of the row. Where a selection was decided by rounding alone the
+    sequence is run again with the row's own ids, so that its logits stay comparable.
+    """
+    alone = forward_one(model, tokens, record=True)
+    if ids is not None:
+        end = start + ids.shape[2]
+        same = (np.asarray(alone.block_ids[:, 0, :, start:end]) == np.asarray(ids)).all(-1)
+        if not same.all():
+            sure = sure_rows(model, tokens, np.asarray(alone.block_ids))[:, :, start:end]
+            assert same[sure].all(), f"{(~same & sure).sum()} of {sure.sum()} sure selections differ"
+            replay = np.array(alone.block_ids)
+            replay[:, 0, :, start:end] = ids
+            alone = forward_one(model, tokens, block_ids=replay)
+    np.testing.assert_allclose(logits, alone.logits[0, start : start + logits.shape[0]], atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "group", "dim", "lengths"),
+    [
+        pytest.param(2, 4, 64, LENGTHS, id="K2-G4-D64", marks=pytest.mark.slow),
+        pytest.param(1, 16, 64, (31, 65, 700), id="K1-G16-D64"),
+        pytest.param(4, 1, 128, (31, 65, 700), id="K4-G1-D128"),
+        pytest.param(2, 8, 128, (31, 65, 700), id="K2-G8-D128"),
+    ],
+)
+def test_ragged_batch_equals_rows_alone(kv_heads, group, dim, lengths):
+    model = lively_model(small_config(kv_heads, group, dim, REDUCED))
+    tokens = random_tokens(len(lengths), max(lengths))
+    batch = forward(model, tokens, np.array(lengths), record=True)
+    assert np.isfinite(batch.logits).all()
+    for row, length in enumerate(lengths):
+        assert (batch.block_ids[:, row, :, length:] == -1).all()
+        assert_equivalent(model, tokens[row, :length], batch.block_ids[:, row, :, :length], batch.logits[row, :length])
+
+
+@pytest.mark.parametrize("width", [1, 7, 64, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("offload", [True, False])
+def test_extend_equals_whole_prefill(width, offload):
+    """A prompt read in pieces of any width, by rows of different lengths, ends in the same state as read at once."""
+    total = 200 if width == 1 else 1203
+    model = lively_model(small_config(2, 4, 64, REDUCED))
+    tokens = random_tokens(2, total, seed=3)
+    lengths = np.array([total, total // 3])
+    cache = CacheConfig(offload=offload)
+    whole, whole_logits = nosa_jax.prefill(model, tokens, lengths, max_length=total + 8, cache=cache)
+    first = min(width, 40)
+    state, logits = nosa_jax.prefill(model, tokens[:, :first], max_length=total + 8, cache=cache)
+    extend = jax.jit(nosa_jax.extend, donate_argnums=1)
+    for start in range(first, total, width):
+        piece = tokens[:, start : start + width]
+        counts = np.clip(lengths - start, 0, piece.shape[1])
+        piece = np.pad(piece, ((0, 0), (0, width - piece.shape[1])))
+        state, new_logits = extend(model, state, piece, counts)
+        logits = jnp.where((counts > 0)[:, None], new_logits, logits)
+    np.testing.assert_array_equal(state.lengths, whole.lengths)
+    np.testing.assert_allclose(logits, whole_logits, atol=TOLERANCE)
+    for ours, theirs in ((state.keys, whole.keys), (state.pooled_importance, whole.pooled_importance)):
+        np.testing.assert_allclose(ours.pooled, theirs.pooled, atol=TOLERANCE)
+    if offload:
+        np.testing.assert_array_equal(state.table.blocks, whole.table.blocks)
+
+
+def test_chunked_prefill_equals_whole_prefill():
+    model = lively_model(small_config())
+    tokens, lengths = random_tokens(3, 300), np.array([300, 128, 5])
+    whole, whole_logits = nosa_jax.prefill(model, tokens, lengths, max_length=320)
+    chunked, logits = nosa_jax.prefill(model, tokens, lengths, max_length=320, chunk=64)
+    np.testing.assert_allclose(logits, whole_logits, atol=TOLERANCE)
+    np.testing.assert_array_equal(chunked.table.blocks, whole.table.blocks)
+    np.testing.assert_array_equal(chunked.table.last_used, whole.table.last_used)
+
+
+@pytest.mark.parametrize("variant", ["nosa", "infllmv2", "dma", "full"])
+def test_decode_equals_forward(variant):
+    """Step-by-step decode of a ragged batch is the forward pass of the whole sequences."""
+    model = lively_model(small_config().with_attention(variant=variant))
+    tokens, lengths = random_tokens(3, 260, seed=5), np.array([260, 77, 1])
+    new = 70  # crosses block boundaries in every row
+    gen = nosa_jax.generate(model, tokens, lengths, max_new_tokens=new, record=True)
+    for row, length in enumerate(lengths):
+        sequence = np.concatenate([tokens[row, :length], np.asarray(gen.tokens[row])])
+        ids = None
+        ids = None if gen.block_ids is None else gen.block_ids[:, row]
+        assert_equivalent(model, sequence[:-1], ids, gen.logits[row], start=length - 1)
+
+
+@pytest.mark.parametrize("variant", ["nosa", "infllmv2", "dma", "full"])
+def test_packed_rows_equal_documents_alone(variant):
+    model = lively_model(small_config().with_attention(variant=variant))
+    size = SMALL.block_size
+    documents = [[205, 16, 63], [100, 1, 150]]
+    tokens, segments, spans = [], [], []
+    for row, lengths in enumerate(documents):
+        ids = np.full((320,), -1, np.int32)
+        start = 0
+        for name, length in enumerate(lengths):
+            ids[start : start + length] = name
+            spans.append((row, start, length))
+            start += -(-length // size) * size
+        segments.append(ids)
+        tokens.append(random_tokens(320, seed=row))
+    tokens, segments = np.stack(tokens), np.stack(segments)
+    packed = forward(model, tokens, segment_ids=segments, record=True)
+    assert np.isfinite(packed.logits).all()
+    for row, start, length in spans:
+        ids = None
+        if variant != "full":
+            ids = np.asarray(packed.block_ids[:, row, :, start : start + length])
+            ids = np.where(ids >= 0, ids - start // size, -1)
+        assert_equivalent(model, tokens[row, start : start + length], ids, packed.logits[row, start : start + length])
+    if variant != "full":
+        assert (np.asarray(packed.block_ids)[:, 0, :, segments[0] < 0] == -1).all()
+
+
+def test_segment_ids_padding_by_zero_inside_a_block():
+    """Documents counted from 1 and padded with 0 up to the block are the same documents."""
+    model = lively_model(small_config())
+    tokens = random_tokens(1, 64)
+    segments = np.repeat(np.array([1, 1, 2, 2]), 16)[None]
+    padded = segments.copy()
+    segments[0, 25:32], padded[0, 25:32] = 0, -1
+    a = forward(model, tokens, segment_ids=segments, record=True)
+    b = forward(model, tokens, segment_ids=padded, record=True)
+    np.testing.assert_array_equal(a.logits, b.logits)
+    np.testing.assert_array_equal(a.block_ids, b.block_ids)
+
+
+@pytest.mark.parametrize("variant", ["nosa", "infllmv2", "dma", "full"])
+def test_causality_to_the_bit(variant):
+    """Changing tokens after position i leaves outputs and block ids up to i as they were."""
+    model = lively_model(small_config().with_attention(variant=variant))
+    tokens = random_tokens(1, 400)
+    before = forward(model, tokens, record=True)
+    for i in (0, 15, 16, 100, 255, 398):
+        changed = tokens.copy()
+        changed[:, i + 1 :] = random_tokens(1, 400 - i - 1, seed=7)
+        after = forward(model, changed, record=True)
+        np.testing.assert_array_equal(after.hidden[:, : i + 1], before.hidden[:, : i + 1])
+        np.testing.assert_array_equal(after.logits[:, : i + 1], before.logits[:, : i + 1])
+        if variant != "full":
+            np.testing.assert_array_equal(after.block_ids[..., : i + 1, :], before.block_ids[..., : i + 1, :])
+        assert not np.array_equal(after.logits, before.logits)
+
+
+def test_state_after_forced_prefill_holds_the_forced_selection():
+    """What replays in prefill is what the slots hold and what generation starts from."""
+    model = lively_model(small_config())
+    tokens = random_tokens(1, 200)
+    forced = np.array([0, 1, 2, 3, 4, 10, 11, 12], np.int32)
+    forced = np.broadcast_to(forced, (2, 1, 2, 1, 8))
+    gen = nosa_jax.generate(model, tokens, max_new_tokens=1, forced_block_ids=forced, record=True)
+    np.testing.assert_array_equal(gen.block_ids, forced)
+    state, out = decode._prefill(
+        model, tokens, np.array([200]), forced[:, :, :, 0], max_length=208, cache=CacheConfig(), chunk=64
+    )
+    np.testing.assert_array_equal(state.table.blocks[..., :8], forced[:, :, :, 0])
+    np.testing.assert_allclose(out.logits, gen.logits[:, 0], atol=TOLERANCE)
