@@ -1,0 +1,195 @@
+"""Bad input: every message names the argument, the rule, the value and the remedy, before any work is done."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+from support import lively_model, small_config
+
+import nosa_jax
+from nosa_jax import AttentionConfig, CacheConfig, CacheTooLargeError, ModelConfig, RopeConfig, Sampling
+
+OK = np.zeros((2, 20), np.int32)
+
+
+@pytest.fixture(autouse=True)
+def without_type_checker():
+    """What users see: our own checks, not the annotations that are switched on under pytest."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def model():
+    return lively_model(small_config())
+
+
+def attention(**fields):
+    return lambda: AttentionConfig(**fields)
+
+
+def small(**fields):
+    base = dict(vocab_size=16, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=8)
+    return lambda: ModelConfig(**(base | fields))
+
+
+def forward(*args, **options):
+    return lambda: nosa_jax.forward(model(), *args, **options)
+
+
+def generate(*args, **options):
+    return lambda: nosa_jax.generate(model(), *args, **options)
+
+
+def prefill(*args, **options):
+    return lambda: nosa_jax.prefill(model(), *args, **options)
+
+
+@functools.cache
+def running():
+    """A state of two rows of 20 tokens with room for 4 more."""
+    return nosa_jax.prefill(model(), OK, max_length=24)[0]
+
+
+def full():
+    return dataclasses.replace(running(), lengths=jnp.array([24, 20]))
+
+
+IDS = np.zeros((2, 2, 2, 20, 8), np.int32)
+IDS[..., 1:] = -1
+LATE = IDS.copy()
+LATE[..., 0] = 1
+UNSORTED = IDS.copy()
+UNSORTED[..., 1] = 0
+
+# name: (call, what the message must say: argument, rule, value)
+CASES = {
+    # prompts
+    "empty prompt": (forward(np.zeros((1, 0), np.int32)), "tokens", "at least one token", "(1, 0)"),
+    "empty batch": (prefill(np.zeros((0, 4), np.int32), max_length=8), "tokens", "at least one token", "(0, 4)"),
+    "zero length": (forward(OK, np.array([0, 3])), "lengths", "must be in [1", "0 for row 0"),
+    "token too large": (forward(np.full((1, 4), 128)), "tokens", "vocab_size = 128", "128 at index (0, 0)"),
+    "negative token": (generate(np.array([[1, -1]])), "tokens", "[0, vocab_size", "-1 at index (0, 1)"),
+    "lengths beyond tokens": (forward(OK, np.array([3, 21])), "lengths", "tokens.shape[1] = 20", "21 for row 1"),
+    "lengths of another batch": (forward(OK, np.array([3])), "lengths", "must have shape", "(1,)"),
+    "rank 1 tokens": (forward(OK[0]), "tokens", "[B, T]", "(20,)"),
+    "rank 3 tokens": (generate(OK[None]), "tokens", "[B, T]", "(1, 2, 20)"),
+    "float tokens": (forward(OK.astype(np.float32)), "tokens", "integers", "float32"),
+    "float lengths": (forward(OK, np.array([3.0, 4.0])), "lengths", "integers", "float64"),
+    "unknown logits": (forward(OK, logits="some"), "logits", "'all', 'last' or 'none'", "'some'"),
+    "unaligned document": (
+        forward(OK, segment_ids=np.repeat([[0] * 5 + [1] * 15], 2, 0)), "segment_ids", "multiple of block_size", "token 5"
+    ),
+    "segment_ids of another shape": (forward(OK, segment_ids=OK[:, :3]), "segment_ids", "[B, T]", "(2, 3)"),
+    # replayed selections
+    "ids of another shape": (forward(OK, block_ids=IDS[:1]), "block_ids", "[L, B, K, T, J]", "(1, 2, 2, 20, 8)"),
+    "ids after the query": (forward(OK, block_ids=LATE), "block_ids", "own block", "break"),
+    "repeated ids": (forward(OK, block_ids=UNSORTED), "block_ids", "without repeats", "break"),
+    "float ids": (forward(OK, block_ids=IDS.astype(float)), "block_ids", "integers", "float64"),
+    "forced ids without the own block": (
+        generate(OK, max_new_tokens=20, forced_block_ids=IDS), "forced_block_ids", "own block", "without it"
+    ),
+    "forced tokens of another shape": (
+        generate(OK, max_new_tokens=4, forced_tokens=OK), "forced_tokens", "[B, max_new_tokens]", "(2, 20)"
+    ),
+    # AttentionConfig
+    "unknown variant": (attention(variant="dense"), "AttentionConfig.variant", "one of", "'dense'"),
+    "one local block": (attention(num_local_blocks=1), "num_local_blocks", ">= pooling_window", "1 with block size 64"),
+    "no local block": (attention(num_local_blocks=0), "num_local_blocks", ">= 1", "0"),
+    "negative sink": (attention(num_sink_blocks=-1), "num_sink_blocks", ">= 0", "-1"),
+    "negative query blocks": (attention(num_query_blocks=-1), "num_query_blocks", ">= 0", "-1"),
+    "more forced than selected": (attention(num_selected_blocks=32), "num_selected_blocks", "num_sink_blocks +", "32 <"),
+    "stride does not divide": (attention(block_size=40), "block_size", "multiple of pooling_stride", "40"),
+    "window is not two strides": (attention(pooling_window=48), "pooling_window", "2 * pooling_stride", "48"),
+    "a float count": (attention(num_selected_blocks=64.0), "num_selected_blocks", "int", "64.0"),
+    "unknown attention key": (
+        lambda: nosa_jax.with_attention(model(), topk=3), "attention", "keys must be among", "topk"
+    ),
+    # ModelConfig
+    "heads not divisible": (small(num_heads=3), "num_heads", "multiple of num_kv_heads", "3 heads and 2"),
+    "odd head_dim": (small(head_dim=7), "head_dim", "even", "7"),
+    "no layers": (small(num_layers=0), "num_layers", ">= 1", "0"),
+    "unknown rope": (lambda: RopeConfig(kind="yarn"), "RopeConfig.kind", "'plain' or 'longrope'", "'yarn'"),
+    "longrope without factors": (lambda: RopeConfig(kind="longrope"), "RopeConfig", "short_factor", "None"),
+    "too few longrope factors": (
+        small(rope=RopeConfig(kind="longrope", short_factor=(1.0,), long_factor=(1.0,), original_max_context=4)),
+        "short_factor", "head_dim / 2 = 4", "got 1",
+    ),
+    # cache
+    "slots smaller than J": (generate(OK, cache=CacheConfig(slots=7)), "CacheConfig.slots", "num_selected_blocks = 8", "7"),
+    "slots without offload": (lambda: CacheConfig(offload=False, slots=9), "CacheConfig.slots", "offload=True", "slots=9"),
+    "slots for full attention": (
+        lambda: nosa_jax.plan(small_config().with_attention(variant="full"), 1, 8, CacheConfig(slots=9)),
+        "CacheConfig.slots", "'full'", "9",
+    ),
+    "unknown transport": (lambda: CacheConfig(transport="nvlink"), "CacheConfig.transport", "'device_put'", "'nvlink'"),
+    "offload is not a bool": (lambda: CacheConfig(offload=1), "CacheConfig.offload", "bool", "1"),
+    "no batch": (lambda: nosa_jax.plan(small_config(), 0, 8), "batch", ">= 1", "0"),
+    # running
+    "max_length below the prompt": (prefill(OK, max_length=19), "max_length", ">= tokens.shape[1] = 20", "19"),
+    "chunk of zero": (prefill(OK, max_length=30, chunk=0), "chunk", ">= 1", "0"),
+    "no new tokens": (generate(OK, max_new_tokens=0), "max_new_tokens", ">= 1", "0"),
+    "step of another batch": (
+        lambda: nosa_jax.decode_step(model(), running(), np.zeros(3, np.int32)), "tokens", "state's 2 rows", "3"
+    ),
+    "step with rank 2": (lambda: nosa_jax.decode_step(model(), running(), OK), "tokens", "[B]", "(2, 20)"),
+    "step beyond max_length": (
+        lambda: nosa_jax.decode_step(model(), full(), np.zeros(2, np.int32)), "tokens", "max_length = 24", "25"
+    ),
+    "extend beyond max_length": (
+        lambda: nosa_jax.extend(model(), running(), OK[:, :5]), "tokens", "max_length = 24", "25"
+    ),
+    "extend by a bad token": (lambda: nosa_jax.extend(model(), running(), OK[:, :2] + 128), "tokens", "vocab_size", "128"),
+    # sampling
+    "temperature without a key": (
+        generate(OK, sampling=Sampling(temperature=0.7)), "key", "temperature 0.7 needs a random key", "None"
+    ),
+    "keys of another batch": (
+        generate(OK, sampling=Sampling(temperature=1.0), key=jnp.zeros((3, 2), jnp.uint32)), "key", "[2]", "(3,)"
+    ),
+    "negative temperature": (lambda: Sampling(temperature=-1.0), "Sampling.temperature", ">= 0", "-1.0"),
+    "top_k of zero": (lambda: Sampling(top_k=0), "Sampling.top_k", ">= 1", "0"),
+    "top_p of zero": (lambda: Sampling(top_p=0.0), "Sampling.top_p", "(0, 1]", "0.0"),
+    "stop token out of range": (generate(OK, stop_tokens=[500]), "stop_tokens", "vocab_size = 128", "500"),
+    "pad token out of range": (generate(OK, pad_token=-1), "pad_token", "vocab_size = 128", "-1"),
+    "unknown record": (generate(OK, record=["logit"]), "record", "names among", "logit"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_message(name):
+    call, *said = CASES[name]
+    with pytest.raises((ValueError, TypeError)) as error:
+        call()
+    message = str(error.value)
+    for part in said:
+        assert part in message, message
+    assert message.count(". ") >= 1 and message.endswith("."), f"no remedy in: {message}"
+
+
+@pytest.mark.parametrize(
+    ("cache", "what"), [(CacheConfig(), "host store"), (CacheConfig(offload=False), "device pool")]
+)
+def test_a_cache_that_does_not_fit_is_refused_with_numbers(cache, what):
+    for call in (
+        lambda: nosa_jax.prefill(model(), OK, max_length=2**34, cache=cache),
+        lambda: nosa_jax.generate(model(), OK, max_new_tokens=2**34, cache=cache),
+    ):
+        with pytest.raises(CacheTooLargeError, match=rf"{what} must fit .* GB needed and .* GB available .* max_length"):
+            call()
+
+
+def test_values_are_not_looked_at_under_jit():
+    """Inside jit only shapes are checked; out-of-range tokens cannot be seen."""
+
+
+    out = jax.jit(nosa_jax.forward)(model(), np.full((1, 4), 127))
+    assert out.logits.shape == (1, 4, 128)
+    with pytest.raises(ValueError, match="tokens"):
+        jax.jit(nosa_jax.forward)(model(), np.zeros((4,), np.int32))

@@ -1,0 +1,134 @@
+"""generate and stream: sampling, stop tokens, recording, replay."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import lively_model, random_tokens, small_config
+
+import nosa_jax
+from nosa_jax import Sampling
+from nosa_jax.sampling import filter_logits, sample
+
+LENGTHS = np.array([90, 40])
+SAMPLED = Sampling(temperature=1.0, top_k=20, top_p=0.9)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return lively_model(small_config())
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return random_tokens(2, 90, seed=4)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), SAMPLED])
+def test_stream_yields_what_generate_returns(model, tokens, sampling):
+    key = jax.random.key(5)
+    gen = nosa_jax.generate(model, tokens, LENGTHS, max_new_tokens=20, sampling=sampling, key=key)
+    streamed = list(nosa_jax.stream(model, tokens, LENGTHS, max_new_tokens=20, sampling=sampling, key=key))
+    np.testing.assert_array_equal(np.stack(streamed, axis=1), gen.tokens)
+
+
+def test_a_sampled_row_is_what_it_would_be_alone(model, tokens):
+    keys = jax.random.split(jax.random.key(1), 2)
+    batch = nosa_jax.generate(model, tokens, LENGTHS, max_new_tokens=24, sampling=SAMPLED, key=keys)
+    for row, length in enumerate(LENGTHS):
+        alone = nosa_jax.generate(
+            model, tokens[row : row + 1, :length], max_new_tokens=24, sampling=SAMPLED, key=keys[row : row + 1]
+        )
+        np.testing.assert_array_equal(alone.tokens[0], batch.tokens[row])
+    other = nosa_jax.generate(model, tokens, LENGTHS, max_new_tokens=24, sampling=SAMPLED, key=jax.random.key(2))
+    assert not np.array_equal(other.tokens, batch.tokens)
+
+
+def test_greedy_takes_the_best_and_records_what_it_was_drawn_from(model, tokens):
+    gen = nosa_jax.generate(model, tokens, LENGTHS, max_new_tokens=20, record=["logits"])
+    np.testing.assert_array_equal(gen.tokens, jnp.argmax(gen.logits, -1))
+    assert gen.block_ids is None
+    assert gen.fetched is None
+    np.testing.assert_array_equal(gen.lengths, [20, 20])
+
+
+def test_rows_stop_at_stop_tokens_and_the_loop_ends(model, tokens):
+    free = nosa_jax.generate(model, tokens, LENGTHS, max_new_tokens=20, record=True)
+    stop = [int(free.tokens[0, 6]), int(free.tokens[1, 11])]
+    gen = nosa_jax.generate(model, tokens, LENGTHS, max_new_tokens=20, stop_tokens=stop, pad_token=127, record=True)
+    for row in range(2):
+        end = int(np.flatnonzero(np.isin(free.tokens[row], stop))[0]) + 1
+        assert gen.lengths[row] == end
+        np.testing.assert_array_equal(gen.tokens[row, :end], free.tokens[row, :end])
+        assert (np.asarray(gen.tokens[row, end:]) == 127).all()
+        np.testing.assert_array_equal(gen.logits[row, :end], free.logits[row, :end])
+        assert (np.asarray(gen.logits[row, end:]) == 0).all()
+        assert (np.asarray(gen.block_ids[:, row, :, end:]) == -1).all()
+        assert (np.asarray(gen.fetched[:, row, :, end:]) == 0).all()
+    streamed = list(
+        nosa_jax.stream(model, tokens, LENGTHS, max_new_tokens=20, stop_tokens=stop, pad_token=127)
+    )
+    assert len(streamed) == int(np.max(gen.lengths))
+
+
+def test_forced_tokens_and_selections_replay_a_run(model, tokens):
+    gen = nosa_jax.generate(model, tokens, LENGTHS, max_new_tokens=20, record=True)
+    again = nosa_jax.generate(
+        model,
+        tokens,
+        LENGTHS,
+        max_new_tokens=20,
+        forced_tokens=gen.tokens,
+        forced_block_ids=gen.block_ids,
+        record=True,
+    )
+    for name in ("tokens", "logits", "block_ids", "fetched"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(gen, name))
+    # Another selection gives other logits: the ids are really used.
+    ids = np.array(gen.block_ids)
+    own = (LENGTHS[None, :, None, None] - 1 + np.arange(20)) // 16
+    ids[:] = -1
+    ids[..., 0] = own
+    narrow = nosa_jax.generate(
+        model, tokens, LENGTHS, max_new_tokens=20, forced_tokens=gen.tokens, forced_block_ids=ids, record=True
+    )
+    np.testing.assert_array_equal(narrow.block_ids, ids)
+    assert not np.allclose(narrow.logits[:, 5], gen.logits[:, 5], atol=1e-2)
+
+
+def test_filter_logits_literally():
+    logits = jnp.log(jnp.array([[0.5, 0.25, 0.125, 0.125]]))
+    minus = -np.inf
+
+    def kept(**options):
+        return np.isfinite(np.asarray(filter_logits(logits, Sampling(temperature=1.0, **options)))).tolist()[0]
+
+    assert kept() == [True] * 4
+    assert kept(top_k=1) == [True, False, False, False]
+    assert kept(top_k=3) == [True, True, True, True]  # the third and fourth tie
+    assert kept(top_p=0.5) == [True, False, False, False]
+    assert kept(top_p=0.51) == [True, True, False, False]
+    assert kept(top_p=1e-9) == [True, False, False, False]
+    halved = np.asarray(filter_logits(logits, Sampling(temperature=0.5)))
+    np.testing.assert_allclose(halved, 2 * logits)
+    assert minus not in halved
+
+
+def test_sampling_follows_the_distribution():
+    probabilities = np.array([0.6, 0.3, 0.1])
+    rows = 4000
+    logits = jnp.broadcast_to(jnp.log(jnp.asarray(probabilities)), (rows, 3))
+    keys = jax.random.split(jax.random.key(0), rows)
+    drawn = sample(logits, keys, jnp.zeros(rows, jnp.int32), Sampling(temperature=1.0))
+    counts = np.bincount(np.asarray(drawn), minlength=3) / rows
+    np.testing.assert_allclose(counts, probabilities, atol=0.03)
+
+
+def test_raw_and_typed_keys_agree(model, tokens):
+    runs = [
+        nosa_jax.generate(model, tokens, LENGTHS, max_new_tokens=5, sampling=SAMPLED, key=key).tokens
+        for key in (jax.random.key(3), jax.random.PRNGKey(3))
+    ]
+    np.testing.assert_array_equal(*runs)

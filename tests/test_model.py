@@ -1,0 +1,193 @@
+"""The model as a whole: gradients against dense attention, locality of its selections, presets, compilation."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import SMALL, _selection_scores, forward, lively_model, random_tokens, small_config
+
+import nosa_jax
+from nosa_jax import locality, presets
+from nosa_jax.model import rms_norm
+from pallas_kernels.block_attention.reference import token_mask
+
+
+def dense_loss(params, config, tokens, block_ids):
+    """The mean log-likelihood of the next token, in plain float64 numpy-like JAX with dense masked attention.
+
+    Written from the equations alone; shares nothing with the model but the parameters and the selection mask.
+    """
+    heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
+    length = tokens.shape[0]
+    positions = jnp.arange(length, dtype=jnp.int32)[None]
+    frequencies = config.rope.theta ** (-jnp.arange(0, dim, 2) / dim)
+    angles = positions[0, :, None] * frequencies
+    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
+
+    def rotate(x):
+        a, b = x[..., : dim // 2], x[..., dim // 2 :]
+        return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+    def norm(x, w):
+        return x / jnp.sqrt((x**2).mean(-1, keepdims=True) + config.rms_norm_eps) * w
+
+    x = params["embed"][tokens]
+    for index in range(config.num_layers):
+        at = {name: value[index] for name, value in params.items() if name not in ("embed", "norm")}
+        h = norm(x, at["attention_norm"]) @ at["qkv"]
+        q, k, v = jnp.split(h.reshape(length, -1, dim), (heads, heads + kv_heads), axis=1)
+        bias = at["A"] * jnp.log1p(jnp.exp(v.reshape(length, -1) @ at["delta"]))  # [T, K]
+        q, k = rotate(q), rotate(k)
+        ids = None if block_ids is None else block_ids[index]
+        mask = token_mask(ids, positions, None, num_tokens=length, block_size=config.attention.block_size)[0]
+        outs = []
+        for head in range(heads):
+            g = head // (heads // kv_heads)
+            logits = q[:, head] @ k[:, g].T / dim**0.5 + bias[:, g]
+            weights = jax.nn.softmax(jnp.where(mask[g], logits, -jnp.inf), axis=-1)
+            outs.append(weights @ v[:, g])
+        x = x + jnp.concatenate(outs, -1) @ at["output"]
+        gate, up = jnp.split(norm(x, at["mlp_norm"]) @ at["gate_up"], 2, -1)
+        x = x + (gate * jax.nn.sigmoid(gate) * up) @ at["down"]
+    logits = norm(x, params["norm"]) @ params["embed"].T
+    log_p = jax.nn.log_softmax(logits[:-1])
+    return jnp.take_along_axis(log_p, tokens[1:, None], -1).mean()
+
+
+def named_parameters(model):
+    attention, mlp = model.layers.attention, model.layers.mlp
+    return {
+        "embed": model.embed,
+        "norm": model.norm,
+        "attention_norm": model.layers.attention_norm,
+        "mlp_norm": model.layers.mlp_norm,
+        "qkv": attention.qkv,
+        "output": attention.output,
+        "A": attention.importance.A,
+        "delta": attention.importance.delta,
+        "gate_up": mlp.gate_up,
+        "down": mlp.down,
+    }
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_gradients_equal_dense_attention_in_float64(remat):
+    """Of every parameter, A and delta included, through two layers with the same selection."""
+    config = small_config()
+    model = lively_model(config)
+    tokens = random_tokens(200, seed=11)
+    ids = forward(model, tokens[None], record=True).block_ids
+
+    def loss(model):
+        log_p = jax.nn.log_softmax(nosa_jax.forward(model, tokens[None], block_ids=ids, remat=remat).logits[0, :-1])
+        return jnp.take_along_axis(log_p, tokens[1:, None], -1).mean()
+
+    value, grads = jax.jit(jax.value_and_grad(loss))(model)
+    with jax.enable_x64(True):
+        params = {name: jnp.asarray(np.asarray(p[...]), jnp.float64) for name, p in named_parameters(model).items()}
+        expected, expected_grads = jax.jit(jax.value_and_grad(dense_loss), static_argnums=1)(
+            params, config, jnp.asarray(tokens), jnp.asarray(np.asarray(ids))
+        )
+    assert abs(float(value) - float(expected)) < 1e-5
+    for name, grad in named_parameters(grads).items():
+        want = np.asarray(expected_grads[name])
+        error = np.abs(np.asarray(grad[...]) - want).max() / np.abs(want).max()
+        assert error < 2e-4, f"{name}: relative error {error}"
+        assert np.abs(want).max() > 0
+
+
+@settings(max_examples=6)
+@given(seed=st.integers(0, 2**16), variant=st.sampled_from(["nosa", "infllmv2", "dma"]))
+def test_locality_of_random_models(seed, variant):
+    """The three statements that hold for every step of every model, at any length."""
+    attention = SMALL
+    model = lively_model(small_config(), seed=seed % 5)
+    model = nosa_jax.with_attention(model, variant=variant)
+    attention = model.config.attention
+    tokens = random_tokens(1, 260, seed=seed)
+    ids = forward(model, tokens, record=True).block_ids  # [L, 1, K, T, J]
+    positions = np.arange(260)
+    for layer, (_, fill) in enumerate(_selection_scores(model, jnp.asarray(tokens), ids)):
+        importance = fill[:, 0] if attention.uses_importance else jnp.zeros((2, fill.shape[-1]))
+        assert locality.holds_required_blocks(ids[layer, 0], positions, importance, attention).all()
+    assert locality.meets_guaranteed_overlap(ids, positions, attention).all()
+    if variant == "dma":
+        assert locality.unchanged_inside_block(ids, positions, attention).all()
+
+
+def test_with_importance_of_zero_nosa_is_infllmv2_where_all_is_selected():
+    """A = 0 adds no bias; below the budget both select every block, and so does full attention."""
+    model = nosa_jax.NosaLM(presets.tiny(), rngs=nnx.Rngs(0))
+    tokens = random_tokens(1, 128, vocab=256)
+    logits = [
+        forward(nosa_jax.with_attention(model, variant=variant), tokens).logits
+        for variant in ("nosa", "infllmv2", "dma", "full")
+    ]
+    for other in logits[1:]:
+        np.testing.assert_allclose(other, logits[0], atol=1e-5)
+
+
+def test_with_attention_shares_parameters_and_adds_importance_where_needed():
+    model = nosa_jax.NosaLM(presets.tiny("full"), rngs=nnx.Rngs(0))
+    assert model.layers.attention.importance is None
+    nosa = nosa_jax.with_attention(model, variant="nosa")
+    assert nosa.embed[...] is model.embed[...]
+    assert model.config.attention.variant == "full"
+    assert not np.asarray(nosa.layers.attention.importance.A[...]).any()
+    assert np.asarray(nosa.layers.attention.importance.delta[...]).any()
+
+
+def test_bfloat16_model_keeps_importance_and_logits_in_float32():
+    model = nosa_jax.cast(lively_model(small_config()), jnp.bfloat16)
+    assert model.layers.attention.importance.delta.dtype == jnp.float32
+    assert model.embed.dtype == jnp.bfloat16
+    tokens = random_tokens(1, 100)
+    out = forward(model, tokens)
+    assert out.logits.dtype == jnp.float32
+    assert out.hidden.dtype == jnp.bfloat16
+    gen = nosa_jax.generate(model, tokens, max_new_tokens=20, record=["logits"])
+    exact = forward(lively_model(small_config()), tokens).logits[0, -1]
+    assert np.corrcoef(np.asarray(gen.logits[0, 0]), np.asarray(exact))[0, 1] > 0.98
+
+
+def test_logits_options():
+    model = lively_model(small_config())
+    tokens, lengths = random_tokens(2, 50), np.array([50, 20])
+    every = forward(model, tokens, lengths)
+    last = forward(model, tokens, lengths, logits="last")
+    none = forward(model, tokens, lengths, logits="none")
+    assert last.logits.shape == (2, 1, 128)
+    np.testing.assert_allclose(last.logits[1, 0], every.logits[1, 19], atol=1e-6)
+    assert none.logits is None
+    np.testing.assert_array_equal(none.hidden, every.hidden)
+    np.testing.assert_array_equal(model(tokens, lengths).logits.shape, every.logits.shape)
+
+
+@pytest.mark.parametrize(
+    ("preset", "parameters"), [(presets.nosa_1b, 1.62e9), (presets.nosa_3b, 3.61e9), (presets.nosa_8b, 8.19e9)]
+)
+def test_presets_have_the_released_sizes(preset, parameters):
+    abstract = nnx.eval_shape(lambda: nosa_jax.NosaLM(preset(), rngs=nnx.Rngs(0)))
+    assert nosa_jax.num_parameters(abstract) == pytest.approx(parameters, rel=0.01)
+
+
+def test_compiled_size_does_not_grow_with_the_number_of_layers():
+    """The layers are scanned: 16 of them lower to the program of 2."""
+
+    def lowered_lines(layers):
+        config = small_config(layers=layers)
+        model = nnx.eval_shape(lambda: nosa_jax.NosaLM(config, rngs=nnx.Rngs(0)))
+        tokens = jax.ShapeDtypeStruct((1, 64), jnp.int32)
+        return jax.jit(nosa_jax.forward).lower(model, tokens).as_text().count("\n")
+
+    assert abs(lowered_lines(16) - lowered_lines(2)) <= 10
+
+
+def test_rms_norm_is_float32_inside():
+    x = jnp.full((1, 4), 3e4, jnp.bfloat16)  # its square overflows half precision formats
+    np.testing.assert_allclose(rms_norm(x, jnp.ones(4, jnp.bfloat16), 1e-6), jnp.ones((1, 4)))

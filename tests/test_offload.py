@@ -1,0 +1,204 @@
+"""The offloaded cache is invisible in the results, and does what it promises to memory."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from support import lively_model, random_tokens, small_config
+
+import nosa_jax
+from nosa_jax import CacheConfig, presets
+from nosa_jax.cache import host_store, state
+from nosa_jax.decode import step
+from nosa_jax.locality import replay_misses
+
+NEW = 50
+LENGTHS = np.array([300, 128, 33])
+J = 8
+M = -(-(300 + NEW) // 16)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return lively_model(small_config())
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return random_tokens(3, 300, seed=2)
+
+
+@pytest.fixture(scope="module")
+def on_device(model, tokens):
+    cache = CacheConfig(offload=False)
+    return nosa_jax.generate(model, tokens, LENGTHS, max_new_tokens=NEW, cache=cache, record=True)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """NaN in every slot and host block that nothing was written to."""
+    empty_state = state.empty_state
+
+    def allocate(shape, dtype):
+        return jax.device_put(jnp.full(shape, jnp.nan, dtype), jax.memory.Space.Host)
+
+    def poisoned_state(*args):
+        empty = empty_state(*args)
+        return dataclasses.replace(empty, pool=jnp.full_like(empty.pool, jnp.nan))
+
+    monkeypatch.setattr(host_store, "allocate", allocate)
+    monkeypatch.setattr("nosa_jax.decode.empty_state", poisoned_state)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("slots", [J, J + 1, J + 16, M])
+def test_bit_identical_for_any_number_of_slots(model, tokens, on_device, poisoned, slots):
+    cache = CacheConfig(offload=True, slots=slots)
+    gen = nosa_jax.generate(model, tokens, LENGTHS, max_new_tokens=NEW, cache=cache, record=True)
+    np.testing.assert_array_equal(gen.logits, on_device.logits)
+    np.testing.assert_array_equal(gen.tokens, on_device.tokens)
+    np.testing.assert_array_equal(gen.block_ids, on_device.block_ids)
+    assert np.isfinite(gen.logits).all()
+    # What crossed is what an LRU of that size would have missed.
+    positions = LENGTHS[:, None, None] - 1 + np.arange(NEW)
+    predicted = replay_misses(np.asarray(gen.block_ids), positions, model.config.attention, min(slots, M))
+    np.testing.assert_array_equal(gen.fetched, predicted)
+    assert (np.asarray(gen.fetched).sum() == 0) == (slots == M)
+
+
+@pytest.mark.parametrize("variant", ["infllmv2", "dma"])
+def test_bit_identical_for_the_rivals(tokens, variant):
+    model = lively_model(small_config().with_attention(variant=variant))
+    runs = [
+        nosa_jax.generate(model, tokens, LENGTHS, max_new_tokens=NEW, cache=cache, record=True)
+        for cache in (CacheConfig(offload=False), CacheConfig(slots=J))
+    ]
+    np.testing.assert_array_equal(runs[0].logits, runs[1].logits)
+
+
+def test_full_attention_stays_on_the_device(tokens):
+    model = lively_model(small_config().with_attention(variant="full"))
+    running, _ = nosa_jax.prefill(model, tokens, LENGTHS, max_length=320)
+    assert running.host is None
+    assert running.table is None
+
+
+@pytest.fixture(scope="module")
+def running(model, tokens):
+    """A running batch with the cache offloaded, and the first token to feed."""
+    running, logits = nosa_jax.prefill(model, tokens, LENGTHS, max_length=352, cache=CacheConfig(slots=10))
+    return running, jnp.argmax(logits, -1).astype(jnp.int32)
+
+
+def test_memory_kinds(running):
+    state, _ = running
+    assert state.host.sharding.memory_kind == "pinned_host"
+    assert state.pool.sharding.memory_kind != "pinned_host"
+
+
+def test_host_store_holds_the_blocks_of_the_on_device_cache(model, tokens):
+    """Every full block lies in the host store, written back once it filled up, as the on-device cache has it."""
+    feed = random_tokens(40, 3, seed=9)
+    ends = []
+    for cache in (CacheConfig(offload=False), CacheConfig(slots=J)):
+        running, _ = nosa_jax.prefill(model, tokens, LENGTHS, max_length=352, cache=cache)
+        jitted = jax.jit(nosa_jax.decode_step, donate_argnums=1)
+        for token in feed:
+            running, _ = jitted(model, running, token)
+        ends.append(running)
+    whole, offloaded = ends
+    np.testing.assert_array_equal(offloaded.lengths, LENGTHS + 40)
+    for row, length in enumerate(LENGTHS + 40):
+        full = length // 16
+        np.testing.assert_array_equal(
+            np.asarray(offloaded.host)[:, row, :, :full], np.asarray(whole.pool)[:, row, :, :full]
+        )
+    # And each resident full block is a copy of its host block.
+    for index in np.argwhere(np.asarray(offloaded.table.blocks) >= 0):
+        layer, row, head, slot = index
+        block = int(offloaded.table.blocks[tuple(index)])
+        if block < (LENGTHS[row] + 40) // 16:
+            np.testing.assert_array_equal(
+                np.asarray(offloaded.pool)[layer, row, head, slot], np.asarray(offloaded.host)[layer, row, head, block]
+            )
+
+
+def test_slots_hold_the_last_selection_after_prefill(model, tokens, running):
+    state, _ = running
+    last = nosa_jax.generate(model, tokens, LENGTHS, max_new_tokens=1, record=["block_ids"]).block_ids[..., 0, :]
+    np.testing.assert_array_equal(state.table.blocks[..., :J], last)
+    assert (np.asarray(state.table.blocks[..., J:]) == -1).all()
+
+
+def test_inactive_rows_stay_as_they_are(model, running):
+    """A row that stopped changes nothing of its state but keeps the batch going."""
+    state, token = running
+    active = jnp.array([True, False, True])
+    after, _ = step(model, state, token, active)
+    np.testing.assert_array_equal(after.lengths, state.lengths + active)
+
+    def row(x):
+        return np.asarray(x)[:, 1]
+
+    before_leaves, after_leaves = (
+        [s.pool, s.host, *s.table, *s.keys, s.importance, *s.pooled_importance] for s in (state, after)
+    )
+    for x, y in zip(before_leaves, after_leaves, strict=True):
+        np.testing.assert_array_equal(row(x), row(y))
+
+
+def test_a_row_at_max_length_stays_as_it_is_under_jit(model, tokens):
+    running, _ = nosa_jax.prefill(model, tokens[:, :32], max_length=32)
+    after, _ = jax.jit(nosa_jax.decode_step)(model, running, jnp.zeros(3, jnp.int32))
+    np.testing.assert_array_equal(after.lengths, running.lengths)
+    np.testing.assert_array_equal(after.pool, running.pool)
+
+
+def test_step_makes_no_hidden_transfers(model, running):
+    state, token = running
+    jitted = jax.jit(nosa_jax.decode_step)
+    jitted(model, state, token)
+    with jax.transfer_guard("disallow"):
+        jax.block_until_ready(jitted(model, state, token))
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_step_copies_neither_pool_nor_host_store_nor_weights(batch):
+    """Read from the compiled program: temporaries stay below one layer's weights, and the state is updated in place."""
+    model = nosa_jax.NosaLM(presets.tiny(), rngs=nnx.Rngs(0))
+    running, _ = nosa_jax.prefill(model, random_tokens(batch, 64), max_length=4096, cache=CacheConfig(slots=40))
+    compiled = jax.jit(nosa_jax.decode_step, donate_argnums=1).lower(model, running, jnp.zeros(batch, jnp.int32)).compile()
+    memory = compiled.memory_analysis()
+    layer_weights = sum(x.nbytes for x in jax.tree.leaves(model.layers)) // model.config.num_layers
+    assert memory.temp_size_in_bytes < layer_weights
+    assert memory.temp_size_in_bytes < min(running.pool.nbytes, running.host.nbytes)
+    state_bytes = sum(x.nbytes for x in jax.tree.leaves(running))
+    assert memory.alias_size_in_bytes >= state_bytes
+
+
+def test_the_loop_compiles_once(model, tokens):
+    jitted = jax.jit(nosa_jax.decode_step, donate_argnums=1)
+    running, logits = nosa_jax.prefill(model, tokens, LENGTHS, max_length=320)
+    for _ in range(4):
+        running, logits = jitted(model, running, jnp.argmax(logits, -1).astype(jnp.int32))
+    assert jitted._cache_size() == 1
+
+
+@pytest.mark.parametrize("function", ["prefill", "extend", "decode_step", "generate"])
+def test_entry_points_can_be_jitted_by_the_user(model, tokens, running, function):
+    state, token = running
+    calls = {
+        "prefill": lambda model, tokens: nosa_jax.prefill(model, tokens, LENGTHS, max_length=320)[1],
+        "extend": lambda model, tokens: nosa_jax.extend(model, state, tokens[:, :5])[1],
+        "decode_step": lambda model, tokens: nosa_jax.decode_step(model, state, token)[1],
+        "generate": lambda model, tokens: nosa_jax.generate(model, tokens, LENGTHS, max_new_tokens=3).tokens,
+    }
+    call = calls[function]
+    np.testing.assert_array_equal(jax.jit(call)(model, tokens), call(model, tokens))
