@@ -34,8 +34,8 @@ class TrainConfig:
 
     model: ModelConfig
     optimizer: OptimizerConfig = OptimizerConfig()
-    steps: int = 400
-    batch_size: int = 4
+    steps: int = 500
+    batch_size: int = 2
     length: int = 512
     accumulate: int = 1
     remat: bool = False
@@ -43,8 +43,8 @@ class TrainConfig:
     seed: int = 0
     log_every: int = 10
     eval_every: int = 100
-    eval_batches: int = 16
-    checkpoint_every: int = 200
+    eval_batches: int = 32
+    checkpoint_every: int = 250
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
