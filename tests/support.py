@@ -47,10 +47,13 @@ def small_config(
 
 @functools.cache
 def lively_model(config: ModelConfig, seed: int = 0) -> NosaLM:
-    """Random weights scaled so that queries disagree, importance differs between tokens and layers matter alike."""
+    """Random weights scaled so that queries disagree, importance differs between tokens and layers matter alike.
+
+    Logits have a standard deviation of about 2, as in a trained model.
+    """
     model = NosaLM(config, rngs=nnx.Rngs(seed))
     attention = model.layers.attention
-    model.embed[...] = model.embed[...] * 50
+    model.embed[...] = model.embed[...] * 50 * (2 / config.hidden_size**0.5)
     attention.qkv[...] = attention.qkv[...] * 50 * (2 / config.hidden_size**0.5)
     attention.output[...] = attention.output[...] * 50 * (2 * config.num_layers) ** 0.5 / (config.num_heads * 32) ** 0.5
     if attention.importance is not None:

@@ -70,7 +70,8 @@ def test_bit_identical_for_any_number_of_slots(model, tokens, on_device, poisone
     positions = LENGTHS[:, None, None] - 1 + np.arange(NEW)
     predicted = replay_misses(np.asarray(gen.block_ids), positions, model.config.attention, min(slots, M))
     np.testing.assert_array_equal(gen.fetched, predicted)
-    assert (np.asarray(gen.fetched).sum() == 0) == (slots == M)
+    if slots == M:  # nothing is ever evicted: only blocks that the prompt's end did not select come, once
+        assert (np.asarray(gen.fetched).sum(-1) <= M - J).all()
 
 
 @pytest.mark.parametrize("variant", ["infllmv2", "dma"])

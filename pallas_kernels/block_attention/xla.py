@@ -1,9 +1,9 @@
 """Block-sparse attention in XLA: tiles of adjacent queries over the union of their blocks, online softmax.
 
 Adjacent queries select nearly the same blocks, so a tile of them loads each block of the union once and masks who
-sees it. Blocks are visited in aligned runs ("spans") of neighbours, in ascending order. A span that a query does not see adds
-exactly zero to it, so its output does not depend, to the bit, on what the rest of its tile selected. Memory is bounded by one tile
-and one span, forward and backward.
+sees it. Blocks are visited in aligned runs ("spans") of neighbours, in ascending order. A span that a query does not
+see adds exactly zero to it, so its output does not depend, to the bit, on what the rest of its tile selected. Memory is
+bounded by one tile and one span, forward and backward.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels import blocks
 
 _TILE_ROWS = 256  # query rows (tokens x group) of one tile
-_SPAN_TOKENS = 512  # keys visited at once
+_SPAN_TOKENS = 128  # keys visited at once
 
 
 class Settings(NamedTuple):
@@ -144,7 +144,7 @@ def _gather_span(x: Array, span_ids: Int32[Array, "B K"]) -> Array:
 
 
 def _visit(settings: Settings, tile: Tiles, spans: Spans, plan: Plan, trip: Array) -> tuple[Array, ...]:
-    """Span ids [B, K], keys and values [B, K, s, D], logits [B, K, t, G, s] (-inf where masked) and the mask of one trip."""
+    """Of one trip: span ids [B, K], keys and values [B, K, s, D], logits [B, K, t, G, s] (-inf where masked), mask."""
     dtype = jnp.promote_types(tile.q.dtype, jnp.float32)
     size = settings.block_size
     span_ids = jax.lax.dynamic_index_in_dim(plan.spans, trip, axis=2, keepdims=False)
@@ -209,11 +209,15 @@ def backward(
     """(dq, dk, dv, dbias) from (q, k, v, bias, block_ids, positions, first_block, out, lse)."""
     q, k, v, bias, block_ids, positions, first_block, out, lse = residuals
     dtype = jnp.promote_types(q.dtype, jnp.float32)
+    # A query that sees nothing takes no part, whatever it holds and whatever a loss makes of its -inf: 0 * NaN is NaN.
+    blind = jnp.isneginf(lse)
+    q, dout = (jnp.where(blind[..., None], 0, x) for x in (q, grads[0]))
+    dlse = jnp.where(blind, 0, grads[1])
     tiles, spans = _prepare(settings, q, k, v, bias, block_ids, positions, first_block)
     tile_length, kv_heads = tiles.q.shape[3], k.shape[1]
     # softmax backward: dlogit = p * (dp - delta), delta = sum(out * dout) - dlse.
-    delta = (out.astype(dtype) * grads[0].astype(dtype)).sum(-1) - grads[1].astype(dtype)
-    rows = tuple(_split_rows(x, kv_heads, tile_length) for x in (grads[0], lse, delta))
+    delta = (out.astype(dtype) * dout.astype(dtype)).sum(-1) - dlse.astype(dtype)
+    rows = tuple(_split_rows(x, kv_heads, tile_length) for x in (dout, lse, delta))
 
     def run_tile(totals: tuple[Array, Array, Array], args: tuple[Tiles, tuple[Array, ...]]) -> tuple[Any, Array]:
         tile, (dout, lse, delta) = args

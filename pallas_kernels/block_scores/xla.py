@@ -9,6 +9,37 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels import blocks
 
 _CHUNK_BYTES = 32 * 2**20  # of the float32 window logits of one chunk
+_CACHE_WINDOWS = 128  # pooled keys read from a cache at once
+
+
+def _dot(q: Float[Array, "B t K G D"], pooled_keys: Float[Array, "B K C D"]) -> Float[Array, "B K G t C"]:
+    return jnp.einsum("btkgd,bkcd->bkgtc", q, pooled_keys, preferred_element_type=jnp.float32)
+
+
+def _cached_dot(
+    q: Float[Array, "B t K G D"],
+    pooled_keys: Float[Array, "L B K C D"],
+    layer: Int32[Array, ""],
+    positions: Int32[Array, "B t"],
+    stride: int,
+) -> Float[Array, "B K G t C"]:
+    """The same over one layer of a cache, in pieces: a whole layer's slice would be a copy of it.
+
+    Windows that no query reaches are left at zero.
+    """
+    _, batch, kv_heads, windows, dim = pooled_keys.shape
+    width = min(windows, _CACHE_WINDOWS)
+    logits = jnp.zeros((batch, kv_heads, q.shape[3], q.shape[1], windows), jnp.float32)
+    if width == 0:
+        return logits
+    reached = jnp.clip((jnp.max(positions) + 1) // stride - 1, 0, windows)
+
+    def body(piece: Array, logits: Array) -> Array:
+        start = jnp.minimum(piece * width, windows - width)  # the last piece overlaps the one before
+        keys = jax.lax.dynamic_slice(pooled_keys, (layer, 0, 0, start, 0), (1, batch, kv_heads, width, dim))[0]
+        return jax.lax.dynamic_update_slice_in_dim(logits, _dot(q, keys), start, axis=-1)
+
+    return jax.lax.fori_loop(0, (reached + width - 1) // width, body, logits)
 
 
 def block_scores(
@@ -22,16 +53,16 @@ def block_scores(
     block_size: int,
     stride: int,
 ) -> Float[Array, "B K T M"]:
-    if layer is not None:
-        pooled_keys = jax.lax.dynamic_index_in_dim(pooled_keys, layer, keepdims=False)
     batch, length, heads, dim = q.shape
-    kv_heads, windows = pooled_keys.shape[1], pooled_keys.shape[2]
+    kv_heads, windows = pooled_keys.shape[-3:-1]
     query_first = blocks.query_first_blocks(positions, first_block, block_size)
 
     def chunk_scores(args: tuple[Array, Array, Array]) -> Array:
         q, positions, query_first = args
         grouped = q.reshape(batch, -1, kv_heads, heads // kv_heads, dim)
-        logits = jnp.einsum("btkgd,bkcd->bkgtc", grouped, pooled_keys, preferred_element_type=jnp.float32)
+        logits = (
+            _dot(grouped, pooled_keys) if layer is None else _cached_dot(grouped, pooled_keys, layer, positions, stride)
+        )
         visible = blocks.visible_windows(positions, query_first, windows, block_size=block_size, stride=stride)
         visible = visible[:, None, None]
         logits = jnp.where(visible, logits * dim**-0.5, -jnp.inf)
