@@ -295,6 +295,10 @@ def test_an_interrupted_run_resumes_to_the_bit(tmp_path, capsys):
     assert [record["step"] for record in log if record["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
     assert [record["step"] for record in log if record["kind"] == "eval"] == [2, 4, 6]
 
+    finished = train(CONFIG, CORPUS, tmp_path, resume=True, progress=False)
+    assert (finished.step, finished.history, finished.interrupted) == (6, [], False)
+    assert leaves_equal(finished.model, straight.model) and len(finished.evaluations) == 1
+
 
 def test_the_log_tells_how_the_run_was_made(tmp_path):
     records = []

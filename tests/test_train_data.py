@@ -76,6 +76,10 @@ def test_an_epoch_predicts_every_token_once_and_the_next_one_is_shuffled_anew():
     assert not np.array_equal(*epochs)
 
 
+def test_a_batch_may_be_one_window():
+    assert next(train_batches(np.arange(100), batch_size=1, length=9, seed=0)).shape == (1, 10)
+
+
 def test_batches_continue_from_a_json_state():
     def make(seed=0):
         return train_batches(np.arange(1000, dtype=np.uint16), batch_size=3, length=16, seed=seed)

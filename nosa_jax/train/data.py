@@ -159,7 +159,7 @@ def train_batches(tokens: Integer[np.ndarray, " S"], *, batch_size: int, length:
     require_int("seed", seed, 0)
     grain = import_extra("grain")
     windows = grain.MapDataset.source(Windows(tokens, length))
-    batches = windows.shuffle(seed=seed).repeat().batch(batch_size)
+    batches = windows.shuffle(seed=seed).repeat().batch(batch_size, drop_remainder=True)
     # The text is in memory: reader threads would only compete for the interpreter.
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
 

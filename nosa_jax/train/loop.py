@@ -209,10 +209,10 @@ class _Run:
         return self.checkpoints.save(self.state, meta)
 
     def _finite_metrics(self) -> dict[str, float]:
-        """The last step's metrics. A finite gradient means that the step left finite parameters."""
+        """The last step's metrics (empty before any step). A finite gradient means that it left finite parameters."""
         values = {name: float(value) for name, value in self.metrics.items()}
         for name in ("loss", "grad_norm"):
-            if not math.isfinite(values[name]):
+            if not math.isfinite(values.get(name, 0.0)):
                 raise FloatingPointError(
                     f"{name}: must stay finite, got {values[name]} in step {self.step}. Lower the learning rate "
                     f"(now {values['learning_rate']:.3g}) or warm up longer; earlier checkpoints are kept."
