@@ -1,0 +1,8 @@
+"""The command `nosa`: train, generate, measure locality, plan memory, and a demo of all of it.
+
+Needs the extra `cli`: pip install "nosa-jax[cli]".
+"""
+
+from nosa_jax.cli.app import main
+
+__all__ = ["main"]

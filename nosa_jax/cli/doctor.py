@@ -1,0 +1,90 @@
+"""`nosa doctor`: what is installed, what JAX sees, and which kernels will run."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import platform
+
+import jax
+
+import nosa_jax
+from nosa_jax.cache import memory
+from nosa_jax.cli.extras import EXTRAS, missing_modules
+from nosa_jax.cli.terminal import facts, heading, size
+from pallas_kernels._dispatch import PREFERENCE, Op
+from pallas_kernels.block_attention.api import BLOCK_ATTENTION
+from pallas_kernels.block_scores.api import BLOCK_SCORES
+from pallas_kernels.decode_attention.api import DECODE_ATTENTION
+from pallas_kernels.fetch_blocks.api import FETCH_BLOCKS, WRITE_BACK_BLOCKS
+from pallas_kernels.pooled_keys.api import APPEND_POOLED_KEYS, POOL_KEYS
+from pallas_kernels.select_blocks.api import SELECT_BLOCKS
+
+OPS = (
+    POOL_KEYS,
+    APPEND_POOLED_KEYS,
+    BLOCK_SCORES,
+    SELECT_BLOCKS,
+    BLOCK_ATTENTION,
+    DECODE_ATTENTION,
+    FETCH_BLOCKS,
+    WRITE_BACK_BLOCKS,
+)
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+_AVAILABLE = "available"
+
+
+@dataclasses.dataclass(frozen=True)
+class Doctor:
+    """Show versions, devices, memory, the kernel that each operation will use and why, and optional extras."""
+
+    def run(self) -> int:
+        heading("Versions")
+        facts(
+            [
+                ("python", platform.python_version()),
+                ("nosa-jax", nosa_jax.__version__),
+                *((package, _version(package)) for package in _PACKAGES),
+            ]
+        )
+        heading("Devices and memory")
+        for device in jax.local_devices():
+            kinds = ", ".join(sorted(kind.kind for kind in device.addressable_memories()))
+            facts([(f"{device.platform}:{device.id}", f"{device.device_kind}; memory kinds: {kinds}")])
+        limits = (("device memory", memory.device_limit()), ("host memory", memory.host_limit()))
+        facts((name, f"{size(limit)} ({source})") for name, (limit, source) in limits)
+        heading('Kernels (implementation="auto")')
+        print(kernel_table())
+        heading("Extras")
+        facts((name, _extra(name)) for name in EXTRAS)
+        return 0
+
+
+def kernel_table() -> str:
+    """One line per op: what "auto" takes, and for the other implementations a note that says why not."""
+    notes: dict[str, int] = {}
+    lines = [f"  {'operation':<20}{'auto':<8}" + "".join(f"{name:<11}" for name in PREFERENCE)]
+    for op in OPS:
+        cells = [_cell(op, name, notes) for name in PREFERENCE]
+        taken = next(name for name in PREFERENCE if op.reason(name) == _AVAILABLE)
+        lines.append(f"  {op.name:<20}{taken:<8}" + "".join(f"{cell:<11}" for cell in cells))
+    return "\n".join([*(line.rstrip() for line in lines), *(f"  [{n}] {text}" for text, n in notes.items())])
+
+
+def _cell(op: Op, implementation: str, notes: dict[str, int]) -> str:
+    reason = op.reason(implementation)
+    return _AVAILABLE if reason == _AVAILABLE else f"[{notes.setdefault(reason, len(notes) + 1)}]"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _extra(name: str) -> str:
+    missing = missing_modules(name)
+    if not missing:
+        return "installed"
+    return f'missing {", ".join(missing)}: pip install "nosa-jax[{name}]"'

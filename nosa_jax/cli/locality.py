@@ -1,0 +1,148 @@
+"""`nosa locality`: how much of a selection carries over from token to token, method beside method."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import nosa_jax
+from nosa_jax import CacheConfig, NosaLM, Selections, plots
+from nosa_jax.cli import extras
+from nosa_jax.cli.checkpoint import Dtype, load, load_tokenizer
+from nosa_jax.cli.terminal import facts, heading, indented, working
+from nosa_jax.cli.train import read_text
+from nosa_jax.config import Variant
+from nosa_jax.locality import LocalityReport, comparison_table
+from pallas_kernels._checks import bad_value
+
+
+@dataclasses.dataclass(frozen=True)
+class Locality:
+    """Record which blocks are selected while a text is decoded, and compare how local the methods are.
+
+    The text is fed token by token (teacher forcing), so that every method reads the same words. With --free-running
+    each method continues the prompt with the tokens it finds likeliest.
+    """
+
+    path: Path
+    """Folder with config.json and *.safetensors; tokenizer.json too, unless tokens are bytes (vocabulary 256)."""
+    text: Path | None = None
+    """File to read; default: held-out source text of Python's standard library."""
+    prompt_length: int = 512
+    """Tokens that are read before the recording starts."""
+    new_tokens: int = 512
+    """Tokens that are decoded and recorded."""
+    free_running: bool = False
+    """Continue with generated tokens instead of those of the text."""
+    variants: tuple[Variant, ...] = ("nosa", "infllmv2")
+    """Methods to compare, all with the same weights."""
+    slots: tuple[int, ...] | None = None
+    """Sizes of the device pool, in blocks, to count transfers for; default: J, 5/4 J, 3/2 J and 2 J."""
+    chunk: int | None = None
+    """Tokens of the prompt read at once; default: all. Less needs less memory."""
+    dtype: Dtype = "auto"
+    """Of weights and cache; auto: float32 on a CPU, bfloat16 elsewhere."""
+    out: Path = Path("locality-output")
+    """Folder for figures and JSON."""
+
+    def run(self) -> int:
+        extras.require("hf", "plots")
+        self._check()
+        self.out.mkdir(parents=True, exist_ok=True)
+        selections: dict[str, Selections] = {}
+        tokens = np.empty(0, np.int32)
+        for variant in dict.fromkeys(self.variants):
+            model = load(self.path, variant, self.dtype)
+            for size in self.slots or ():
+                CacheConfig(slots=size).resolve_slots(model.config.attention, size)  # says so early if one is too small
+            if not tokens.size:
+                tokens = self._read_tokens(model)
+            with working(f"decoding {self.new_tokens} tokens with {variant}"):
+                forced = None if self.free_running else tokens[self.prompt_length :]
+                selections[variant] = record(
+                    model, tokens[: self.prompt_length], self.new_tokens, forced, chunk=self.chunk
+                )
+            del model
+        with working("measuring"):
+            reports = {name: chosen.report(self.slots) for name, chosen in selections.items()}
+        heading(
+            f"{self.prompt_length} tokens read, then {self.new_tokens} "
+            + ("generated" if self.free_running else "of the text, fed one by one")
+        )
+        indented(comparison_table(reports))
+        settings = dataclasses.asdict(self) | {"path": str(self.path), "out": str(self.out)}
+        settings["text"] = None if self.text is None else str(self.text)
+        with working("drawing"):
+            written = draw(selections, reports, self.out)
+        written.append(write_json(self.out / "locality.json", {"settings": settings, "reports": as_json(reports)}))
+        heading("Written")
+        facts((path.name, path) for path in written)
+        return 0
+
+    def _check(self) -> None:
+        for name in ("prompt_length", "new_tokens"):
+            least = 1 if name == "prompt_length" else 2
+            if getattr(self, name) < least:
+                raise bad_value(f"--{name.replace('_', '-')}", f"must be >= {least}", getattr(self, name), "Raise it.")
+        if not self.variants or "full" in self.variants:
+            raise bad_value(
+                "--variants", "must name methods that select blocks", list(self.variants), "nosa, infllmv2 and dma do."
+            )
+
+    def _read_tokens(self, model: NosaLM) -> np.ndarray:
+        """As many tokens of the text as are read."""
+        needed = self.prompt_length + (0 if self.free_running else self.new_tokens)
+        if self.text is None:
+            text = bytes(read_text().heldout[: 16 * needed]).decode("utf-8", errors="replace")
+        else:
+            text = self.text.read_text(encoding="utf-8", errors="replace")
+        tokens = np.asarray(load_tokenizer(self.path, model.config.vocab_size).encode(text)[:needed], np.int32)
+        if len(tokens) < needed:
+            raise bad_value(
+                "--text", f"must have at least {needed} tokens", len(tokens), "Lower --prompt-length or --new-tokens."
+            )
+        return tokens
+
+
+def record(
+    model: NosaLM, prompt: np.ndarray, new_tokens: int, forced: np.ndarray | None, *, chunk: int | None = None
+) -> Selections:
+    """The selections behind `new_tokens` decoded tokens: those of `forced`, or the model's own where it is None."""
+    generation = nosa_jax.generate(
+        model,
+        prompt[None],
+        max_new_tokens=new_tokens,
+        cache=CacheConfig(),
+        forced_tokens=None if forced is None else forced[None],
+        record=("block_ids",),
+        chunk=chunk,
+    )
+    jax.block_until_ready(generation)
+    return Selections.from_generation(
+        generation, np.asarray([len(prompt)]), config=model.config, itemsize=model.embed.dtype.itemsize
+    )
+
+
+def draw(selections: dict[str, Selections], reports: dict[str, LocalityReport], out: Path) -> list[Path]:
+    """Writes the comparison and one map of selections per method into the folder `out`; returns the files."""
+    written = [out / "locality.png"]
+    plots.plot_comparison(reports, written[0])
+    for name, chosen in selections.items():
+        written.append(out / f"selections-{name}.png")
+        plots.plot_selection_map(chosen, layer=chosen.block_ids.shape[0] // 2, path=written[-1])
+    return written
+
+
+def as_json(reports: dict[str, LocalityReport]) -> dict[str, Any]:
+    return {name: report.to_dict() for name, report in reports.items()}
+
+
+def write_json(path: Path, content: Any) -> Path:
+    """Writes `content` and returns `path`."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return path

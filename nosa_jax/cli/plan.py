@@ -1,0 +1,64 @@
+"""`nosa plan`: bytes and speed of a running batch, before anything runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Literal
+
+from nosa_jax import CacheConfig, ModelConfig, plan, presets
+from nosa_jax.config import Variant
+
+PresetName = Literal["tiny", "nosa_1b", "nosa_3b", "nosa_8b"]
+
+
+def preset(name: PresetName, variant: Variant) -> ModelConfig:
+    """The preset of that name."""
+    return getattr(presets, name)(variant=variant)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Say what a batch will cost: bytes on the host and on the device, bytes moved per token, and a bound on speed."""
+
+    preset: PresetName = "nosa_8b"
+    """The model."""
+    variant: Variant = "nosa"
+    """How it selects blocks."""
+    batch: int = 1
+    """Rows that run together."""
+    max_length: int | None = None
+    """Tokens a row may grow to, prompt included; default: the model's context."""
+    offload: bool = True
+    """Whether the KV cache lives in host memory, with a pool of blocks on the device."""
+    slots: int | None = None
+    """Size of that pool in blocks; default: 5/4 of the blocks that a query selects."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Of weights and cache."""
+    misses: float | None = None
+    """Blocks fetched per step, layer, KV head and row, as measured by `nosa locality`; default: published figures."""
+    link_bytes_per_second: float = 53e9
+    """Speed of the link between host and device; default: PCIe 5 x16 as measured."""
+    hbm_bytes_per_second: float = 4.3e12
+    """Speed of the device's memory; default: an H200 as measured."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+    def run(self) -> int:
+        config = preset(self.preset, self.variant)
+        result = plan(
+            config,
+            self.batch,
+            config.max_context if self.max_length is None else self.max_length,
+            CacheConfig(offload=self.offload, slots=self.slots),
+            dtype=self.dtype,
+            misses=self.misses,
+            link_bytes_per_second=self.link_bytes_per_second,
+            hbm_bytes_per_second=self.hbm_bytes_per_second,
+        )
+        what = {"preset": self.preset, "variant": self.variant, "dtype": self.dtype}
+        if self.json:
+            print(json.dumps(what | result.to_dict(), indent=2))
+        else:
+            print(f"{'model':<24}{self.preset}, variant {self.variant}, {self.dtype}\n{result}")
+        return 0

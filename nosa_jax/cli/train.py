@@ -1,0 +1,120 @@
+"""`nosa train`: local text in, checkpoints and a Hugging Face folder out."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+import nosa_jax
+from nosa_jax import train
+from nosa_jax.cli import extras
+from nosa_jax.cli.plan import PresetName, preset
+from nosa_jax.cli.terminal import facts, heading, working
+from nosa_jax.config import Variant
+from nosa_jax.train import Corpus, OptimizerConfig, TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Train a model on the bytes of local text, with checkpoints, and save it as a Hugging Face folder."""
+
+    preset: PresetName = "tiny"
+    """Shape of the model."""
+    variant: Variant = "nosa"
+    """How it selects blocks."""
+    files: tuple[str, ...] = ()
+    """Files, folders or globs to read; default: the source of Python's standard library."""
+    heldout_fraction: float = 0.05
+    """Share of the text, in whole files, that is not trained on but evaluated."""
+    out: Path | None = None
+    """Folder for checkpoints, log and model; default: runs/PRESET-VARIANT."""
+    resume: bool = False
+    """Continue from the newest checkpoint in that folder."""
+
+    steps: int = TrainConfig.steps
+    """Steps of the whole run, the horizon of the learning rate."""
+    batch_size: int = TrainConfig.batch_size
+    """Windows of text per step."""
+    length: int = TrainConfig.length
+    """Tokens per window."""
+    accumulate: int = TrainConfig.accumulate
+    """Parts that a batch is split into to save memory."""
+    remat: bool = TrainConfig.remat
+    """Recompute each layer in the backward pass: slower, in less memory."""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = TrainConfig.compute_dtype
+    """Of forward and backward pass; auto: float32 on a CPU, bfloat16 elsewhere."""
+    seed: int = TrainConfig.seed
+    """Of the initial weights and the order of the text."""
+    log_every: int = TrainConfig.log_every
+    """Steps between two records of the log."""
+    eval_every: int = TrainConfig.eval_every
+    """Steps between two evaluations; 0: only at the end."""
+    eval_batches: int = TrainConfig.eval_batches
+    """Held-out batches per evaluation, at most."""
+    checkpoint_every: int = TrainConfig.checkpoint_every
+    """Steps between two checkpoints; 0: only at the end."""
+    keep_checkpoints: int = TrainConfig.keep_checkpoints
+    """How many of the newest checkpoints stay."""
+
+    learning_rate: float = OptimizerConfig.learning_rate
+    """Of the stable phase of the schedule."""
+    final_learning_rate: float = OptimizerConfig.final_learning_rate
+    """Reached with the last step."""
+    warmup_fraction: float = OptimizerConfig.warmup_fraction
+    """Share of the steps in which the learning rate rises."""
+    decay_fraction: float = OptimizerConfig.decay_fraction
+    """Share of the steps in which it falls."""
+    beta1: float = OptimizerConfig.beta1
+    """Adam's decay of the first moment."""
+    beta2: float = OptimizerConfig.beta2
+    """Adam's decay of the second moment."""
+    epsilon: float = OptimizerConfig.epsilon
+    """Adam's term against division by zero."""
+    weight_decay: float = OptimizerConfig.weight_decay
+    """Pulls matrices towards 0 by this times the learning rate."""
+    clip_norm: float = OptimizerConfig.clip_norm
+    """Gradients with a larger norm are scaled down to it."""
+
+    def config(self) -> TrainConfig:
+        """The run that the flags describe."""
+        optimizer = OptimizerConfig(**self._fields_of(OptimizerConfig))
+        return TrainConfig(preset(self.preset, self.variant), optimizer, **self._fields_of(TrainConfig))
+
+    def _fields_of(self, cls: Any) -> dict[str, Any]:
+        names = [field.name for field in dataclasses.fields(cls) if field.name not in ("model", "optimizer")]
+        return {name: getattr(self, name) for name in names}
+
+    def run(self) -> int:
+        extras.require("train", "hf")
+        config = self.config()
+        out = Path("runs", f"{self.preset}-{self.variant}") if self.out is None else self.out
+        corpus = read_text(self.files, self.heldout_fraction)
+        heading(f"Training {self.preset} ({self.variant}) for {config.steps} steps")
+        facts([("text", describe(corpus)), ("folder", out)])
+        result = train.train(config, corpus, out, resume=self.resume)
+        with working("writing the model"):
+            nosa_jax.save_pretrained(result.model, out / "model")
+        heading(f"{'Interrupted' if result.interrupted else 'Done'} after step {result.step}")
+        loss = f"{result.evaluations[-1]['bits_per_byte']:.4f} bits per byte" if result.evaluations else "not evaluated"
+        facts(
+            [
+                ("held-out loss", loss),
+                ("checkpoints", f"{out / 'checkpoints'} (the same command with --resume continues)"),
+                ("log", out / "log.jsonl"),
+                ("model", f'{out / "model"} (nosa generate {out / "model"} --prompt "...")'),
+            ]
+        )
+        return 130 if result.interrupted else 0
+
+
+def read_text(files: tuple[str, ...] = (), heldout_fraction: float = 0.05) -> Corpus:
+    """The corpus of `files` (folders, globs), or of Python's standard library where there are none."""
+    with working("reading the text"):
+        found = train.find_files(*files) if files else train.stdlib_files()
+        return train.load_corpus(found, heldout_fraction=heldout_fraction)
+
+
+def describe(corpus: Corpus) -> str:
+    """Its size in words."""
+    return f"{len(corpus.train) / 1e6:.2f} MB to train on, {len(corpus.heldout) / 1e6:.2f} MB held out"

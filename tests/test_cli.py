@@ -1,0 +1,340 @@
+"""The command `nosa`: every subcommand through `main`, and what it says to mistakes."""
+
+from __future__ import annotations
+
+import builtins
+import dataclasses
+import json
+import re
+import tomllib
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import nosa_jax
+from nosa_jax.cli import main
+from nosa_jax.cli.app import TRACEBACK_VARIABLE
+from nosa_jax.cli.checkpoint import GrowingText, load_tokenizer, stop_tokens
+from nosa_jax.cli.demo import _lines, _window, same_bits
+from nosa_jax.cli.doctor import OPS
+from nosa_jax.cli.extras import EXTRAS, require
+from nosa_jax.cli.locality import record
+from nosa_jax.cli.terminal import duration, size
+from nosa_jax.cli.train import Train
+from nosa_jax.hf import ByteTokenizer
+from nosa_jax.train import OptimizerConfig, TrainConfig, read_log
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_and_quick():
+    """A smaller `tiny`, and quick compilation: everything here runs once, so the time goes into compiling."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    tiny = nosa_jax.presets.tiny
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_layers": 2, "head_dim": 8, "max_context": 192}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nosa_jax.presets, "tiny", lambda variant="nosa": dataclasses.replace(tiny(variant), **sizes))
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    """A folder with text to train on."""
+    folder = tmp_path_factory.mktemp("text")
+    for i in range(4):
+        (folder / f"{i}.txt").write_text(f"The quick brown fox {i} jumps over the lazy dog.\n" * 40, encoding="utf-8")
+    return folder
+
+
+def train_arguments(text: Path, out: Path) -> list[str]:
+    sizes = ["--steps", "2", "--batch-size", "1", "--length", "32", "--eval-batches", "1", "--eval-every", "0"]
+    return ["train", "--files", str(text), "--heldout-fraction", "0.2", "--out", str(out), *sizes]
+
+
+@pytest.fixture(scope="module")
+def trained(text, tmp_path_factory) -> Path:
+    """The folder of a run of two steps that was then resumed, with nothing left to do."""
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    assert main(train_arguments(text, out)) == 0
+    assert main([*train_arguments(text, out), "--resume"]) == 0
+    return out
+
+
+def fails(arguments: list[str], capsys) -> str:
+    """Runs `nosa`, expects exit code 2 and one line on stderr, and returns what it says."""
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    (line,) = [line for line in captured.err.splitlines() if not line.endswith(" ...")]
+    assert line.startswith("nosa: error: ") and "Traceback" not in captured.err
+    return line.removeprefix("nosa: error: ")
+
+
+# --- train, generate, locality ------------------------------------------------------------------------------------
+
+
+def test_train_saves_checkpoints_log_and_model(trained):
+    assert sorted(path.name for path in (trained / "checkpoints").iterdir()) == ["2"]
+    assert [record["step"] for record in read_log(trained / "log.jsonl") if record["kind"] == "train"][-1] == 2
+    model = nosa_jax.from_pretrained(trained / "model")
+    assert model.config == nosa_jax.presets.tiny()
+    loaded = nosa_jax.train.load_model(trained / "checkpoints")
+    assert same_bits(model.embed[...], loaded.embed[...])
+
+
+def test_train_has_a_flag_for_every_setting():
+    flags = Train()
+    for cls in (TrainConfig, OptimizerConfig):
+        for field in dataclasses.fields(cls):
+            if field.name not in ("model", "optimizer"):
+                assert getattr(flags, field.name) == field.default, field.name
+    config = Train(variant="dma", steps=7, clip_norm=2.0).config()
+    assert (config.model.attention.variant, config.steps, config.optimizer.clip_norm) == ("dma", 7, 2.0)
+
+
+def test_train_refuses_a_folder_with_another_run(trained, text, capsys):
+    assert "Pass resume=True" in fails(train_arguments(text, trained), capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", [["--slots", "8"], ["--no-offload"]])
+def test_generate_prints_what_generate_returns(trained, where, capsys):
+    prompt = "The quick brown fox jumps over the lazy dog. " * 4
+    sampling = ["--temperature", "1.0", "--top-k", "50", "--seed", "3"]
+    arguments = ["generate", str(trained / "model"), "--prompt", prompt, "--max-new-tokens", "9", *sampling, *where]
+    assert main(arguments) == 0
+    captured = capsys.readouterr()
+
+    expected = nosa_jax.generate(
+        nosa_jax.from_pretrained(trained / "model"),
+        np.asarray([list(prompt.encode())], np.int32),
+        max_new_tokens=9,
+        sampling=nosa_jax.Sampling(1.0, 50),
+        key=jax.random.key(3),
+    )
+    assert captured.out == prompt + ByteTokenizer().decode(np.asarray(expected.tokens)[0]) + "\n"
+    assert re.search(r"speed +[\d,.]+ tokens/s over 8 steps", captured.err)
+    assert ("blocks per step, layer and KV head" in captured.err) == (where[0] == "--slots")
+
+
+@pytest.mark.slow
+def test_locality_measures_and_writes_files(trained, text, tmp_path, capsys):
+    sizes = ["--prompt-length", "150", "--new-tokens", "4", "--slots", "8", "12", "--variants", "dma"]
+    out = tmp_path / "out"
+    arguments = ["locality", str(trained / "model"), "--text", str(text / "0.txt"), *sizes, "--out", str(out)]
+    assert main(arguments) == 0
+    table = capsys.readouterr().out
+    assert "misses per step, 12 slots" in table and re.search(r"^ +dma$", table, re.MULTILINE)
+    for name in ("locality.png", "selections-dma.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG"), name
+    results = json.loads((out / "locality.json").read_text(encoding="utf-8"))
+    assert results["reports"]["dma"]["steps"] == 3 and results["settings"]["prompt_length"] == 150
+
+
+def test_recording_is_forced_to_the_text_or_free():
+    model = nosa_jax.NosaLM(nosa_jax.presets.tiny(), rngs=nnx.Rngs(0))
+    tokens = np.arange(150, dtype=np.int32)
+    with pytest.MonkeyPatch.context() as patch:
+        seen = []
+        patch.setattr(nosa_jax, "generate", lambda *_, **options: seen.append(options) or fake_generation(model))
+        for forced in (tokens[:3], None):
+            chosen = record(model, tokens, 3, forced)
+            assert chosen.positions.tolist() == [[149, 150, 151]] and chosen.itemsize == 4
+    assert seen[0]["forced_tokens"].tolist() == [[0, 1, 2]] and seen[1]["forced_tokens"] is None
+
+
+def fake_generation(model) -> nosa_jax.Generation:
+    config = model.config
+    ids = np.broadcast_to(np.arange(8, dtype=np.int32), (config.num_layers, 1, config.num_kv_heads, 3, 8))
+    return nosa_jax.Generation(tokens=np.zeros((1, 3), np.int32), lengths=np.asarray([3]), block_ids=ids)
+
+
+# --- demo ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_demo_runs_from_text_to_figures(tmp_path, capsys):
+    out = tmp_path / "demo"
+    sizes = ["--steps", "1", "--prompt-length", "150", "--new-tokens", "4", "--slots", "8", "--locality-tokens", "4"]
+    assert main(["demo", "--out", str(out), *sizes]) == 0
+    printed = capsys.readouterr().out
+    assert "bits per byte" in printed and "bit-identical: yes" in printed and "prompt |" in printed
+    assert re.search(r"nosa +infllmv2", printed) and "with_attention" in printed
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    assert results["bit_identical"] and results["runs"][0]["slots"] == 8
+    assert set(results["timings"]) == {"training", "generating", "comparing", "locality", "writing"}
+    assert (out / "locality.png").is_file()
+    assert nosa_jax.from_pretrained(out / "model").config == nosa_jax.presets.tiny()
+
+
+def test_same_bits_sees_signs_of_zero_and_dtypes():
+    zero = np.zeros(2, np.float32)
+    assert same_bits(zero, zero.copy()) and same_bits(np.float32([np.nan]), np.float32([np.nan]))
+    assert not same_bits(zero, -zero)
+    assert not same_bits(zero, zero.astype(np.int32)) and not same_bits(zero, zero[:1])
+
+
+def test_window_ends_the_prompt_where_a_block_of_code_opens():
+    text = np.frombuffer(b"import x\nif x:\n    pass\nelse:\n    y = 1\n", np.uint8)
+    window = _window(text, 10, 4, 6)
+    assert bytes(window.tolist()) == b"ass\nelse:\n    y "
+    with pytest.raises(ValueError, match="must, with the 6 bytes after it, fit into the held-out text of 40 bytes"):
+        _window(text, 40, 4, 6)
+
+
+def test_lines_are_wrapped_and_harmless():
+    assert _lines("a\tb\x1b[2J\n\n" + "x" * 100 + "\n") == ["a   b·[2J", "", "x" * 90, "x" * 10]
+
+
+# --- plan and doctor ----------------------------------------------------------------------------------------------
+
+
+def test_plan_prints_the_table_of_the_library(capsys):
+    arguments = ["plan", "--preset", "nosa_8b", "--batch", "16", "--max-length", "16384", "--slots", "80"]
+    expected = nosa_jax.plan(nosa_jax.presets.nosa_8b(), 16, 16384, nosa_jax.CacheConfig(slots=80))
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == str(expected).splitlines()
+    assert main([*arguments, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["device_bytes"] == expected.device_bytes and printed["preset"] == "nosa_8b"
+
+
+def test_doctor_names_every_op_and_why(capsys):
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    for op in OPS:
+        assert re.search(rf"^  {op.name} +xla +", printed, re.MULTILINE)
+        for name in ("mosaic", "triton"):
+            assert op.reason(name) in printed
+    assert f"jax               {jax.__version__}" in printed
+    assert "pinned_host" in printed and "host memory" in printed
+
+
+def test_extras_are_those_of_the_package():
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        declared = tomllib.load(file)["project"]["optional-dependencies"]
+    assert set(EXTRAS) == set(declared) - {"all", "dev"}
+
+
+# --- mistakes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "nowhere", "--prompt", "x"], "path: must be a local checkpoint folder"),
+        (["generate", "nowhere", "--prompt", "x", "--temperature", "-1"], "Sampling.temperature: must be finite"),
+        (["generate", "nowhere", "--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens: must be >= 1"),
+        (["generate", "nowhere", "--prompt", "x", "--no-offload", "--slots", "9"], "CacheConfig.slots: has a meaning"),
+        (["plan", "--slots", "3"], "CacheConfig.slots: must hold one selection"),
+        (["plan", "--batch", "0"], "batch: must be >= 1"),
+        (["train", "--files", "nowhere/*.txt"], "patterns: must each find a file"),
+        (["train", "--learning-rate", "3"], "OptimizerConfig.learning_rate: must lie between"),
+        (["locality", "nowhere", "--variants", "full"], "--variants: must name methods that select blocks"),
+        (["locality", "nowhere", "--new-tokens", "1"], "--new-tokens: must be >= 2"),
+        (["demo", "--slots", "4"], "CacheConfig.slots: must hold one selection"),
+        (["demo", "--new-tokens", "0"], "--new-tokens: must be >= 2"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert fails(arguments, capsys).startswith(message)
+
+
+def test_mistakes_that_need_a_checkpoint(trained, tmp_path, capsys):
+    model = str(trained / "model")
+    here = ["--out", str(tmp_path)]
+    assert fails(["generate", model, "--prompt", ""], capsys).startswith("--prompt: must hold at least one token")
+    assert (
+        fails(["locality", model, "--text", "nowhere.txt", *here], capsys) == "nowhere.txt: No such file or directory"
+    )
+    assert fails(["locality", model, "--slots", "3", *here], capsys).startswith("CacheConfig.slots: must hold one")
+    short = tmp_path / "short.txt"
+    short.write_text("too short", encoding="utf-8")
+    assert fails(["locality", model, "--text", str(short), *here], capsys).startswith("--text: must have at least 1024")
+    file = tmp_path / "file"
+    file.touch()
+    assert "File exists" in fails(["locality", model, "--out", str(file)], capsys)
+
+
+def test_arguments_that_do_not_parse_exit_with_2(capsys):
+    for arguments in (["plan", "--preset", "nosa_9b"], ["dmeo"], ["generate"]):
+        with pytest.raises(SystemExit) as exit_:
+            main(arguments)
+        assert exit_.value.code == 2
+    assert "nosa_9b" in capsys.readouterr().err
+
+
+def test_help_and_version(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main([])
+    assert exit_.value.code == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("demo", "train", "generate", "locality", "plan", "doctor"))
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"nosa-jax {nosa_jax.__version__}\n"
+
+
+def test_traceback_on_request(monkeypatch):
+    monkeypatch.setenv(TRACEBACK_VARIABLE, "1")
+    with pytest.raises(ValueError, match="must hold one selection"):
+        main(["plan", "--slots", "3"])
+
+
+def test_missing_packages_are_named_with_their_extra(monkeypatch, capsys):
+    real = builtins.__import__
+
+    def without_tyro(name, *args, **kwargs):
+        if name == "tyro":
+            raise ModuleNotFoundError("No module named 'tyro'")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_tyro)
+    assert fails(["plan"], capsys) == 'the command line needs tyro: pip install "nosa-jax[cli]"'
+    monkeypatch.undo()
+    monkeypatch.setitem(EXTRAS, "plots", ("no_such_module",))
+    monkeypatch.setitem(EXTRAS, "hf", ("no_such_other",))
+    with pytest.raises(
+        ImportError, match=re.escape('needs no_such_other, no_such_module: pip install "nosa-jax[hf,plo')
+    ):
+        require("train", "hf", "plots")
+
+
+def test_interrupt_exits_with_130(monkeypatch, capsys):
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nosa_jax.cli.plan.plan", interrupt)
+    assert main(["plan"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+# --- small parts --------------------------------------------------------------------------------------------------
+
+
+def test_growing_text_waits_for_whole_characters():
+    text = GrowingText(ByteTokenizer())
+    pieces = [text.add(byte) for byte in "aé€\n".encode()]
+    assert pieces == ["a", "", "é", "", "", "€", "\n"] and text.finish() == ""
+    assert [text.add(0xE2), text.add(0x82), text.finish()] == ["", "", "\ufffd"]
+
+
+def test_tokenizer_and_stop_tokens_come_from_the_folder(tmp_path):
+    assert isinstance(load_tokenizer(tmp_path, 256), ByteTokenizer)
+    with pytest.raises(ValueError, match="for a vocabulary of 73448"):
+        load_tokenizer(tmp_path, 73448)
+    assert stop_tokens(tmp_path) == ()
+    (tmp_path / "config.json").write_text('{"eos_token_id": 2}', encoding="utf-8")
+    assert stop_tokens(tmp_path) == (2,)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 7]}', encoding="utf-8")
+    assert stop_tokens(tmp_path) == (2, 7)
+
+
+def test_units():
+    assert [duration(x) for x in (0.4, 59.6, 75.2)] == ["0 s", "1 min 0 s", "1 min 15 s"]
+    assert [size(x) for x in (12, 2560, 3 * 2**20, 5 * 2**40)] == ["12 B", "2.50 KiB", "3.00 MiB", "5120.00 GiB"]
