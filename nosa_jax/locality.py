@@ -382,8 +382,8 @@ def comparison_table(reports: Mapping[str, LocalityReport]) -> str:
     for slots in sizes:
         rows.append((f"misses per step, {slots} slots", ".2f", [values.mean() for values in misses[slots]]))
     for slots in sizes:
-        mib = [values.sum() * r.block_bytes / 2**20 for values, r in zip(misses[slots], methods, strict=True)]
-        rows.append((f"MiB per token, {slots} slots", ".2f", mib))
+        kib = [values.sum() * r.block_bytes / 2**10 for values, r in zip(misses[slots], methods, strict=True)]
+        rows.append((f"KiB per token, {slots} slots", ".1f", kib))
     for layer in range(max(len(r.gamma) for r in methods)):
         by_layer = [r.gamma[layer].mean() if layer < len(r.gamma) else np.nan for r in methods]
         rows.append((f"gamma, layer {layer}", ".3f", by_layer))

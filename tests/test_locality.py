@@ -329,7 +329,7 @@ def test_tables():
     cells = {line[:-20].strip(): line[-20:].split() for line in side_by_side[1:]}
     assert cells["gamma"] == [f"{r.gamma.mean():.3f}" for r in reports.values()]
     assert cells["misses per step, 9 slots"][0] == "-" and cells["misses per step, 16 slots"][1] == "-"
-    assert cells["MiB per token, 8 slots"] == [f"{r.bytes_per_token(8) / 2**20:.2f}" for r in reports.values()]
+    assert cells["KiB per token, 8 slots"] == [f"{r.bytes_per_token(8) / 2**10:.1f}" for r in reports.values()]
     assert "gamma, layer 1" in cells
 
 
