@@ -54,12 +54,18 @@ def stop_tokens(path: Path) -> tuple[int, ...]:
 
 @dataclasses.dataclass
 class GrowingText:
-    """Turns tokens into text piece by piece: a character is held back until all of its tokens are there."""
+    """Turns tokens into text piece by piece: a character is held back until all of its tokens are there.
+
+    tokens: what is on the screen already, the prompt say; it decides whether a word gets its leading space.
+    """
 
     tokenizer: Any
     tokens: list[int] = dataclasses.field(default_factory=list)
-    _shown: int = 0  # tokens whose text has been returned
-    _context: int = 0  # decoding starts here, as the text of a token may depend on the one before
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.tokens)
+        self._shown = len(self.tokens)
+        self._context = max(self._shown - 1, 0)  # decoding starts here: one piece back is enough
 
     def add(self, token: int) -> str:
         """The text that is complete now and was not before."""

@@ -64,7 +64,7 @@ class Generate:
 
         run = Continuation(model, tokens, self.max_new_tokens, cache, sampling, self.seed, self.chunk)
         stops = stop_tokens(self.path)
-        text = GrowingText(tokenizer)
+        text = GrowingText(tokenizer, tokens)
         run.read_prompt()
         print(prompt, end="", flush=True)
         for token in run:
