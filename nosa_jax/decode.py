@@ -76,9 +76,7 @@ def extend(
     return state, out.logits
 
 
-def decode_step(
-    model: NosaLM, state: DecodeState, tokens: ArrayLike
-) -> tuple[DecodeState, Float[Array, "B V"]]:
+def decode_step(model: NosaLM, state: DecodeState, tokens: ArrayLike) -> tuple[DecodeState, Float[Array, "B V"]]:
     """Feeds one token to every row. Returns the new state and the float32 logits of what follows.
 
     A plain function: jit it with the state donated (`jax.jit(decode_step, donate_argnums=1)`) for a loop of your own.
@@ -91,9 +89,7 @@ def decode_step(
     return state, out.logits
 
 
-def check_prompt(
-    model: NosaLM, tokens: Any, lengths: Any, max_length: int, cache: CacheConfig
-) -> tuple[Array, Array]:
+def check_prompt(model: NosaLM, tokens: Any, lengths: Any, max_length: int, cache: CacheConfig) -> tuple[Array, Array]:
     """Checked tokens [B, T] and lengths [B] of a prompt that fits into a cache that fits into memory."""
     tokens = layout.as_tokens(tokens, model.config.vocab_size)
     batch, width = tokens.shape

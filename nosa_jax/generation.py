@@ -191,9 +191,10 @@ def _generate(
     token, done = _next_token(out.logits, keys, state.lengths, done, stop, pad, sampling, first_token)
     # What is collected, one entry per step first, so that a step writes one contiguous piece.
     entry = {name: value for name in names if (value := getattr(out, name)) is not None} | {"tokens": token}
-    fills = {"tokens": pad, "block_ids": -1}
+    fills: dict[str, Any] = {"tokens": pad, "block_ids": -1}
     collected = {
-        name: jnp.full((max_new_tokens, *x.shape), fills.get(name, 0), x.dtype).at[0].set(x) for name, x in entry.items()
+        name: jnp.full((max_new_tokens, *x.shape), fills.get(name, 0), x.dtype).at[0].set(x)
+        for name, x in entry.items()
     }
     count = jnp.ones(lengths.shape, jnp.int32)
 

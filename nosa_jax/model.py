@@ -62,8 +62,9 @@ class Layers(nnx.Module):
 class NosaLM(nnx.Module):
     """A decoder with NOSA attention or one of its rivals (`config.attention.variant`).
 
-    The module is a pytree: pass it to functions under `jax.jit`, `jax.grad` and `lax.scan` as it is. Matrices are stored
-    [in, out]. `dtype` is that of parameters and computation; importance, scores, norms and logits are float32 in any.
+    The module is a pytree: pass it to functions under `jax.jit`, `jax.grad` and `lax.scan` as it is. Matrices are
+    stored [in, out]. `dtype` is that of parameters and computation; importance, scores, norms and logits are float32
+    in any.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32) -> None:
@@ -173,7 +174,7 @@ def as_block_ids(
 
 
 def layer_at[Stack: nnx.Module](stack: Stack, index: Int32[Array, ""], x: Array) -> tuple[Stack, Array]:
-    """One layer of stacked parameters, sliced only when `x` is computed: a step then keeps one slice at a time, not all."""
+    """One layer of stacked parameters, sliced only once `x` is computed: a step then keeps one slice at a time."""
     index, x = jax.lax.optimization_barrier((index, x))
     return jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, index, keepdims=False), stack), x
 

@@ -31,7 +31,8 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int, max_context: int) -> np
 
 
 def attention_factor(rope: RopeConfig, max_context: int) -> float:
-    """What cos and sin are multiplied by: as given, or sqrt(1 + log(max / original) / log(original)) beyond it, else 1."""
+    """What cos and sin are multiplied by: as given, or sqrt(1 + log(max / original) / log(original)) where max is
+    beyond the original context, else 1."""
     if rope.kind == "plain":
         return 1.0
     if rope.attention_factor is not None:

@@ -14,7 +14,7 @@ from pallas_kernels._checks import bad_value
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """temperature 0 is greedy. top_k: keep the k best tokens. top_p: keep the fewest tokens whose probability reaches p.
+    """temperature 0 is greedy. top_k: keep the k best tokens. top_p: keep the fewest tokens that reach probability p.
 
     Applied in this order: temperature, top_k, top_p. Raises ValueError out of range.
     """
@@ -44,7 +44,9 @@ def row_keys(key: Any, batch: int, sampling: Sampling) -> Array | None:
     if sampling.is_greedy:
         return None
     if key is None:
-        raise bad_value("key", f"temperature {sampling.temperature} needs a random key", None, "Pass jax.random.key(0).")
+        raise bad_value(
+            "key", f"temperature {sampling.temperature} needs a random key", None, "Pass jax.random.key(0)."
+        )
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(jnp.asarray(key))
     if key.ndim == 0:

@@ -1,7 +1,7 @@
 """The integer geometry of blocks and pooling windows, once for everybody.
 
-Tokens 0..S-1 are cut into blocks of `block_size`; block m holds tokens P*m .. P*m+P-1. Keys are mean-pooled over windows
-of `2 * stride` tokens that start every `stride` tokens; window c covers tokens stride*c .. stride*c + 2*stride - 1.
+Tokens 0..S-1 are cut into blocks of `block_size`; block m holds tokens P*m .. P*m+P-1. Keys are mean-pooled over
+windows of `2 * stride` tokens that start every `stride` tokens; window c covers tokens stride*c .. stride*c+2*stride-1.
 
 Packed rows: a row may hold several documents, each starting on a block boundary. They are described by `first_block`
 [B, M] int32: for every block, the first block of its document (all zero, or None, when rows are single documents).

@@ -131,10 +131,18 @@ def _margins(attention: AttentionConfig, query: np.ndarray, fill: np.ndarray) ->
     return margins
 
 
-def forward_one(model: NosaLM, tokens: np.ndarray, **options) -> nosa_jax.ForwardOutput:
-    """One sequence [T] through the jitted forward pass."""
-    return _forward(model, tokens[None], **options)
+def forward_one(model: NosaLM, tokens: np.ndarray, *, block_ids=None, bucket: int = 256) -> nosa_jax.ForwardOutput:
+    """One sequence [T] through the jitted forward pass, selections recorded or replayed.
+
+    Padded to a multiple of `bucket`, so that sequences of many lengths share a compilation; outputs are cut to T.
+    """
+    length = tokens.shape[0]
+    pad = -length % bucket
+    if block_ids is not None:
+        block_ids = np.pad(block_ids, ((0, 0), (0, 0), (0, 0), (0, pad), (0, 0)), constant_values=-1)
+    out = forward(model, np.pad(tokens, (0, pad))[None], np.array([length]), block_ids=block_ids, record=True)
+    ids = None if out.block_ids is None else out.block_ids[..., :length, :]
+    return nosa_jax.ForwardOutput(out.logits[:, :length], out.hidden[:, :length], ids)
 
 
-_forward = jax.jit(nosa_jax.forward, static_argnames=("logits", "record", "remat"))
-forward = _forward
+forward = jax.jit(nosa_jax.forward, static_argnames=("logits", "record", "remat"))

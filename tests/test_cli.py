@@ -103,37 +103,39 @@ def test_train_refuses_a_folder_with_another_run(trained, text, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("where", [["--slots", "8"], ["--no-offload"]])
-def test_generate_prints_what_generate_returns(trained, where, capsys):
+def test_generate_prints_what_the_library_streams(trained, where, capsys):
     prompt = "The quick brown fox jumps over the lazy dog. " * 4
     sampling = ["--temperature", "1.0", "--top-k", "50", "--seed", "3"]
     arguments = ["generate", str(trained / "model"), "--prompt", prompt, "--max-new-tokens", "9", *sampling, *where]
     assert main(arguments) == 0
     captured = capsys.readouterr()
 
-    expected = nosa_jax.generate(
+    steps = nosa_jax.stream(
         nosa_jax.from_pretrained(trained / "model"),
         np.asarray([list(prompt.encode())], np.int32),
         max_new_tokens=9,
+        cache=nosa_jax.CacheConfig(slots=8),
         sampling=nosa_jax.Sampling(1.0, 50),
         key=jax.random.key(3),
     )
-    assert captured.out == prompt + ByteTokenizer().decode(np.asarray(expected.tokens)[0]) + "\n"
+    assert captured.out == prompt + ByteTokenizer().decode(np.concatenate(list(steps))) + "\n"
     assert re.search(r"speed +[\d,.]+ tokens/s over 8 steps", captured.err)
     assert ("blocks per step, layer and KV head" in captured.err) == (where[0] == "--slots")
 
 
 @pytest.mark.slow
 def test_locality_measures_and_writes_files(trained, text, tmp_path, capsys):
-    sizes = ["--prompt-length", "150", "--new-tokens", "4", "--slots", "8", "12", "--variants", "dma"]
+    # The sizes of the demo's test, whose programs are then compiled once for both.
+    sizes = ["--prompt-length", "150", "--new-tokens", "4", "--slots", "8", "12", "--variants", "nosa"]
     out = tmp_path / "out"
     arguments = ["locality", str(trained / "model"), "--text", str(text / "0.txt"), *sizes, "--out", str(out)]
     assert main(arguments) == 0
     table = capsys.readouterr().out
-    assert "misses per step, 12 slots" in table and re.search(r"^ +dma$", table, re.MULTILINE)
-    for name in ("locality.png", "selections-dma.png"):
+    assert "misses per step, 12 slots" in table and re.search(r"^ +nosa$", table, re.MULTILINE)
+    for name in ("locality.png", "selections-nosa.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG"), name
     results = json.loads((out / "locality.json").read_text(encoding="utf-8"))
-    assert results["reports"]["dma"]["steps"] == 3 and results["settings"]["prompt_length"] == 150
+    assert results["reports"]["nosa"]["steps"] == 3 and results["settings"]["prompt_length"] == 150
 
 
 def test_recording_is_forced_to_the_text_or_free():

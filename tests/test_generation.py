@@ -29,29 +29,33 @@ def tokens():
 @pytest.mark.parametrize("sampling", [Sampling(), SAMPLED])
 def test_stream_yields_what_generate_returns(model, tokens, sampling):
     key = jax.random.key(5)
-    gen = nosa_jax.generate(model, tokens, LENGTHS, max_new_tokens=20, sampling=sampling, key=key)
+    gen = nosa_jax.generate(model, tokens, LENGTHS, max_new_tokens=20, sampling=sampling, key=key, record=True)
     streamed = list(nosa_jax.stream(model, tokens, LENGTHS, max_new_tokens=20, sampling=sampling, key=key))
     np.testing.assert_array_equal(np.stack(streamed, axis=1), gen.tokens)
 
 
 def test_a_sampled_row_is_what_it_would_be_alone(model, tokens):
     keys = jax.random.split(jax.random.key(1), 2)
-    batch = nosa_jax.generate(model, tokens, LENGTHS, max_new_tokens=24, sampling=SAMPLED, key=keys)
+    batch = nosa_jax.generate(model, tokens, LENGTHS, max_new_tokens=20, sampling=SAMPLED, key=keys, record=True)
     for row, length in enumerate(LENGTHS):
         alone = nosa_jax.generate(
-            model, tokens[row : row + 1, :length], max_new_tokens=24, sampling=SAMPLED, key=keys[row : row + 1]
+            model, tokens[row : row + 1, :length], max_new_tokens=20, sampling=SAMPLED, key=keys[row : row + 1]
         )
         np.testing.assert_array_equal(alone.tokens[0], batch.tokens[row])
-    other = nosa_jax.generate(model, tokens, LENGTHS, max_new_tokens=24, sampling=SAMPLED, key=jax.random.key(2))
+    other = nosa_jax.generate(
+        model, tokens, LENGTHS, max_new_tokens=20, sampling=SAMPLED, key=jax.random.key(2), record=True
+    )
     assert not np.array_equal(other.tokens, batch.tokens)
 
 
 def test_greedy_takes_the_best_and_records_what_it_was_drawn_from(model, tokens):
-    gen = nosa_jax.generate(model, tokens, LENGTHS, max_new_tokens=20, record=["logits"])
+    gen = nosa_jax.generate(model, tokens, LENGTHS, max_new_tokens=20, record=True)
     np.testing.assert_array_equal(gen.tokens, jnp.argmax(gen.logits, -1))
-    assert gen.block_ids is None
-    assert gen.fetched is None
     np.testing.assert_array_equal(gen.lengths, [20, 20])
+    only = nosa_jax.generate(model, tokens, LENGTHS, max_new_tokens=2, record="logits")
+    assert only.block_ids is None
+    assert only.fetched is None
+    np.testing.assert_array_equal(only.logits, gen.logits[:, :2])
 
 
 def test_rows_stop_at_stop_tokens_and_the_loop_ends(model, tokens):
@@ -67,9 +71,7 @@ def test_rows_stop_at_stop_tokens_and_the_loop_ends(model, tokens):
         assert (np.asarray(gen.logits[row, end:]) == 0).all()
         assert (np.asarray(gen.block_ids[:, row, :, end:]) == -1).all()
         assert (np.asarray(gen.fetched[:, row, :, end:]) == 0).all()
-    streamed = list(
-        nosa_jax.stream(model, tokens, LENGTHS, max_new_tokens=20, stop_tokens=stop, pad_token=127)
-    )
+    streamed = list(nosa_jax.stream(model, tokens, LENGTHS, max_new_tokens=20, stop_tokens=stop, pad_token=127))
     assert len(streamed) == int(np.max(gen.lengths))
 
 
@@ -128,7 +130,7 @@ def test_sampling_follows_the_distribution():
 
 def test_raw_and_typed_keys_agree(model, tokens):
     runs = [
-        nosa_jax.generate(model, tokens, LENGTHS, max_new_tokens=5, sampling=SAMPLED, key=key).tokens
+        nosa_jax.generate(model, tokens, LENGTHS, max_new_tokens=20, sampling=SAMPLED, key=key, record=True).tokens
         for key in (jax.random.key(3), jax.random.PRNGKey(3))
     ]
     np.testing.assert_array_equal(*runs)

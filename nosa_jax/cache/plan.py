@@ -1,8 +1,9 @@
-"""What a running batch will cost before it runs: bytes in host and device memory, bytes moved per token, and a speed."""
+"""What a running batch will cost, before it runs: bytes in host and device memory, bytes per token, and a speed."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax.numpy as jnp
@@ -29,9 +30,9 @@ class CacheTooLargeError(MemoryError, ValueError):
 class Plan:
     """Bytes by part, and what one decode step moves. `str(plan)` is a table.
 
-    host_bytes: KV cache in host memory. device: bytes by part, weights included. pcie_bytes_per_token: expected, blocks
-    fetched and written back. hbm_bytes_per_token: read per generated token, the weights shared by the batch.
-    tokens_per_second: of the whole batch, if a step took its HBM time plus its PCIe time: an upper bound, not a promise.
+    host_bytes: KV cache in host memory. device: bytes by part, weights included. pcie_bytes_per_token: expected,
+    blocks fetched and written back. hbm_bytes_per_token: read per generated token, the weights shared by the batch.
+    tokens_per_second: of the whole batch, if a step took its HBM time plus its PCIe time: a bound, not a promise.
     """
 
     batch: int
@@ -125,7 +126,10 @@ def plan(
     block_bytes = 2 * attention.block_size * config.head_dim * itemsize
     windows = blocks.num_windows(m * attention.block_size, attention.pooling_stride)
 
-    device = {"weights": _weight_count(config) * itemsize, "pool": tables * (m if slots is None else slots) * block_bytes}
+    device = {
+        "weights": _weight_count(config) * itemsize,
+        "pool": tables * (m if slots is None else slots) * block_bytes,
+    }
     if attention.uses_query_scores:
         device["pooled keys"] = tables * config.head_dim * (windows * itemsize + 2 * 4)
     if attention.uses_importance:
@@ -163,7 +167,7 @@ def expected_misses(config: ModelConfig, slots: int) -> float:
     ratio = slots / selected
     points = _MISS_SHARE
     share = points[-1][1]
-    for (left, high), (right, low) in zip(points, points[1:], strict=False):
+    for (left, high), (right, low) in itertools.pairwise(points):
         if ratio <= right:
             share = high + (low - high) * (max(ratio, left) - left) / (right - left)
             break

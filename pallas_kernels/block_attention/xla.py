@@ -219,7 +219,7 @@ def backward(
     delta = (out.astype(dtype) * dout.astype(dtype)).sum(-1) - dlse.astype(dtype)
     rows = tuple(_split_rows(x, kv_heads, tile_length) for x in (dout, lse, delta))
 
-    def run_tile(totals: tuple[Array, Array, Array], args: tuple[Tiles, tuple[Array, ...]]) -> tuple[Any, Array]:
+    def run_tile(totals: tuple[Array, ...], args: tuple[Tiles, tuple[Array, ...]]) -> tuple[Any, Array]:
         tile, (dout, lse, delta) = args
         plan = _plan(settings, tile, spans)
 
@@ -246,8 +246,8 @@ def backward(
     def join(x: Array) -> Array:
         return x.reshape(*x.shape[:2], -1, *x.shape[4:])[:, :, : k.shape[2]]
 
-    dbias = None if bias is None else join(dbias).astype(bias.dtype)
-    return _join_rows(dq, q.shape[1]), join(dk).astype(k.dtype), join(dv).astype(v.dtype), dbias
+    bias_grad = None if bias is None else join(dbias).astype(bias.dtype)
+    return _join_rows(dq, q.shape[1]), join(dk).astype(k.dtype), join(dv).astype(v.dtype), bias_grad
 
 
 def _finite(x: Array) -> Array:

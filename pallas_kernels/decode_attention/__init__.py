@@ -1,8 +1,8 @@
 """Attention of one token per row over blocks in a device pool, indirect through a slot table.
 
 Contract: blocks are visited in ascending id, in chunks that depend on J only, so the result does not depend, to the
-bit, on the number of slots or on where a block lies. Slots and ids outside their range are ignored; memory never written
-may hold NaN.
+bit, on the number of slots or on where a block lies. Slots and ids outside their range are ignored; memory never
+written may hold NaN.
 """
 
 from pallas_kernels.decode_attention.api import decode_attention

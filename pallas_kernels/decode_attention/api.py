@@ -26,9 +26,10 @@ def decode_attention(
 ) -> Float[Array, "B N D"]:
     """Attention of one query token per row over the blocks that lie in `slots` of the device pool.
 
-    pool: K (index 0) and V (index 1) of each block. bias: per token of each block, float32, None for none. block_ids:
-    ascending, -1 padding; block_ids[b, k, j] lies in slots[b, k, j]. positions: of the queries; later tokens are masked.
-    layer: which of the L layers. scale: default 1/sqrt(D). Returns the dtype of q; float32 accumulation.
+    pool: K (index 0) and V (index 1) of each block. bias: per token of each block, float32, None for none.
+    block_ids: ascending, -1 padding; block_ids[b, k, j] lies in slots[b, k, j]. positions: of the queries; later
+    tokens are masked. layer: which of the L layers. scale: default 1/sqrt(D). Returns the dtype of q; accumulates in
+    float32.
     """
     batch, heads, dim = q.shape
     layers, _, kv_heads, _, _, size, _ = pool.shape

@@ -21,7 +21,7 @@ def decode_attention(
     kv_heads, num_slots, size = pool.shape[2], pool.shape[3], pool.shape[5]
     scale = dim**-0.5 if scale is None else scale
     row, head = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[None, :, None]
-    valid = (block_ids >= 0) & (slots >= 0) & (slots < num_slots)
+    valid = (block_ids >= 0) & (block_ids <= positions[:, None, None] // size) & (slots >= 0) & (slots < num_slots)
     token = block_ids[..., None] * size + jnp.arange(size)
     mask = valid[..., None] & (token <= positions[:, None, None, None])  # [B, K, J, P]
     kv = pool[layer, row, head, jnp.where(valid, slots, 0)].astype(jnp.float32)  # [B, K, J, 2, P, D]

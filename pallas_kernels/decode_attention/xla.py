@@ -1,6 +1,7 @@
 """Decode attention in chunks of blocks, ascending, through the slot table.
 
-What is computed depends on J only, never on how many slots there are: a pool with any number of slots gives the same bits.
+What is computed depends on J only, never on how many slots there are: a pool with any number of slots gives the same
+bits.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def decode_attention(
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     grouped = q.reshape(batch, kv_heads, heads // kv_heads, dim)
     row, head = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[None, :, None]
-    valid = (block_ids >= 0) & (slots >= 0) & (slots < num_slots)
+    # Blocks after the query are dropped by id: the token numbers of a very large id would overflow.
+    valid = (block_ids >= 0) & (block_ids <= positions[:, None, None] // size) & (slots >= 0) & (slots < num_slots)
     if bias is not None:
         valid &= block_ids < bias.shape[3]
 

@@ -42,7 +42,8 @@ def fetch_blocks(
 
     def move(block: tuple[Array, ...], slot: tuple[Array, ...], pool: Array) -> Array:
         data = jax.lax.dynamic_slice(host, (layer, *block, 0, 0, 0), size)
-        return jax.lax.dynamic_update_slice(pool, jax.device_put(data, jax.memory.Space.Device), (layer, *slot, 0, 0, 0))
+        data = jax.device_put(data, jax.memory.Space.Device)
+        return jax.lax.dynamic_update_slice(pool, data, (layer, *slot, 0, 0, 0))
 
     return _for_each_move(block_ids, slots, (host.shape[3], pool.shape[3]), move, pool)
 
@@ -58,6 +59,7 @@ def write_back_blocks(
 
     def move(block: tuple[Array, ...], slot: tuple[Array, ...], host: Array) -> Array:
         data = jax.lax.dynamic_slice(pool, (layer, *slot, 0, 0, 0), size)
-        return jax.lax.dynamic_update_slice(host, jax.device_put(data, jax.memory.Space.Host), (layer, *block, 0, 0, 0))
+        data = jax.device_put(data, jax.memory.Space.Host)
+        return jax.lax.dynamic_update_slice(host, data, (layer, *block, 0, 0, 0))
 
     return _for_each_move(block_ids, slots, (host.shape[3], pool.shape[3]), move, host)

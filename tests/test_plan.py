@@ -1,0 +1,66 @@
+"""The plan counts what is really allocated."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import lively_model, random_tokens, small_config
+
+import nosa_jax
+from nosa_jax import CacheConfig, presets
+from nosa_jax.cache.plan import expected_misses
+from nosa_jax.cache.state import empty_state
+
+
+@pytest.mark.parametrize("variant", ["nosa", "infllmv2", "dma", "full"])
+@pytest.mark.parametrize("cache", [CacheConfig(), CacheConfig(slots=9), CacheConfig(offload=False)])
+def test_bytes_equal_the_arrays(variant, cache):
+    config = small_config().with_attention(variant=variant)
+    if variant == "full" and cache.slots is not None:
+        pytest.skip("slots have no meaning for full attention")
+    plan = nosa_jax.plan(config, 3, 333, cache, dtype=jnp.float32)
+    state = jax.eval_shape(lambda: empty_state(config, 3, 333, cache, jnp.float32))
+    sizes = {
+        name: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(getattr(state, name))) for name in vars(state)
+    }
+    assert plan.host_bytes == sizes["host"]
+    assert plan.device["pool"] == sizes["pool"]
+    assert plan.device.get("pooled keys", 0) == sizes["keys"]
+    assert plan.device.get("importance", 0) == sizes["importance"] + sizes["pooled_importance"]
+    assert plan.device.get("slot tables", 0) == sizes["table"]
+    model = lively_model(config)
+    assert plan.device["weights"] == sum(x.nbytes for x in jax.tree.leaves(model))
+
+
+def test_the_released_8b_model():
+    """512 MiB of cache per 16K request, 128 MiB of it selected (the paper's own figures)."""
+    plan = nosa_jax.plan(presets.nosa_8b(), 1, 16384, CacheConfig(slots=64))
+    assert plan.host_bytes == 512 * 2**20
+    assert plan.device["pool"] == 128 * 2**20
+    assert plan.block_bytes == 32 * 2**10
+    assert plan.device["weights"] == pytest.approx(16.4e9, rel=0.01)
+    assert plan.misses_per_step == pytest.approx(3.58)
+    assert "tokens/s" in str(plan)
+    assert plan.to_dict()["tokens_per_second"] == plan.tokens_per_second
+
+
+def test_expected_misses_fall_with_slots():
+    config = presets.nosa_8b()
+    misses = [expected_misses(config, slots) for slots in (64, 72, 80, 96, 128, 256)]
+    assert misses == sorted(misses, reverse=True)
+    assert misses[2] == pytest.approx(1.20)
+    assert misses[4] == misses[5] == pytest.approx(0.71)
+    assert expected_misses(config.with_attention(variant="infllmv2"), 64) == pytest.approx(7.1, rel=0.01)
+
+
+def test_default_slots_and_clamping():
+    attention = small_config().attention
+    assert CacheConfig().resolve_slots(attention, 100) == 10
+    assert CacheConfig().resolve_slots(attention, 4) == 4
+    assert CacheConfig(slots=50).resolve_slots(attention, 20) == 20
+    assert CacheConfig(offload=False).resolve_slots(attention, 20) is None
+    state, _ = nosa_jax.prefill(lively_model(small_config()), random_tokens(1, 20), max_length=30)
+    assert state.pool.shape[3] == state.num_blocks == 2
+    np.testing.assert_array_equal(state.table.blocks[0, 0, 0], [0, 1])
