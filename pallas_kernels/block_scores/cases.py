@@ -22,7 +22,7 @@ CASES = SMALL | REAL
 def make_inputs(case: Case, key: Key[Array, ""]) -> dict[str, Any]:
     """Array arguments of `block_scores`."""
     rng = _inputs.generator(key)
-    q, _ = _inputs.queries_and_keys(case, rng)
+    q = _inputs.queries(case, rng)
     windows = blocks.num_windows(case.tokens, case.stride)
     # Neighbouring windows share half of their keys.
     pooled = _inputs.alike(rng, (len(case.rows), case.kv_heads, windows, case.dim), 2, case.dtype)

@@ -1,0 +1,108 @@
+"""Blocks between host and device: the loops over numpy arrays say what moves, memory kinds say where it lies."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels import fetch_blocks, write_back_blocks
+from pallas_kernels.fetch_blocks import reference
+from pallas_kernels.fetch_blocks.cases import SMALL, make_inputs
+
+fetch = jax.jit(functools.partial(fetch_blocks, implementation="xla"))
+write_back = jax.jit(functools.partial(write_back_blocks, implementation="xla"))
+
+
+def assert_same(array, expected, memory_kind):
+    assert array.sharding.memory_kind == memory_kind
+    np.testing.assert_array_equal(np.asarray(array), expected)
+
+
+def on_numpy(inputs):
+    return {name: int(x) if name == "layer" else np.asarray(x) for name, x in inputs.items()}
+
+
+def assert_moves_like_numpy(inputs):
+    assert inputs["host"].sharding.memory_kind == "pinned_host"
+    plain = on_numpy(inputs)
+    assert_same(fetch(**inputs), reference.fetch_blocks(**plain), "device")
+    assert_same(write_back(**inputs), reference.write_back_blocks(**plain), "pinned_host")
+    # Neither changes what it reads, nor where that lies.
+    assert_same(inputs["host"], plain["host"], "pinned_host")
+    assert_same(inputs["pool"], plain["pool"], "device")
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_cases(name):
+    inputs = make_inputs(SMALL[name], jax.random.key(0))
+    assert_moves_like_numpy(inputs)
+    moved = np.asarray(fetch(**inputs)) != np.asarray(inputs["pool"])
+    case = SMALL[name]
+    slots = moved.any((-1, -2, -3))
+    assert slots[-1].sum() == case.moves * case.batch * case.kv_heads and not slots[:-1].any()
+
+
+CASE = SMALL["one_head"]
+WILD = [-(2**31), -1, 2**31 - 1]
+
+
+@functools.cache
+def one_head():
+    return make_inputs(CASE, jax.random.key(0))
+
+
+@settings(max_examples=40)
+@given(st.data())
+def test_out_of_range_moves_nothing(data):
+    """Ids and slots in any order, each at most once among those in range, wild numbers anywhere."""
+
+    def draw(count):
+        order = data.draw(st.permutations(range(count)))[: CASE.width]
+        order = [*order, *[-1] * (CASE.width - len(order))]
+        wild = data.draw(st.lists(st.sampled_from([None, *WILD, count]), min_size=CASE.width, max_size=CASE.width))
+        return jnp.asarray([n if w is None else w for n, w in zip(order, wild, strict=True)], jnp.int32)[None, None]
+
+    layer = jnp.asarray(data.draw(st.integers(0, CASE.layers - 1)), jnp.int32)
+    inputs = one_head() | {"block_ids": draw(CASE.blocks), "slots": draw(CASE.slots), "layer": layer}
+    assert_moves_like_numpy(inputs)
+
+
+def test_there_and_back():
+    """Blocks fetched into slots and written back leave the host as it was; written elsewhere, they are copies."""
+    inputs = make_inputs(SMALL["all"], jax.random.key(1))
+    host = np.asarray(inputs["host"])
+    pool = fetch(**inputs)
+    assert_same(write_back(**(inputs | {"pool": pool})), host, "pinned_host")
+
+
+def test_inside_a_scan_over_layers_with_donated_arrays():
+    """As decoding uses them: host store and pool in the carry, the layer a traced number."""
+    case = SMALL["all"]
+    inputs = make_inputs(case, jax.random.key(2))
+    plain = on_numpy(inputs)
+    ids, slots = inputs["block_ids"], inputs["slots"]
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(host, pool):
+        def layer_step(carry, layer):
+            host, pool = carry
+            pool = fetch_blocks(pool, host, ids, slots, layer)
+            pool = pool + 1
+            return (write_back_blocks(host, pool, ids, slots, layer), pool), None
+
+        return jax.lax.scan(layer_step, (host, pool), jnp.arange(case.layers, dtype=jnp.int32))[0]
+
+    host, pool = step(inputs["host"], inputs["pool"])
+    true_host, true_pool = plain["host"], plain["pool"]
+    for layer in range(case.layers):
+        moves = {"block_ids": plain["block_ids"], "slots": plain["slots"], "layer": layer}
+        true_pool = reference.fetch_blocks(pool=true_pool, host=true_host, **moves) + np.asarray(1, true_pool.dtype)
+        true_host = reference.write_back_blocks(host=true_host, pool=true_pool, **moves)
+    assert_same(host, true_host, "pinned_host")
+    assert_same(pool, true_pool, "device")

@@ -1,0 +1,179 @@
+"""Block selection in XLA against the rule in plain Python, and against selections of the published code."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import hypothesis.extra.numpy as hnp
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels import blocks, pool_keys, select_blocks
+from pallas_kernels.select_blocks import reference
+from pallas_kernels.select_blocks.cases import SMALL, make_inputs, options
+
+GOLDEN = Path(__file__).parent / "golden" / "cases"
+STATIC = ("block_size", "num_selected_blocks", "num_sink_blocks", "num_local_blocks", "num_query_blocks")
+
+
+@functools.partial(jax.jit, static_argnames=STATIC)
+def run(inputs, **options):
+    return select_blocks(**inputs, **options, implementation="xla")
+
+
+def counts(selected, sink, local, query, block_size=4):
+    return dict(zip(STATIC, (block_size, selected, sink, local, query), strict=True))
+
+
+def assert_same_as_python(inputs, **options):
+    inputs = {name: x if x is None else np.asarray(x) for name, x in inputs.items()}
+    ours = run(inputs, **options)
+    assert ours.dtype == jnp.int32
+    np.testing.assert_array_equal(ours, reference.select_blocks(**inputs, **options))
+
+
+def test_by_hand():
+    """Eight blocks of 4 tokens, five selected: sink 0, local 5 and 6, one by query score, the rest by importance."""
+    query = jnp.array([[[[0.0, 0.1, 0.9, 0.9, 0.2, 0.0, 0.0, 5.0]]]])
+    importance = jnp.array([[[9.0, 0.3, 0.1, 0.3, 0.3, 0.2, 0.1, 9.0]]])
+    inputs = {"positions": jnp.array([[26]], jnp.int32), "first_block": None}
+    five = counts(5, 1, 2, 1)
+
+    def ids(query, importance):
+        return run(inputs | {"query_scores": query, "importance_scores": importance}, **five)[0, 0, 0].tolist()
+
+    # By query: 2 ties with 3 and is lower. By importance: 1 ties with 3 and 4. Block 7 lies in the future.
+    assert ids(query, importance) == [0, 1, 2, 5, 6]
+    assert ids(query, None) == [0, 2, 3, 5, 6]
+    assert ids(None, importance) == [0, 1, 3, 5, 6]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_matches_the_rule(name):
+    assert_same_as_python(make_inputs(SMALL[name], jax.random.key(2)), **options(SMALL[name]))
+
+
+ROWS, HEADS, QUERIES, BLOCKS = 2, 2, 6, 7
+# One to three values per array: most draws tie, and some leave fewer finite scores than there are picks.
+VALUES = st.lists(st.sampled_from([np.float32(x) for x in (-np.inf, -1, 0, 0.25, 1)]), min_size=1, max_size=3)
+
+
+@st.composite
+def drawn_inputs(draw):
+    kind = draw(st.sampled_from(["nosa", "infllmv2", "dma"]))
+    lead = (ROWS, HEADS)
+    query, importance = (
+        draw(hnp.arrays(np.float32, shape, elements=st.sampled_from(draw(VALUES)), fill=st.nothing()))
+        for shape in ((*lead, QUERIES, BLOCKS), (*lead, BLOCKS))
+    )
+    starts = draw(hnp.arrays(bool, (ROWS, BLOCKS)))  # of documents
+    return {
+        "query_scores": None if kind == "dma" else query,
+        "importance_scores": None if kind == "infllmv2" else importance,
+        "positions": draw(hnp.arrays(np.int32, (ROWS, QUERIES), elements=st.integers(-1, 4 * BLOCKS - 1))),
+        "first_block": np.maximum.accumulate(np.where(starts, np.arange(BLOCKS), 0), axis=1).astype(np.int32),
+    }
+
+
+@settings(max_examples=60)
+@given(drawn_inputs(), st.sampled_from([(5, 1, 2, 2), (4, 0, 2, 1), (10, 2, 1, 0)]))
+def test_matches_the_rule_when_scores_tie(inputs, budget):
+    assert_same_as_python(inputs, **counts(*budget))
+
+
+def test_forced_and_later_blocks_need_no_score():
+    """What the cache has not written yet, or what is selected anyway, may hold anything."""
+    case = SMALL["k2_g8_chunk"]
+    inputs = jax.tree.map(np.asarray, make_inputs(case, jax.random.key(2)))
+    own = inputs["positions"] // case.block_size
+    block = np.arange(case.num_blocks)
+    never = (block < case.num_sink_blocks) | (block > own[..., None] - case.num_local_blocks)
+    dirty = inputs | {
+        "query_scores": np.where(never[:, None], np.nan, inputs["query_scores"]),
+        "importance_scores": np.where(never.all(1)[:, None], np.nan, inputs["importance_scores"]),
+    }
+    assert np.isnan(dirty["importance_scores"]).sum(-1).min() >= 2
+    np.testing.assert_array_equal(run(dirty, **options(case)), run(inputs, **options(case)))
+
+
+@pytest.mark.parametrize("budget", [(4, 1, 2, 2), (2, 1, 2, 0)])
+def test_budget_too_small(budget):
+    inputs = make_inputs(SMALL["k2_g8_chunk"], jax.random.key(2))
+    with pytest.raises(ValueError, match=r"^num_selected_blocks: must hold sink, local and query blocks, got \d < "):
+        select_blocks(**inputs, **counts(*budget, block_size=16))
+
+
+def test_query_blocks_count_only_beside_importance():
+    # By query scores alone there is one kind of pick: num_query_blocks is no part of the budget.
+    inputs = make_inputs(SMALL["k2_g8_chunk"], jax.random.key(2)) | {"importance_scores": None}
+    assert_same_as_python(inputs, **counts(4, 1, 2, 9, block_size=16))
+
+
+def test_no_scores_at_all():
+    positions = jnp.zeros((1, 1), jnp.int32)
+    with pytest.raises(ValueError, match=r"^query_scores, importance_scores: one of them must be given"):
+        select_blocks(None, None, positions, **counts(3, 1, 1, 1))
+
+
+# ---- against the published code ----
+
+SETTINGS = {  # (budget, sink, window without the own block, query count with the forced one): their numbers
+    "p1500": (8, 1, 2, 2),
+    "p1500b": (12, 2, 4, 3),
+    "d1500": (8, 1, 2, 2),
+    "d1000": (64, 1, 16, 16),
+    "d4097": (64, 1, 16, 16),
+    "d5000": (64, 1, 16, 16),
+    "d8192": (64, 1, 16, 16),
+}
+
+
+@functools.cache
+def published(method: str):
+    with np.load(GOLDEN / f"select_{method}.npz") as file:
+        return dict(file)
+
+
+@functools.partial(jax.jit, static_argnames=("num_blocks", *STATIC))
+def from_window_scores(windows, importance, positions, *, num_blocks, **options):
+    """Selection from window scores [B, K, T, C] and importance of tokens [B, K, S] (or None)."""
+
+    def to_blocks(scores):
+        return blocks.pool_windows_to_blocks(scores, None, blocks=num_blocks, ratio=4)
+
+    fill = None if importance is None else to_blocks(pool_keys(importance[..., None], stride=16)[..., 0])
+    return select_blocks(to_blocks(windows), fill, positions, **options)
+
+
+@pytest.mark.parametrize("method", ["nosa", "infllmv2"])
+@pytest.mark.parametrize("config", SETTINGS)
+def test_published_selections(method, config):
+    """All stored repeats of a configuration as one batch; their ids are as wide as there are blocks at most."""
+    arrays = published(method)
+    repeats = sorted({name.split(".")[0] for name in arrays if name.startswith(f"{config}_")})
+    assert repeats
+
+    def stack(array):
+        return np.stack([arrays[f"{repeat}.{array}"] for repeat in repeats])
+
+    tokens = int(config[1:5])
+    rows = stack("rows") if config.startswith("p") else np.full((len(repeats), 1), tokens - 1)
+    importance = stack("cis").swapaxes(1, 2) if method == "nosa" else None
+    selected, sink, window, query = SETTINGS[config]
+    num_blocks = blocks.num_blocks(tokens, 64)
+    ours = from_window_scores(
+        stack("stage1"), importance, rows.astype(np.int32),
+        num_blocks=num_blocks, **counts(selected, sink, window + 1, query - 1, block_size=64),
+    )  # fmt: skip
+    assert ours.shape[-1] == selected
+
+    def as_sets(ids):
+        return (np.asarray(ids)[..., None] == np.arange(num_blocks)).any(-2)
+
+    np.testing.assert_array_equal(as_sets(ours), as_sets(stack("topk_idx")))
+    np.testing.assert_array_equal((np.asarray(ours) >= 0).sum(-1), (stack("topk_idx") >= 0).sum(-1))
