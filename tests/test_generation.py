@@ -55,7 +55,7 @@ def test_greedy_takes_the_best_and_records_what_it_was_drawn_from(model, tokens)
     only = nosa_jax.generate(model, tokens, LENGTHS, max_new_tokens=2, record="logits")
     assert only.block_ids is None
     assert only.fetched is None
-    np.testing.assert_array_equal(only.logits, gen.logits[:, :2])
+    np.testing.assert_allclose(only.logits, gen.logits[:, :2], atol=1e-4)  # another max_length, another program
 
 
 def test_rows_stop_at_stop_tokens_and_the_loop_ends(model, tokens):

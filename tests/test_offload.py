@@ -47,15 +47,17 @@ def poisoned(monkeypatch):
     def allocate(shape, dtype):
         return jax.device_put(jnp.full(shape, jnp.nan, dtype), jax.memory.Space.Host)
 
+    calls = []
+
     def poisoned_state(*args):
+        calls.append(args)
         empty = empty_state(*args)
         return dataclasses.replace(empty, pool=jnp.full_like(empty.pool, jnp.nan))
 
     monkeypatch.setattr(host_store, "allocate", allocate)
     monkeypatch.setattr("nosa_jax.decode.empty_state", poisoned_state)
-    jax.clear_caches()
     yield
-    jax.clear_caches()
+    assert calls  # or a program compiled without the poison was found
 
 
 @pytest.mark.parametrize("slots", [J, J + 1, J + 16, M])
@@ -170,10 +172,10 @@ def test_step_makes_no_hidden_transfers(model, running):
         jax.block_until_ready(jitted(model, state, token))
 
 
-@pytest.mark.parametrize("batch", [1, 4])
-def test_step_copies_neither_pool_nor_host_store_nor_weights(batch):
+def test_step_copies_neither_pool_nor_host_store_nor_weights():
     """Read from the compiled program: temporaries stay below one layer's weights, and the state is updated in place."""
     model = nosa_jax.NosaLM(presets.tiny(), rngs=nnx.Rngs(0))
+    batch = 4
     running, _ = nosa_jax.prefill(model, random_tokens(batch, 64), max_length=4096, cache=CacheConfig(slots=40))
     compiled = (
         jax.jit(nosa_jax.decode_step, donate_argnums=1).lower(model, running, jnp.zeros(batch, jnp.int32)).compile()
@@ -187,7 +189,7 @@ def test_step_copies_neither_pool_nor_host_store_nor_weights(batch):
 
 
 def test_the_loop_compiles_once(model, tokens):
-    jitted = jax.jit(nosa_jax.decode_step, donate_argnums=1)
+    jitted = jax.jit(lambda *args: nosa_jax.decode_step(*args), donate_argnums=1)  # a cache of its own
     running, logits = nosa_jax.prefill(model, tokens, LENGTHS, max_length=320)
     for _ in range(4):
         running, logits = jitted(model, running, jnp.argmax(logits, -1).astype(jnp.int32))

@@ -35,15 +35,16 @@ def assert_equivalent(model, tokens, ids, logits, *, start=0, bucket=256) -> Non
 
 
 @pytest.mark.parametrize(
-    ("kv_heads", "group", "dim", "lengths"),
+    ("kv_heads", "group", "dim", "lengths", "bucket"),
     [
-        pytest.param(2, 4, 64, LENGTHS, id="K2-G4-D64", marks=pytest.mark.slow),
-        pytest.param(1, 16, 64, (31, 65, 700), id="K1-G16-D64"),
-        pytest.param(4, 1, 128, (31, 65, 700), id="K4-G1-D128"),
-        pytest.param(2, 8, 128, (31, 65, 700), id="K2-G8-D128"),
+        pytest.param(2, 4, 64, LENGTHS, 256, id="K2-G4-D64", marks=pytest.mark.slow),
+        pytest.param(1, 16, 64, (31, 65, 700), 1, id="K1-G16-D64"),
+        pytest.param(4, 1, 128, (31, 65, 700), 1, id="K4-G1-D128"),
+        pytest.param(2, 8, 128, (31, 65, 700), 1, id="K2-G8-D128"),
     ],
 )
-def test_ragged_batch_equals_rows_alone(kv_heads, group, dim, lengths):
+def test_ragged_batch_equals_rows_alone(kv_heads, group, dim, lengths, bucket):
+    """`bucket` 1: alone means a call of exactly that length."""
     model = lively_model(small_config(kv_heads, group, dim, REDUCED))
     tokens = random_tokens(len(lengths), max(lengths))
     batch = forward(model, tokens, np.array(lengths), record=True)
@@ -51,7 +52,7 @@ def test_ragged_batch_equals_rows_alone(kv_heads, group, dim, lengths):
     for row, length in enumerate(lengths):
         assert (batch.block_ids[:, row, :, length:] == -1).all()
         ids, logits = batch.block_ids[:, row, :, :length], batch.logits[row, :length]
-        assert_equivalent(model, tokens[row, :length], ids, logits, bucket=1)
+        assert_equivalent(model, tokens[row, :length], ids, logits, bucket=bucket)
 
 
 @pytest.mark.parametrize(
