@@ -16,7 +16,7 @@ from nosa_jax.cli.locality import as_json, draw, record, write_json
 from nosa_jax.cli.terminal import Timer, duration, facts, heading, indented, size, working
 from nosa_jax.cli.train import describe, read_text
 from nosa_jax.locality import comparison_table
-from nosa_jax.train import Corpus, OptimizerConfig, TrainConfig
+from nosa_jax.train import Corpus, OptimizerConfig, TrainConfig, environment
 from pallas_kernels._checks import bad_value
 
 _COMPARED = ("logits", "tokens", "block_ids")
@@ -87,6 +87,7 @@ class Demo:
             with working("writing the model"):
                 nosa_jax.save_pretrained(model, self.out / "model")
             results = {
+                "environment": environment(),
                 "settings": dataclasses.asdict(self) | {"out": str(self.out)},
                 "training": training,
                 "generation": {"prompt": _text(prompt), "text": text},
