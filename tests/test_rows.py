@@ -84,6 +84,23 @@ def test_extend_equals_whole_prefill(width, offload):
         np.testing.assert_array_equal(state.table.blocks, whole.table.blocks)
 
 
+def test_extend_after_decode_finds_the_unfinished_block():
+    """A second turn: the block that decode was writing lives in its slot alone until it is full."""
+    model = lively_model(small_config())
+    tokens, lengths = random_tokens(2, 300, seed=8), np.array([120, 75])
+    state, _ = nosa_jax.prefill(model, tokens[:, :120], lengths, max_length=320)
+    step = jax.jit(nosa_jax.decode_step, donate_argnums=1)
+    sequences = [list(tokens[row, :length]) for row, length in enumerate(lengths)]
+    for i in range(21):  # ends inside a block in both rows, after crossing a boundary
+        state, _ = step(model, state, tokens[:, 200 + i])
+        for row in range(2):
+            sequences[row].append(tokens[row, 200 + i])
+    state, logits = nosa_jax.extend(model, state, tokens[:, 250:290], np.array([40, 13]))
+    for row, count in enumerate((40, 13)):
+        sequence = np.array([*sequences[row], *tokens[row, 250 : 250 + count]])
+        np.testing.assert_allclose(logits[row], forward_one(model, sequence).logits[0, -1], atol=TOLERANCE)
+
+
 def test_chunked_prefill_equals_whole_prefill():
     model = lively_model(small_config())
     tokens, lengths = random_tokens(3, 300), np.array([300, 128, 5])
