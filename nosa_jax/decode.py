@@ -22,7 +22,7 @@ from nosa_jax.cache.state import DecodeState, empty_state
 from nosa_jax.config import CacheConfig, ModelConfig
 from nosa_jax.model import Layers, NosaLM, layer_at, rms_norm
 from pallas_kernels import block_attention, decode_attention
-from pallas_kernels._checks import bad_value, is_concrete
+from pallas_kernels._checks import bad_value, is_concrete, require_type
 
 
 @pytree_dataclass
@@ -64,8 +64,10 @@ def extend(
 
     tokens: int [B, n]; row b gets the first `lengths[b]` of them, 0 leaves it as it is. Returns the new state and the
     logits after each row's last token (meaningless where a row got none). The old state stays valid; to reuse its
-    memory, jit this function with the state donated.
+    memory, jit this function with the state donated. Under jit, where values cannot be checked, tokens beyond
+    `max_length` are dropped. Each layer's cache is staged on the device as a whole, [B, K, M, 2, P, D], one at a time.
     """
+    require_type("model", model, NosaLM, "Build one with NosaLM(...) or from_pretrained(...).")
     tokens = layout.as_tokens(tokens, model.config.vocab_size)
     batch, width = tokens.shape
     check_batch(state, batch)
@@ -79,9 +81,11 @@ def extend(
 def decode_step(model: NosaLM, state: DecodeState, tokens: ArrayLike) -> tuple[DecodeState, Float[Array, "B V"]]:
     """Feeds one token to every row. Returns the new state and the float32 logits of what follows.
 
-    A plain function: jit it with the state donated (`jax.jit(decode_step, donate_argnums=1)`) for a loop of your own.
-    Under jit a row that is already `max_length` long stays as it is.
+    A plain function: jit it with the state donated (`jax.jit(decode_step, donate_argnums=1)`) for a loop of your own;
+    a donated state is gone, go on with the new one. Under jit, where values cannot be checked, a row that is already
+    `max_length` long stays as it is and its logits mean nothing: watch `state.lengths`.
     """
+    require_type("model", model, NosaLM, "Build one with NosaLM(...) or from_pretrained(...).")
     tokens = layout.as_tokens(tokens, model.config.vocab_size, rank=1)
     check_batch(state, tokens.shape[0])
     check_room(state, 1)
@@ -91,6 +95,8 @@ def decode_step(model: NosaLM, state: DecodeState, tokens: ArrayLike) -> tuple[D
 
 def check_prompt(model: NosaLM, tokens: Any, lengths: Any, max_length: int, cache: CacheConfig) -> tuple[Array, Array]:
     """Checked tokens [B, T] and lengths [B] of a prompt that fits into a cache that fits into memory."""
+    require_type("model", model, NosaLM, "Build one with NosaLM(...) or from_pretrained(...).")
+    require_type("cache", cache, CacheConfig, "Pass CacheConfig(...).")
     tokens = layout.as_tokens(tokens, model.config.vocab_size)
     batch, width = tokens.shape
     if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < width:
@@ -114,12 +120,13 @@ def check_room(state: DecodeState, count: Any) -> None:
     """Raises ValueError when `count` more tokens would pass `max_length`, where values can be seen."""
     if not is_concrete(state.lengths, count):
         return
-    total = np.max(jax.device_get(state.lengths) + jax.device_get(count))
-    if total > state.max_length:
+    totals = jax.device_get(state.lengths) + jax.device_get(count)
+    row = int(np.argmax(totals))
+    if totals[row] > state.max_length:
         raise bad_value(
             "tokens",
             f"rows may not grow beyond the state's max_length = {state.max_length}",
-            int(total),
+            f"{totals[row]} for row {row}",
             "Prefill with a larger max_length.",
         )
 
@@ -180,6 +187,7 @@ def _extend(
     """forced_ids replace the selection of each row's last token; a row of -2 replaces nothing."""
     config = model.config
     n = tokens.shape[1]
+    count = jnp.clip(count, 0, jnp.minimum(n, state.max_length - state.lengths))
     place = state.lengths[:, None] + jnp.arange(n, dtype=jnp.int32)
     positions = jnp.where(jnp.arange(n) < count[:, None], place, -1)
     last = jnp.maximum(count - 1, 0)

@@ -19,7 +19,7 @@ from nosa_jax.cache.state import DecodeState
 from nosa_jax.config import CacheConfig
 from nosa_jax.model import NosaLM, as_block_ids
 from nosa_jax.sampling import Sampling, row_keys, sample
-from pallas_kernels._checks import bad_value, is_concrete, require_integers, require_shape
+from pallas_kernels._checks import bad_type, bad_value, is_concrete, require_integers, require_shape, require_type
 
 RECORDS = ("logits", "block_ids", "fetched")
 GREEDY = Sampling(temperature=0.0)
@@ -102,6 +102,7 @@ def stream(
 ) -> Iterator[np.ndarray]:
     """Yields one int32 array [B] per step, `pad_token` for rows that stopped; the tokens that `generate` would return.
 
+    Ends when every row stopped, so it may yield fewer than `max_new_tokens` steps; `generate` pads to that many.
     Arguments and errors as in `generate`; they are checked at the call, not at the first token.
     """
     arguments = _check(model, tokens, lengths, max_new_tokens, cache, sampling, key, stop_tokens, pad_token, chunk)
@@ -233,12 +234,19 @@ def _check(
     chunk: int | None,
 ) -> dict[str, Any]:
     """The checked arguments that generate and stream share."""
+    require_type("model", model, NosaLM, "Build one with NosaLM(...) or from_pretrained(...).")
+    require_type("sampling", sampling, Sampling, "Pass Sampling(temperature=0.8), for example.")
+    require_type("max_new_tokens", max_new_tokens, int, "Pass a whole number.")
     vocab = model.config.vocab_size
     if max_new_tokens < 1:
         raise bad_value("max_new_tokens", "must be >= 1", max_new_tokens, "Use prefill for the prompt alone.")
     if chunk is not None and chunk < 1:
         raise bad_value("chunk", "must be >= 1 or None", chunk, "512 is a good start.")
-    stop = np.asarray(tuple(stop_tokens), np.int32).reshape(-1)
+    if not isinstance(stop_tokens, Iterable) or isinstance(stop_tokens, str):
+        raise bad_type("stop_tokens", "must be a sequence of token ids", repr(stop_tokens), "Put it in a list.")
+    stop = np.asarray(tuple(stop_tokens)).reshape(-1)
+    if stop.size:
+        require_integers("stop_tokens", stop)
     for name, values in (("stop_tokens", stop), ("pad_token", np.asarray([pad_token]))):
         if ((values < 0) | (values >= vocab)).any():
             raise bad_value(name, f"ids must be in [0, vocab_size = {vocab})", values.tolist(), "Check the tokenizer.")
@@ -248,7 +256,7 @@ def _check(
         "tokens": tokens,
         "lengths": lengths,
         "keys": row_keys(key, tokens.shape[0], sampling),
-        "stop": jnp.asarray(stop),
+        "stop": jnp.asarray(stop, jnp.int32),
         "pad": jnp.int32(pad_token),
     }
 
@@ -271,7 +279,8 @@ def _check_forced_ids(model: NosaLM, ids: Any, lengths: Array, new: int) -> Arra
     assert ids is not None
     if is_concrete(ids, lengths):
         own = (positions // model.config.attention.block_size)[None, :, None, :, None]
-        recorded = ids[..., 0] >= 0  # rows that had stopped recorded nothing
+        recorded = (ids >= 0).any(-1)  # rows that had stopped recorded nothing
+        recorded = recorded.at[..., 0].set(True)
         if not bool(jnp.all((ids == own).any(-1) | ~recorded)):
             raise bad_value(
                 "forced_block_ids",

@@ -15,7 +15,7 @@ from nosa_jax.attention import layout
 from nosa_jax.attention.importance import Importance
 from nosa_jax.attention.layer import Attention
 from nosa_jax.config import ModelConfig
-from pallas_kernels._checks import bad_value, is_concrete, require_integers, require_shape
+from pallas_kernels._checks import bad_value, is_concrete, require_integers, require_shape, require_type
 
 Logits = Literal["all", "last", "none"]
 
@@ -68,6 +68,8 @@ class NosaLM(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32) -> None:
+        require_type("config", config, ModelConfig, "Pass presets.tiny() or a ModelConfig of your own.")
+        require_type("rngs", rngs, nnx.Rngs, "Pass nnx.Rngs(0).")
         dtype = jnp.dtype(dtype)
         self.config = config
         vocab = (config.vocab_size, config.hidden_size)
@@ -113,11 +115,13 @@ def forward(
 
     tokens: int [B, T], right-padded where `lengths` [B] says so; padded positions give finite logits and ids of -1.
     segment_ids: int [B, T] for rows that pack several documents, each starting on a block boundary; -1 marks padding
-        (0 inside another document's last block too). Each document is computed as if it were alone.
+        (0 inside another document's last block too). Each document is computed as if it were alone. Ids need not
+        ascend: a new one starts a document. With `lengths` too, tokens from there on are padding.
     block_ids: int [L, B, K, T, J] from an earlier call with `record`, used instead of selecting.
     remat: recompute each layer in the backward pass instead of keeping its activations.
     Raises ValueError or TypeError for wrong shapes and dtypes, and for wrong values outside `jax.jit`.
     """
+    require_type("model", model, NosaLM, "Build one with NosaLM(...) or from_pretrained(...).")
     config = model.config
     if logits not in ("all", "last", "none"):
         raise bad_value("logits", "must be 'all', 'last' or 'none'", repr(logits), "Pick one.")
@@ -162,7 +166,8 @@ def as_block_ids(
     block_ids = jnp.asarray(block_ids, jnp.int32)
     if is_concrete(block_ids, positions):
         own = jnp.where(positions >= 0, positions // config.attention.block_size, -1)[None, :, None, :, None]
-        ascending = jnp.all((block_ids[..., 1:] > block_ids[..., :-1]) | (block_ids[..., 1:] == -1))
+        before, after = block_ids[..., :-1], block_ids[..., 1:]
+        ascending = jnp.all(jnp.where(before >= 0, (after > before) | (after == -1), after == -1))
         if not bool(ascending & jnp.all((block_ids >= -1) & (block_ids <= own))):
             raise bad_value(
                 name,

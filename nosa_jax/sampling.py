@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels._checks import bad_value
+from pallas_kernels._checks import bad_type, bad_value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +47,9 @@ def row_keys(key: Any, batch: int, sampling: Sampling) -> Array | None:
         raise bad_value(
             "key", f"temperature {sampling.temperature} needs a random key", None, "Pass jax.random.key(0)."
         )
+    if not hasattr(key, "dtype"):
+        got = f"{type(key).__name__} {key!r:.60}"
+        raise bad_type("key", "must be a JAX random key", got, "Pass jax.random.key(0).")
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(jnp.asarray(key))
     if key.ndim == 0:

@@ -16,13 +16,21 @@ def bad_type(argument: str, rule: str, got: Any, remedy: str) -> TypeError:
     return TypeError(f"{argument}: {rule}, got {got}. {remedy}")
 
 
+def require_type(argument: str, value: Any, expected: type, remedy: str) -> None:
+    """Raises TypeError unless `value` is an instance of `expected`."""
+    if not isinstance(value, expected):
+        raise bad_type(argument, f"must be a {expected.__name__}", f"{type(value).__name__} {value!r:.60}", remedy)
+
+
 def require_shape(argument: str, array: Any, expected: tuple[int | None, ...], letters: str) -> None:
     """Raises ValueError unless `array.shape` equals `expected` (None: any size)."""
     shape = tuple(array.shape)
     matches = len(shape) == len(expected) and all(e is None or e == s for s, e in zip(shape, expected, strict=True))
     if not matches:
-        wanted = "(" + ", ".join("any" if e is None else str(e) for e in expected) + ")"
-        raise bad_value(argument, f"must have shape {letters} = {wanted}", shape, "Reshape or transpose it.")
+        names = letters.strip("[]").split(", ")
+        sizes = ", ".join(name if e is None else str(e) for name, e in zip(names, expected, strict=False))
+        wanted = letters if set(expected) == {None} else f"{letters} = [{sizes}]"
+        raise bad_value(argument, f"must have shape {wanted}", list(shape), "Reshape or transpose it.")
 
 
 def require_integers(argument: str, array: Any) -> None:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
+from flax import nnx
 from support import lively_model, small_config
 
 import nosa_jax
@@ -79,7 +80,7 @@ CASES = {
     "token too large": (forward(np.full((1, 4), 128)), "tokens", "vocab_size = 128", "128 at index (0, 0)"),
     "negative token": (generate(np.array([[1, -1]])), "tokens", "[0, vocab_size", "-1 at index (0, 1)"),
     "lengths beyond tokens": (forward(OK, np.array([3, 21])), "lengths", "tokens.shape[1] = 20", "21 for row 1"),
-    "lengths of another batch": (forward(OK, np.array([3])), "lengths", "must have shape", "(1,)"),
+    "lengths of another batch": (forward(OK, np.array([3])), "lengths", "must have shape", "[1]"),
     "rank 1 tokens": (forward(OK[0]), "tokens", "[B, T]", "(20,)"),
     "rank 3 tokens": (generate(OK[None]), "tokens", "[B, T]", "(1, 2, 20)"),
     "float tokens": (forward(OK.astype(np.float32)), "tokens", "integers", "float32"),
@@ -88,9 +89,9 @@ CASES = {
     "unaligned document": (
         forward(OK, segment_ids=np.repeat([[0] * 5 + [1] * 15], 2, 0)), "segment_ids", "multiple of", "token 5"
     ),
-    "segment_ids of another shape": (forward(OK, segment_ids=OK[:, :3]), "segment_ids", "[B, T]", "(2, 3)"),
+    "segment_ids of another shape": (forward(OK, segment_ids=OK[:, :3]), "segment_ids", "[B, T]", "[2, 3]"),
     # replayed selections
-    "ids of another shape": (forward(OK, block_ids=IDS[:1]), "block_ids", "[L, B, K, T, J]", "(1, 2, 2, 20, 8)"),
+    "ids of another shape": (forward(OK, block_ids=IDS[:1]), "block_ids", "[L, B, K, T, J]", "[1, 2, 2, 20, 8]"),
     "ids after the query": (forward(OK, block_ids=LATE), "block_ids", "own block", "break"),
     "repeated ids": (forward(OK, block_ids=UNSORTED), "block_ids", "without repeats", "break"),
     "float ids": (forward(OK, block_ids=IDS.astype(float)), "block_ids", "integers", "float64"),
@@ -98,7 +99,7 @@ CASES = {
         generate(OK, max_new_tokens=20, forced_block_ids=IDS), "forced_block_ids", "own block", "without it"
     ),
     "forced tokens of another shape": (
-        generate(OK, max_new_tokens=4, forced_tokens=OK), "forced_tokens", "[B, max_new_tokens]", "(2, 20)"
+        generate(OK, max_new_tokens=4, forced_tokens=OK), "forced_tokens", "[B, max_new_tokens]", "[2, 20]"
     ),
     # AttentionConfig
     "unknown variant": (attention(variant="dense"), "AttentionConfig.variant", "one of", "'dense'"),
@@ -154,6 +155,20 @@ CASES = {
     "extend by a bad token": (
         lambda: nosa_jax.extend(model(), running(), OK[:, :2] + 128), "tokens", "vocab_size", "128"
     ),
+    # wrong kinds of things
+    "a config for a model": (lambda: nosa_jax.generate(small_config(), OK), "model", "must be a NosaLM", "ModelConfig"),
+    "an array for a model": (lambda: nosa_jax.forward(OK, OK), "model", "must be a NosaLM", "ndarray"),
+    "a model for a config": (lambda: nosa_jax.plan(model(), 1, 8), "config", "must be a ModelConfig", "NosaLM"),
+    "a name for a config": (lambda: nosa_jax.NosaLM("tiny", rngs=nnx.Rngs(0)), "config", "a ModelConfig", "'tiny'"),
+    "a seed for rngs": (lambda: nosa_jax.NosaLM(small_config(), rngs=0), "rngs", "must be a Rngs", "int 0"),
+    "a dict for a cache": (generate(OK, cache={"slots": 9}), "cache", "must be a CacheConfig", "dict"),
+    "a number for sampling": (generate(OK, sampling=0.8), "sampling", "must be a Sampling", "float 0.8"),
+    "a seed for a key": (generate(OK, sampling=Sampling(temperature=1.0), key=0), "key", "random key", "int 0"),
+    "one stop token": (generate(OK, stop_tokens=10), "stop_tokens", "sequence", "10"),
+    "text as stop tokens": (generate(OK, stop_tokens=["a"]), "stop_tokens", "integers", "<U1"),
+    "text as tokens": (forward("hello"), "tokens", "integers", "text"),
+    "ragged lists": (forward([[1, 2], [3]]), "tokens", "rectangular", "inhomogeneous"),
+    "a float count of tokens": (generate(OK, max_new_tokens=5.0), "max_new_tokens", "must be a int", "5.0"),
     # sampling
     "temperature without a key": (
         generate(OK, sampling=Sampling(temperature=0.7)), "key", "temperature 0.7 needs a random key", "None"

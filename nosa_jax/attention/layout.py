@@ -11,7 +11,7 @@ from jaxtyping import Array, Int32
 
 from nosa_jax._pytree import pytree_dataclass
 from pallas_kernels import blocks
-from pallas_kernels._checks import bad_value, is_concrete, require_integers, require_shape
+from pallas_kernels._checks import bad_type, bad_value, is_concrete, require_integers, require_shape
 
 
 @pytree_dataclass
@@ -98,7 +98,8 @@ def as_segment_ids(segment_ids: Any, shape: tuple[int, ...], block_size: int) ->
     if is_concrete(segment_ids):
         values = np.asarray(jax.device_get(segment_ids))
         owner = np.repeat(values[:, ::block_size], block_size, axis=1)[:, : values.shape[1]]
-        wrong = np.argwhere((values > 0) & (values != owner))
+        # 0 after a document counted from 1 is taken as its padding.
+        wrong = np.argwhere((values >= 0) & (values != owner) & ~((values == 0) & (owner > 0)))
         if wrong.size:
             row, place = (int(i) for i in wrong[0])
             raise bad_value(
@@ -111,6 +112,18 @@ def as_segment_ids(segment_ids: Any, shape: tuple[int, ...], block_size: int) ->
 
 
 def _as_integers(name: str, array: Any) -> Array:
-    array = array if hasattr(array, "dtype") else np.asarray(array)
+    if not hasattr(array, "dtype"):
+        try:
+            array = np.asarray(array)
+        except ValueError as error:
+            raise bad_value(
+                name, "must be one rectangular array", f"({error})", "Right-pad the rows and pass lengths."
+            ) from error
+    if not isinstance(array, jax.Array) and array.dtype.kind in "US":
+        raise bad_type(name, "must hold integers", "text", "Encode it with a tokenizer first.")
     require_integers(name, array)
+    if isinstance(array, np.ndarray) and array.size and array.dtype.itemsize > 4:
+        limits = np.iinfo(np.int32)  # before the cast would wrap them into range
+        if array.max() > limits.max or array.min() < limits.min:
+            raise bad_value(name, "values must fit in int32", f"{array.min()} to {array.max()}", "Check the values.")
     return jnp.asarray(array, jnp.int32)

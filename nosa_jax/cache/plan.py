@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from nosa_jax.cache import memory
 from nosa_jax.config import CacheConfig, ModelConfig
 from pallas_kernels import blocks
-from pallas_kernels._checks import bad_value
+from pallas_kernels._checks import bad_value, require_type
 
 GB = 10**9
 
@@ -115,6 +115,7 @@ def plan(
     misses: blocks fetched per step, layer, KV head and row; default from published measurements by slots. The two rates
     default to what an H200 on PCIe 5 measures. Raises ValueError for sizes below 1 or slots that cannot work.
     """
+    require_type("config", config, ModelConfig, "Pass presets.nosa_8b() or model.config.")
     for name, value in (("batch", batch), ("max_length", max_length)):
         if value < 1:
             raise bad_value(name, "must be >= 1", value, "Raise it.")

@@ -31,6 +31,8 @@ def block_attention(
     block. positions: of the queries among the keys, -1 for padding (output 0, lse -inf). scale: default 1/sqrt(D).
     Returns (out in q's dtype, natural-log lse in float32). Differentiable in q, k, v and bias (also through lse).
     """
+    require_shape("q", q, (None,) * 4, "[B, T, N, D]")
+    require_shape("k", k, (None,) * 4, "[B, K, S, D]")
     batch, length, heads, dim = q.shape
     kv_heads, tokens = k.shape[1:3]
     require_shape("k", k, (batch, None, None, dim), "[B, K, S, D]")
@@ -38,6 +40,8 @@ def block_attention(
     require_shape("positions", positions, (batch, length), "[B, T]")
     if heads % kv_heads:
         raise bad_value("q", "must have a multiple of K heads", f"N={heads}, K={kv_heads}", "Check the head axis.")
+    if first_block is not None:
+        require_shape("first_block", first_block, (batch, -(-tokens // block_size)), "[B, M]")
     if bias is not None:
         require_shape("bias", bias, (batch, kv_heads, tokens), "[B, K, S]")
     if block_ids is not None:

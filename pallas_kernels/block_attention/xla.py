@@ -123,7 +123,7 @@ def _plan(settings: Settings, tile: Tiles, spans: Spans) -> Plan:
     batch, kv_heads, count, span = spans.k.shape[:4]
     per_span = span // settings.block_size
     if tile.block_ids is None:
-        trips = jnp.max(tile.positions) // span + 1
+        trips = jnp.minimum(jnp.max(tile.positions) // span + 1, count)
         ids = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), (batch, kv_heads, count))
         return Plan(ids, trips, None)
     width = count * per_span

@@ -33,6 +33,7 @@ def block_scores(
         raise bad_value(
             "layer", "must be given exactly when pooled_keys has a leading L", layer, "Pass both or neither."
         )
+    require_shape("q", q, (None,) * 4, "[B, T, N, D]")
     batch, length, heads, dim = q.shape
     kv_heads, windows = pooled_keys.shape[-3:-1]
     stacked = () if layer is None else (None,)

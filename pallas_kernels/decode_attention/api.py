@@ -31,6 +31,8 @@ def decode_attention(
     tokens are masked. layer: which of the L layers. scale: default 1/sqrt(D). Returns the dtype of q; accumulates in
     float32.
     """
+    require_shape("q", q, (None,) * 3, "[B, N, D]")
+    require_shape("pool", pool, (None,) * 7, "[L, B, K, slots, 2, P, D]")
     batch, heads, dim = q.shape
     layers, _, kv_heads, _, _, size, _ = pool.shape
     require_shape("pool", pool, (layers, batch, kv_heads, None, 2, size, dim), "[L, B, K, slots, 2, P, D]")

@@ -14,6 +14,7 @@ WRITE_BACK_BLOCKS = Op("write_back_blocks", {"xla": xla.write_back_blocks})
 
 
 def _check(pool: Array, host: Array, block_ids: Array, slots: Array) -> None:
+    require_shape("pool", pool, (None,) * 7, "[L, B, K, slots, 2, P, D]")
     layers, batch, kv_heads, _, two, size, dim = pool.shape
     require_shape("host", host, (layers, batch, kv_heads, None, two, size, dim), "[L, B, K, M, 2, P, D]")
     require_shape("block_ids", block_ids, (batch, kv_heads, None), "[B, K, X]")

@@ -41,6 +41,8 @@ def append_pooled_keys(
     """
     layers, batch, heads, _, dim = pooled.shape
     require_shape("sums", sums, (layers, batch, heads, 2, dim), "[L, B, K, 2, D]")
+    require_shape("start", start, (batch,), "[B]")
+    require_shape("count", count, (batch,), "[B]")
     require_shape("new", new, (batch, heads, None, dim), "[B, K, n, D]")
     with jax.named_scope("append_pooled_keys"):
         return APPEND_POOLED_KEYS.pick(implementation)(pooled, sums, new, start, count, layer, stride=stride)
