@@ -169,30 +169,30 @@ def test_no_warning_without_a_gpu(monkeypatch):
         assert functions("xla").pick("auto")() == "xla"
 
 
-# op, argument at fault, its wrong value, the values of the shape in the message
+# op, argument at fault, its wrong value, the shape it should have
 WRONG_SHAPES = [
-    ("block_attention", "k", floats(B, K, S, D + 1), "[B, K, S, D] = (2, any, any, 8), got (2, 2, 12, 9)"),
-    ("block_attention", "k", floats(B + 1, K, S, D), "got (3, 2, 12, 8)"),
-    ("block_attention", "v", floats(B, K, S + 1, D), "[B, K, S, D] = (2, 2, 12, 8), got (2, 2, 13, 8)"),
-    ("block_attention", "bias", floats(B, N, S), "[B, K, S] = (2, 2, 12), got (2, 4, 12)"),
-    ("block_attention", "block_ids", ints(B, K, J, T), "[B, K, T, J] = (2, 2, 8, any), got (2, 2, 3, 8)"),
-    ("block_attention", "block_ids", ints(B, T, J), "got (2, 8, 3)"),
-    ("block_attention", "positions", ints(T), "[B, T] = (2, 8), got (8,)"),
-    ("block_scores", "pooled_keys", floats(B, K, C, D + 1), "[(L,) B, K, C, D] = (2, any, any, 8), got (2, 2, 5, 9)"),
-    ("block_scores", "positions", ints(B, T + 1), "[B, T] = (2, 8), got (2, 9)"),
-    ("select_blocks", "query_scores", floats(B, K, T + 1, M), "[B, K, T, M] = (2, any, 8, any), got (2, 2, 9, 3)"),
-    ("select_blocks", "importance_scores", floats(B, K, M + 1), "[B, K, M] = (2, 2, 3), got (2, 2, 4)"),
-    ("append_pooled_keys", "sums", floats(L, B, K, 1, D), "[L, B, K, 2, D] = (2, 2, 2, 2, 8), got (2, 2, 2, 1, 8)"),
-    ("append_pooled_keys", "new", floats(B, K, D), "[B, K, n, D] = (2, 2, any, 8), got (2, 2, 8)"),
-    ("decode_attention", "pool", floats(L, B + 1, K, J, 2, P, D), "got (2, 3, 2, 3, 2, 4, 8)"),
-    ("decode_attention", "pool", floats(L, B, K, J, 3, P, D), "got (2, 2, 2, 3, 3, 4, 8)"),
-    ("decode_attention", "bias", floats(L, B, K, M * P), "[L, B, K, M, P] = (2, 2, 2, any, 4), got (2, 2, 2, 12)"),
-    ("decode_attention", "slots", ints(B, K, J + 1), "[B, K, J] = (2, 2, 3), got (2, 2, 4)"),
-    ("decode_attention", "block_ids", ints(B, J), "[B, K, J] = (2, 2, any), got (2, 3)"),
-    ("decode_attention", "positions", ints(B, 1), "[B] = (2), got (2, 1)"),
-    ("fetch_blocks", "host", floats(L, B, K, M, 2, P, D + 1), "got (2, 2, 2, 3, 2, 4, 9)"),
-    ("fetch_blocks", "block_ids", ints(B, K), "[B, K, X] = (2, 2, any), got (2, 2)"),
-    ("write_back_blocks", "slots", ints(B, K, X + 1), "[B, K, X] = (2, 2, 2), got (2, 2, 3)"),
+    ("block_attention", "k", floats(B, K, S, D + 1), "[B, K, S, D]"),
+    ("block_attention", "k", floats(B + 1, K, S, D), "[B, K, S, D]"),
+    ("block_attention", "v", floats(B, K, S + 1, D), "[B, K, S, D]"),
+    ("block_attention", "bias", floats(B, N, S), "[B, K, S]"),
+    ("block_attention", "block_ids", ints(B, K, J, T), "[B, K, T, J]"),
+    ("block_attention", "block_ids", ints(B, T, J), "[B, K, T, J]"),
+    ("block_attention", "positions", ints(T), "[B, T]"),
+    ("block_scores", "pooled_keys", floats(B, K, C, D + 1), "[B, K, C, D]"),
+    ("block_scores", "positions", ints(B, T + 1), "[B, T]"),
+    ("select_blocks", "query_scores", floats(B, K, T + 1, M), "[B, K, T, M]"),
+    ("select_blocks", "importance_scores", floats(B, K, M + 1), "[B, K, M]"),
+    ("append_pooled_keys", "sums", floats(L, B, K, 1, D), "[L, B, K, 2, D]"),
+    ("append_pooled_keys", "new", floats(B, K, D), "[B, K, n, D]"),
+    ("decode_attention", "pool", floats(L, B + 1, K, J, 2, P, D), "[L, B, K, slots, 2, P, D]"),
+    ("decode_attention", "pool", floats(L, B, K, J, 3, P, D), "[L, B, K, slots, 2, P, D]"),
+    ("decode_attention", "bias", floats(L, B, K, M * P), "[L, B, K, M, P]"),
+    ("decode_attention", "slots", ints(B, K, J + 1), "[B, K, J]"),
+    ("decode_attention", "block_ids", ints(B, J), "[B, K, J]"),
+    ("decode_attention", "positions", ints(B, 1), "[B]"),
+    ("fetch_blocks", "host", floats(L, B, K, M, 2, P, D + 1), "[L, B, K, M, 2, P, D]"),
+    ("fetch_blocks", "block_ids", ints(B, K), "[B, K, X]"),
+    ("write_back_blocks", "slots", ints(B, K, X + 1), "[B, K, X]"),
 ]
 
 
@@ -202,11 +202,15 @@ def as_users_run(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
-@pytest.mark.parametrize("name, argument, wrong, message", WRONG_SHAPES)
-def test_wrong_shapes_name_the_argument(as_users_run, name, argument, wrong, message):
+@pytest.mark.parametrize("name, argument, wrong, letters", WRONG_SHAPES)
+def test_wrong_shapes_name_the_argument(as_users_run, name, argument, wrong, letters):
     with pytest.raises(ValueError) as error:
         call(name, **{argument: wrong})
-    assert str(error.value).startswith(f"{argument}: must have shape ") and message in str(error.value)
+    message = str(error.value)
+    assert message.startswith(f"{argument}: must have shape ")
+    rule, got = message.split(", got ")
+    assert letters.strip("[]") in rule
+    assert ", ".join(map(str, wrong.shape)) in got  # the shape that came
 
 
 @pytest.mark.parametrize("name", ["block_attention", "block_scores", "decode_attention"])
