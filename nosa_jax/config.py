@@ -135,7 +135,7 @@ class RopeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A Llama-style decoder with NOSA attention (SPEC letters: N = num_heads, K = num_kv_heads, D = head_dim).
+    """A Llama-style decoder with NOSA attention (N = num_heads, K = num_kv_heads, D = head_dim).
 
     max_context: the length the model was configured for; it picks the longrope factors and bounds nothing.
     """
