@@ -146,7 +146,7 @@ def test_report_uses_the_block_size_in_bytes():
         (
             lambda: Selections(np.zeros((1, 1, 1, 2, 3), np.int32), np.zeros((1, 3), np.int32), ATTENTION, 16),
             ValueError,
-            r"positions: must have shape \[B, T\] = \(1, 2\), got \(1, 3\)",
+            r"positions: must have shape \[B, T\] = \[1, 2\], got \[1, 3\]",
         ),
         (
             lambda: Selections.from_forward(types.SimpleNamespace(block_ids=None), config=CONFIG),
@@ -163,7 +163,7 @@ def test_report_uses_the_block_size_in_bytes():
                 types.SimpleNamespace(block_ids=ids_for(DECODE), lengths=[5, 3]), [6], config=CONFIG
             ),
             ValueError,
-            r"prompt_lengths: must have shape \[B\] = \(2\), got \(1,\)",
+            r"prompt_lengths: must have shape \[B\] = \[2\], got \[1\]",
         ),
         (
             lambda: Selections.from_generation(
