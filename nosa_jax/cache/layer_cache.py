@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from nosa_jax.cache import host_store, slots, transport
-from nosa_jax.cache.state import DecodeState, PooledCache, table_at
+from nosa_jax.cache.state import DecodeState, PooledCache, put_table, table_at
 from nosa_jax.config import AttentionConfig
 from pallas_kernels import append_pooled_keys
 
@@ -73,9 +73,7 @@ def admit(
         dataclasses.replace(
             state,
             pool=transport.fetch(state.transport, state.pool, state.host, wanted, slot_ids, layer),
-            table=slots.SlotTable(
-                *(jax.lax.dynamic_update_index_in_dim(x, y, layer, 0) for x, y in zip(state.table, table, strict=True))
-            ),
+            table=put_table(state, table, layer),
         ),
         slot_ids,
         jnp.sum(wanted >= 0, axis=-1, dtype=jnp.int32),
@@ -188,7 +186,5 @@ def unstage_layer(
         state,
         host=host,
         pool=jax.lax.dynamic_update_slice(state.pool, selected[None], start),
-        table=slots.SlotTable(
-            *(jax.lax.dynamic_update_index_in_dim(x, y, layer, 0) for x, y in zip(state.table, table, strict=True))
-        ),
+        table=put_table(state, table, layer),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -82,3 +83,9 @@ def empty_state(config: ModelConfig, batch: int, max_length: int, cache: CacheCo
 
 def table_at(state: DecodeState, layer: Array) -> SlotTable:
     return SlotTable(*(x[layer] for x in state.table))
+
+
+def put_table(state: DecodeState, table: SlotTable, layer: Array) -> SlotTable:
+    """The stacked tables with one layer's replaced."""
+    put = lambda whole, part: jax.lax.dynamic_update_index_in_dim(whole, part, layer, 0)
+    return SlotTable(*map(put, state.table, table))
