@@ -1,0 +1,94 @@
+"""The only import of the Pallas backends, and what our Triton kernels share: launch, loads, exact and fast maths.
+
+Kernels see whole arrays and compute their own indices. Sizes are powers of two; ids are masked before any address is
+formed from them, since the backend zero-extends a negative one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, Float
+
+# The one notice we know and accept: the Triton backend is deprecated, and the only one that runs everywhere we do.
+warnings.filterwarnings("ignore", message=".*Pallas Triton backend is deprecated.*", category=DeprecationWarning)
+
+LOG2_E = 1.4426950408889634
+LN_2 = 0.6931471805599453
+LARGE = 1e30  # stands for infinity where infinity - infinity would give NaN
+
+load, store = plt.load, plt.store
+program_id, ds, when = pl.program_id, pl.ds, pl.when
+
+_interpreted: contextvars.ContextVar[bool] = contextvars.ContextVar("interpreted", default=False)
+
+
+@contextlib.contextmanager
+def interpreted() -> Iterator[None]:
+    """Inside, Triton kernels run on any machine in Pallas' interpreter: slow, for tests."""
+    token = _interpreted.set(True)
+    try:
+        yield
+    finally:
+        _interpreted.reset(token)
+
+
+def triton_unavailable() -> str | None:
+    """Why no Triton kernel can run here, or None: a GPU, a lowering for one, and the interpreter are all fine."""
+    if _interpreted.get():
+        return None
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    platform = jax.default_backend() if abstract is None else abstract.platform
+    return None if platform == "gpu" else f"it needs an NVIDIA GPU, the default device is {platform!r}"
+
+
+def triton_call(
+    kernel: Callable[..., None],
+    *,
+    name: str,
+    grid: tuple[int, ...],
+    out_shape: Any,
+    num_warps: int,
+    num_stages: int = 1,
+    aliases: dict[int, int] | None = None,
+) -> Callable[..., Any]:
+    """`pl.pallas_call` with both compiler parameters always given: their defaults change between versions."""
+    return pl.pallas_call(
+        kernel,
+        grid=grid,
+        out_shape=out_shape,
+        name=name,
+        interpret=_interpreted.get(),
+        input_output_aliases=aliases or {},
+        compiler_params=plt.CompilerParams(num_warps=num_warps, num_stages=num_stages),
+    )
+
+
+def dot(a: Float[Array, "m k"], b: Float[Array, "k n"]) -> Float[Array, "m n"]:
+    """Matrix product accumulated in float32: tensor cores for 16-bit operands, exact float32 for float32 ones."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jax.lax.dot_general(
+        a, b, (((1,), (0,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def exp2(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """2**x in one instruction (2 units in the last place, results below 2**-126 are zero)."""
+    if _interpreted.get():
+        return jnp.exp2(x)
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return plt.elementwise_inline_asm(
+        "ex2.approx.ftz.f32 $0, $1;", args=[x], constraints="=f,f", pack=1, result_shape_dtypes=[shape]
+    )[0]
+
+
+def next_power_of_two(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
