@@ -61,6 +61,7 @@ def triton_call(
     aliases: dict[int, int] | None = None,
 ) -> Callable[..., Any]:
     """`pl.pallas_call` with both compiler parameters always given: their defaults change between versions."""
+    kernel.__name__ = name  # what profilers show
     return pl.pallas_call(
         kernel,
         grid=grid,
@@ -92,3 +93,16 @@ def exp2(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 def next_power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
+
+
+def pad_to_multiple(x: Array, axis: int, multiple: int, fill: int = 0) -> Array:
+    """`x` with `fill` after its end on `axis`, up to a whole multiple."""
+    short = -x.shape[axis] % multiple
+    if short == 0:
+        return x
+    return jnp.pad(x, [(0, short if a == axis else 0) for a in range(x.ndim)], constant_values=fill)
+
+
+def per_head(values: Array, group: int) -> Array:
+    """[queries] -> [queries * group]: the query heads of a group share it."""
+    return jnp.broadcast_to(values[:, None], (values.shape[0], group)).reshape(-1)

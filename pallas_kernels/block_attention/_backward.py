@@ -76,15 +76,20 @@ def key_kernel(
         block_bias = load_bias(bias, row, head, tokens)
         token = own * block_size + jnp.arange(block_size, dtype=jnp.int32)
 
+        def entries(trip):
+            return begin + trip * gathered + jnp.arange(gathered, dtype=jnp.int32)
+
+        def indices(trip):
+            return listed[row, head, jnp.minimum(entries(trip), end - 1)]
+
         def visit(causal):
             def body(trip, carry):
-                dk_acc, dv_acc, dbias_acc = carry
-                entry = begin + trip * gathered + jnp.arange(gathered, dtype=jnp.int32)
-                # The last trip repeats its last query, with weight 0.
-                index = listed[row, head, jnp.minimum(entry, end - 1)]
+                dk_acc, dv_acc, dbias_acc, index = carry
+                ahead = indices(trip + 1)  # before this trip's gathers, which would otherwise wait for it
                 query, grad = (load_rows(x, row, index, head) for x in (q, dout))
                 top = load_rows(lse, row, index, head) * LOG2_E
-                top = jnp.where(per_row(entry, group) < end, top, LARGE)
+                # The last trip repeats its last query, with weight 0.
+                top = jnp.where(per_row(entries(trip), group) < end, top, LARGE)
                 delta_row = load_rows(delta, row, index, head)
                 block_keys, block_values = keys, values
                 if causal:
@@ -101,17 +106,17 @@ def key_kernel(
                 dv_acc += _backend.dot(weights.astype(grad.dtype), grad)
                 dlogits = weights * (_backend.dot(block_values, grad.T) - delta_row[None])
                 dk_acc += _backend.dot(dlogits.astype(query.dtype), query)
-                return dk_acc, dv_acc, dbias_acc + jnp.sum(dlogits, axis=1)
+                return dk_acc, dv_acc, dbias_acc + jnp.sum(dlogits, axis=1), ahead
 
             return body
 
         zeros = jnp.zeros((block_size, dim), jnp.float32)
-        carry = (zeros, zeros, jnp.zeros((block_size,), jnp.float32))
+        carry = (zeros, zeros, jnp.zeros((block_size,), jnp.float32), indices(0))
         trips = (end - begin + gathered - 1) // gathered
         # Queries ascend, so those inside the block come first; there are at most block_size of them.
         inside = jnp.where(rank[at] == 0, jnp.minimum(trips, -(-block_size // gathered)), 0)
         carry = jax.lax.fori_loop(0, inside, visit(causal=True), carry)
-        dk_acc, dv_acc, dbias_acc = jax.lax.fori_loop(inside, trips, visit(causal=False), carry)
+        dk_acc, dv_acc, dbias_acc, _ = jax.lax.fori_loop(inside, trips, visit(causal=False), carry)
         dk[at], dv[at] = dk_acc * scale, dv_acc
         if dbias is not None:
             dbias[at] = dbias_acc

@@ -17,7 +17,7 @@ from pallas_kernels.block_attention._backward import key_kernel, query_kernel, s
 from pallas_kernels.block_attention._forward import forward_kernel
 from pallas_kernels.block_attention.xla import Settings
 
-_SEGMENT = 2048  # queries whose gradients one program of the key pass adds up
+_SEGMENT = 1024  # queries whose gradients one program of the key pass adds up
 
 
 class Launch(NamedTuple):
@@ -136,7 +136,7 @@ def key_gradients(
 
 FORWARD = Launch(64, 4, 3)
 QUERY = Launch(64, 4, 2)
-KEY = Launch(64, 4, 2)
+KEY = Launch(64, 4, 1)
 
 
 def forward(

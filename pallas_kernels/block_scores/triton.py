@@ -1,0 +1,195 @@
+"""Query-aware block scores in Pallas-Triton: two sweeps over the pooled keys per tile of adjacent queries.
+
+The first kernel finds each head's log-sum-exp; the second sums the weights of a group's heads and takes the maximum over
+the windows of a block. Only block scores are written.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels import _backend, blocks
+from pallas_kernels._backend import LARGE, LOG2_E, pad_to_multiple, per_head
+
+
+class Launch(NamedTuple):
+    """rows: query heads of one tile, tokens x group. windows: pooled keys visited at once."""
+
+    rows: int
+    windows: int
+    num_warps: int
+    num_stages: int
+
+
+NORMALISER = Launch(128, 128, 4, 2)
+SCORES = Launch(128, 128, 4, 2)
+
+
+def _first_chunk(begin, end, width, stop):
+    """The first chunk of `width` windows that any query sees, at most `stop`. begin, end [tile]: what each sees."""
+    return jnp.min(jnp.where(begin < end, begin // width, stop))
+
+
+def _sweep(visit, carry, begin, end, width, first, stop):
+    """visit(masked)(chunk, carry) over the chunks from `first` to `stop`; those that all see whole need no mask."""
+    left = jnp.clip((jnp.max(begin) + width - 1) // width, first, stop)
+    right = jnp.clip(jnp.min(end) // width, left, stop)
+    carry = jax.lax.fori_loop(first, left, visit(True), carry)
+    carry = jax.lax.fori_loop(left, right, visit(False), carry)
+    return jax.lax.fori_loop(right, stop, visit(True), carry)
+
+
+def _visible(windows, begin, end):
+    return (windows >= begin) & (windows < end)
+
+
+def _normaliser_kernel(q, pooled, begins, ends, lse, *, tile, windows, scale):
+    """Base-2 log-sum-exp of the scaled logits; LARGE for queries that see nothing."""
+    tile_id, head, row = (_backend.program_id(axis) for axis in range(3))
+    group = q.shape[3]
+    rows = tile * group
+    queries = _backend.ds(tile_id * tile, tile)
+    query = q[row, queries, head].reshape(rows, q.shape[-1])
+    begin, end = begins[row, queries], ends[row, queries]
+    begin_rows, end_rows = per_head(begin, group)[:, None], per_head(end, group)[:, None]
+
+    factor = scale * LOG2_E  # positive: the largest logit stays the largest
+
+    def visit(masked):
+        def body(chunk, carry):
+            top, total = carry
+            keys = pooled[row, head, _backend.ds(chunk * windows, windows)]
+            logits = _backend.dot(query, keys.T)
+            if masked:
+                at = (chunk * windows + jnp.arange(windows, dtype=jnp.int32))[None]
+                logits = jnp.where(_visible(at, begin_rows, end_rows), logits, -jnp.inf)
+            new_top = jnp.maximum(top, jnp.max(logits, axis=1) * factor)
+            weights = _backend.exp2(logits * factor - new_top[:, None])
+            return new_top, total * _backend.exp2(top - new_top) + jnp.sum(weights, axis=1)
+
+        return body
+
+    carry = jnp.full((rows,), -LARGE, jnp.float32), jnp.zeros((rows,), jnp.float32)
+    stop = (jnp.max(end) + windows - 1) // windows
+    top, total = _sweep(visit, carry, begin, end, windows, _first_chunk(begin, end, windows, stop), stop)
+    seen = total > 0
+    lse[row, queries, head] = jnp.where(seen, top + jnp.log2(jnp.where(seen, total, 1.0)), LARGE).reshape(tile, group)
+
+
+def _score_kernel(q, pooled, begins, ends, exists, lse, out, *, tile, windows, heads, ratio, scale):
+    """heads: real ones among the padded group. exists [B, M]: whether any window touches the block."""
+    tile_id, head, row = (_backend.program_id(axis) for axis in range(3))
+    group, width = q.shape[3], out.shape[-1]
+    rows = tile * group
+    queries = _backend.ds(tile_id * tile, tile)
+    query = q[row, queries, head].reshape(rows, q.shape[-1])
+    begin, end = begins[row, queries], ends[row, queries]
+    begin_rows, end_rows = per_head(begin, group)[None], per_head(end, group)[None]
+    real = jnp.broadcast_to(jnp.arange(group, dtype=jnp.int32)[None] < heads, (tile, group)).reshape(-1)
+    normaliser = jnp.where(real, lse[row, queries, head].reshape(rows), LARGE)[None]
+
+    per_chunk = windows // ratio
+    chunks = (width + per_chunk - 1) // per_chunk
+    block = jnp.arange(per_chunk, dtype=jnp.int32)
+    is_last = jnp.arange(ratio, dtype=jnp.int32)[None, :, None] == ratio - 1
+    is_next = (block[:, None] == block[None] + 1)[..., None]
+    token = (tile_id * tile + jnp.arange(tile, dtype=jnp.int32))[:, None]
+
+    def write(chunk, scores):
+        at = chunk * per_chunk + block
+        inside = at < width
+        exist = _backend.load(exists.at[row, jnp.where(inside, at, 0)], mask=inside, other=0)
+        scores = jnp.where((exist != 0)[None], scores, -jnp.inf)
+        _backend.store(out.at[row, head, token, at[None]], scores, mask=jnp.broadcast_to(inside[None], scores.shape))
+
+    def fill(chunk, carry):
+        write(chunk, jnp.zeros((tile, per_chunk), jnp.float32))
+        return carry
+
+    def visit(masked):
+        def body(chunk, left):
+            keys = pooled[row, head, _backend.ds(chunk * windows, windows)]
+            weights = _backend.exp2(_backend.dot(keys, query.T) * (scale * LOG2_E) - normaliser)
+            if masked:
+                at = (chunk * windows + jnp.arange(windows, dtype=jnp.int32))[:, None]
+                weights = jnp.where(_visible(at, begin_rows, end_rows), weights, 0.0)
+            summed = weights.reshape(windows, tile, group).sum(2).reshape(per_chunk, ratio, tile)
+            # The last window of each block touches the next one too; `left` is that of the chunk before.
+            overlap = jnp.max(jnp.where(is_last, summed, 0.0), axis=1)
+            shifted = jnp.max(jnp.where(is_next, overlap[None], 0.0), axis=1)
+            shifted = jnp.where((block == 0)[:, None], left[None], shifted)
+            write(chunk, jnp.maximum(jnp.max(summed, axis=1), shifted).T)
+            return jnp.max(jnp.where((block == per_chunk - 1)[:, None], overlap, 0.0), axis=0)
+
+        return body
+
+    # One chunk beyond the last full one, where its last window's overlap goes.
+    stop = jnp.minimum(jnp.max(end) // windows + 1, chunks)
+    first = _first_chunk(begin, end, windows, stop)
+    jax.lax.fori_loop(0, first, fill, 0)
+    _sweep(visit, jnp.zeros((tile,), jnp.float32), begin, end, windows, first, stop)
+    jax.lax.fori_loop(stop, chunks, fill, 0)
+
+
+def block_scores(
+    q: Float[Array, "B T N D"],
+    pooled_keys: Float[Array, "B K C D"],
+    positions: Int32[Array, "B T"],
+    first_block: Int32[Array, "B M"] | None,
+    layer: None,
+    *,
+    num_blocks: int,
+    block_size: int,
+    stride: int,
+) -> Float[Array, "B K T M"]:
+    batch, length, heads, dim = q.shape
+    kv_heads, windows = pooled_keys.shape[1:3]
+    group, ratio = heads // kv_heads, block_size // stride
+    padded_group = _backend.next_power_of_two(group)
+    normaliser_tile, score_tile = (max(1, launch.rows // padded_group) for launch in (NORMALISER, SCORES))
+    longest = max(normaliser_tile, score_tile)
+    q = q.reshape(batch, length, kv_heads, group, dim)
+    q = pad_to_multiple(pad_to_multiple(q, 1, longest), 3, padded_group)
+    positions = pad_to_multiple(positions, 1, longest, fill=-1)
+    begins = ratio * blocks.query_first_blocks(positions, first_block, block_size)
+    # Window c ends with token stride * c + 2 * stride - 1; C counts those that exist.
+    ends = jnp.clip((positions + 1) // stride - 1, 0, windows)
+    m = jnp.arange(num_blocks, dtype=jnp.int32)
+    has_left = m > 0 if first_block is None else m > first_block
+    exists = (ratio * m < windows) | (has_left & (ratio * m - 1 < windows))
+    exists = jnp.broadcast_to(exists, (batch, num_blocks)).astype(jnp.int32)
+    # The sweep of the scores may enter the chunk after the last window.
+    widest = max(NORMALISER.windows, SCORES.windows)
+    padding = (windows // widest + 1) * widest - windows
+    pooled_keys = jnp.pad(pooled_keys, ((0, 0), (0, 0), (0, padding), (0, 0)))
+
+    def normaliser_kernel(*refs: Any) -> None:
+        _normaliser_kernel(*refs, tile=normaliser_tile, windows=NORMALISER.windows, scale=dim**-0.5)
+
+    lse = _backend.triton_call(
+        normaliser_kernel,
+        name="block_scores_normaliser",
+        grid=(q.shape[1] // normaliser_tile, kv_heads, batch),
+        out_shape=jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32),
+        num_warps=NORMALISER.num_warps,
+        num_stages=NORMALISER.num_stages,
+    )(q, pooled_keys, begins, ends)
+
+    def score_kernel(*refs: Any) -> None:
+        _score_kernel(
+            *refs, tile=score_tile, windows=SCORES.windows, heads=group, ratio=ratio, scale=dim**-0.5
+        )
+
+    scores = _backend.triton_call(
+        score_kernel,
+        name="block_scores",
+        grid=(q.shape[1] // score_tile, kv_heads, batch),
+        out_shape=jax.ShapeDtypeStruct((batch, kv_heads, q.shape[1], num_blocks), jnp.float32),
+        num_warps=SCORES.num_warps,
+        num_stages=SCORES.num_stages,
+    )(q, pooled_keys, begins, ends, exists, lse)
+    return scores[:, :, :length]

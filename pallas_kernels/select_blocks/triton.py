@@ -1,0 +1,106 @@
+"""Block selection in Pallas-Triton: one query per program, its best blocks found by bisection on ordered float bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels import _backend, blocks
+
+_BLOCKS_PER_WARP = 1024
+
+
+def _ordered(scores):
+    """Integers in the order of the floats; -inf counts as the lowest number, since its blocks may be taken."""
+    bits = jax.lax.bitcast_convert_type(jnp.maximum(scores, jnp.finfo(jnp.float32).min), jnp.int32)
+    return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+def _count(mask):
+    return jnp.sum(mask.astype(jnp.int32))
+
+
+def _best(keys, eligible, count):
+    """Mask of the `count` largest eligible keys, ties to the lowest index."""
+
+    def unsettled(state):
+        bit, _, found = state
+        return (bit >= 0) & (found != count)
+
+    def settle(state):
+        bit, threshold, found = state
+        candidate = threshold + jnp.left_shift(jnp.int32(1), bit)  # wraps from the lowest integer up
+        above = _count(eligible & (keys >= candidate))
+        taken = above >= count
+        return bit - 1, jnp.where(taken, candidate, threshold), jnp.where(taken, above, found)
+
+    lowest = jnp.int32(jnp.iinfo(jnp.int32).min)
+    _, threshold, _ = jax.lax.while_loop(unsettled, settle, (jnp.int32(31), lowest, _count(eligible)))
+    above, equal = eligible & (keys > threshold), eligible & (keys == threshold)
+    return above | (equal & (jnp.cumsum(equal.astype(jnp.int32)) <= count - _count(above)))
+
+
+def _kernel(query_scores, importance_scores, positions, first_blocks, ids, *, width, block_size, sink, local, query_picks):
+    query, head, row = (_backend.program_id(axis) for axis in range(3))
+    num_selected = ids.shape[-1]
+    block = jnp.arange(_backend.next_power_of_two(width), dtype=jnp.int32)
+    inside = block < width
+    position, first = positions[row, query], first_blocks[row, query]
+    own = jnp.where(position >= 0, position // block_size, -1)
+    visible = (block <= own) & (block >= first) & inside
+    chosen = visible & ((block - first < sink) | (block > own - local))
+
+    def load(scores, *index):
+        return _ordered(_backend.load(scores.at[(*index, jnp.where(inside, block, 0))], mask=inside, other=0.0))
+
+    if query_scores is not None and importance_scores is not None and query_picks > 0:
+        chosen |= _best(load(query_scores, row, head, query), visible & ~chosen, query_picks)
+    if importance_scores is not None:
+        fill = load(importance_scores, row, head)
+    else:
+        fill = load(query_scores, row, head, query)
+    chosen |= _best(fill, visible & ~chosen, num_selected - _count(chosen))
+
+    rank = jnp.cumsum(chosen.astype(jnp.int32))
+    # Lanes that store nothing still get an address of their own.
+    at = jnp.where(chosen, rank - 1, num_selected + block)
+    _backend.store(ids.at[row, head, query, at], block, mask=chosen)
+    slot = jnp.arange(_backend.next_power_of_two(num_selected), dtype=jnp.int32)
+    _backend.store(
+        ids.at[row, head, query, slot], jnp.full_like(slot, -1), mask=(slot >= _count(chosen)) & (slot < num_selected)
+    )
+
+
+def select_blocks(
+    query_scores: Float[Array, "B K T M"] | None,
+    importance_scores: Float[Array, "B K M"] | None,
+    positions: Int32[Array, "B T"],
+    first_block: Int32[Array, "B M"] | None,
+    *,
+    block_size: int,
+    num_selected_blocks: int,
+    num_sink_blocks: int,
+    num_local_blocks: int,
+    num_query_blocks: int,
+) -> Int32[Array, "B K T J"]:
+    scores = importance_scores if query_scores is None else query_scores
+    assert scores is not None
+    batch, length = positions.shape
+    kv_heads, width = scores.shape[1], scores.shape[-1]
+
+    def kernel(*refs: Any) -> None:
+        _kernel(
+            *refs, width=width, block_size=block_size, sink=num_sink_blocks, local=num_local_blocks,
+            query_picks=num_query_blocks,
+        )  # fmt: skip
+
+    return _backend.triton_call(
+        kernel,
+        name="select_blocks",
+        grid=(length, kv_heads, batch),
+        out_shape=jax.ShapeDtypeStruct((batch, kv_heads, length, num_selected_blocks), jnp.int32),
+        num_warps=max(1, min(16, width // _BLOCKS_PER_WARP)),
+    )(query_scores, importance_scores, positions, blocks.query_first_blocks(positions, first_block, block_size))
