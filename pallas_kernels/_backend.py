@@ -76,9 +76,7 @@ def triton_call(
 def dot(a: Float[Array, "m k"], b: Float[Array, "k n"]) -> Float[Array, "m n"]:
     """Matrix product accumulated in float32: tensor cores for 16-bit operands, exact float32 for float32 ones."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jax.lax.dot_general(
-        a, b, (((1,), (0,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )
+    return jax.lax.dot_general(a, b, (((1,), (0,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
 
 
 def exp2(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -93,6 +91,19 @@ def exp2(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 def next_power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
+
+
+def is_power_of_two(n: int) -> bool:
+    return n > 0 and n & (n - 1) == 0
+
+
+def unsupported_operand(argument: str, x: Array) -> str | None:
+    """Why rows of `x` [..., D] cannot be multiplied in a kernel; None where they can."""
+    if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        return f"{argument} must be bfloat16, float16 or float32, got {x.dtype}"
+    if not is_power_of_two(x.shape[-1]) or not 16 <= x.shape[-1] <= 256:
+        return f"the head dim must be a power of two in [16, 256], got {x.shape[-1]}"
+    return None
 
 
 def pad_to_multiple(x: Array, axis: int, multiple: int, fill: int = 0) -> Array:

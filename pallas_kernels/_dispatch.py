@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from pallas_kernels import _backend
 from pallas_kernels._checks import bad_value
 
 PREFERENCE = ("mosaic", "triton", "xla")
@@ -24,37 +25,55 @@ class KernelUnsupportedError(NotImplementedError):
 
 @dataclasses.dataclass(frozen=True)
 class Op:
-    """An op's name and its implementations, all of one signature."""
+    """An op's name, its implementations, all of one signature, and why one cannot take some arguments.
+
+    unsupported: per implementation, a function of the same arguments that gives the reason, or None where it can run.
+    """
 
     name: str
     implementations: Mapping[str, Callable[..., Any]]
+    unsupported: Mapping[str, Callable[..., str | None]] = dataclasses.field(default_factory=dict)
 
-    def pick(self, implementation: str) -> Callable[..., Any]:
-        """The function for `implementation`. Raises ValueError or KernelUnsupportedError."""
+    def __call__(self, implementation: str, *args: Any, **kwargs: Any) -> Any:
+        """Runs `implementation` on the arguments. Raises ValueError or KernelUnsupportedError."""
+        return self.implementations[self.pick(implementation, *args, **kwargs)](*args, **kwargs)
+
+    def pick(self, implementation: str, *args: Any, **kwargs: Any) -> str:
+        """The name of the implementation that takes these arguments."""
         if implementation == "auto":
-            chosen = next(name for name in PREFERENCE if name in self.implementations)
+            chosen = next(name for name in PREFERENCE if self.reason(name, *args, **kwargs) is None)
             if chosen == "xla" and jax.default_backend() == "gpu":
-                _warn_slow_path(self.name)
-            return self.implementations[chosen]
+                _warn_slow_path(self.name, self.reason("triton", *args, **kwargs))
+            return chosen
         if implementation not in PREFERENCE:
             raise bad_value(
                 "implementation", f"must be 'auto' or one of {PREFERENCE}", repr(implementation), "Pick one."
             )
-        if implementation not in self.implementations:
-            raise KernelUnsupportedError(f"{self.name}: {self.reason(implementation)}")
-        return self.implementations[implementation]
+        reason = self.reason(implementation, *args, **kwargs)
+        if reason is not None:
+            raise KernelUnsupportedError(f"{self.name}: implementation={implementation!r} cannot run: {reason}")
+        return implementation
 
-    def reason(self, implementation: str) -> str:
-        """Why `implementation` is not taken, or "available"."""
-        if implementation in self.implementations:
-            return "available"
-        return f"no {implementation!r} kernel has been written for this op; use implementation='xla'"
+    def reason(self, implementation: str, *args: Any, **kwargs: Any) -> str | None:
+        """Why `implementation` does not take these arguments; None where it does."""
+        check = self.unsupported.get(implementation)
+        return self.unavailable(implementation) or (None if check is None else check(*args, **kwargs))
+
+    def unavailable(self, implementation: str) -> str | None:
+        """Why `implementation` takes no arguments at all on this machine; None where it takes some."""
+        if implementation not in self.implementations:
+            return f"no {implementation!r} kernel has been written for this op; use implementation='xla'"
+        return _backend.triton_unavailable() if implementation == "triton" else None
 
 
 _warned: set[str] = set()
 
 
-def _warn_slow_path(name: str) -> None:
+def _warn_slow_path(name: str, reason: str | None) -> None:
     if name not in _warned:
         _warned.add(name)
-        warnings.warn(f"{name}: no GPU kernel, running the XLA implementation", RuntimeWarning, stacklevel=4)
+        warnings.warn(
+            f"{name}: no GPU kernel takes this call ({reason}), running the XLA implementation",
+            RuntimeWarning,
+            stacklevel=5,
+        )

@@ -66,14 +66,14 @@ def kernel_table() -> str:
     lines = [f"  {'operation':<20}{'auto':<8}" + "".join(f"{name:<11}" for name in PREFERENCE)]
     for op in OPS:
         cells = [_cell(op, name, notes) for name in PREFERENCE]
-        taken = next(name for name in PREFERENCE if op.reason(name) == _AVAILABLE)
+        taken = next(name for name in PREFERENCE if op.unavailable(name) is None)
         lines.append(f"  {op.name:<20}{taken:<8}" + "".join(f"{cell:<11}" for cell in cells))
     return "\n".join([*(line.rstrip() for line in lines), *(f"  [{n}] {text}" for text, n in notes.items())])
 
 
 def _cell(op: Op, implementation: str, notes: dict[str, int]) -> str:
-    reason = op.reason(implementation)
-    return _AVAILABLE if reason == _AVAILABLE else f"[{notes.setdefault(reason, len(notes) + 1)}]"
+    reason = op.unavailable(implementation)
+    return _AVAILABLE if reason is None else f"[{notes.setdefault(reason, len(notes) + 1)}]"
 
 
 def _version(package: str) -> str:

@@ -1,8 +1,8 @@
-"""The backward kernels, without atomics: dq over the blocks of a tile, then dk, dv and dbias over the queries of a block.
+"""The backward kernels, without atomics: dq over a tile's blocks, then dk, dv and dbias over a block's queries.
 
 Both recompute the weights p from lse. With delta = sum(out * dout) - dlse: ds = p * (dout . v - delta).
 The second pass gathers exactly the queries that selected a block, in segments of bounded length so that the sink block
-does not hold up the rest; each segment's sums are its own, and a third kernel adds them in order: the same bits every run.
+does not hold up the rest. Each segment has its own sums; a third kernel adds them in order: the same bits every run.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import _backend
-from pallas_kernels._backend import LARGE, LOG2_E
-from pallas_kernels.block_attention._forward import base_2_logits, load_bias, load_rows, per_row
+from pallas_kernels._backend import LARGE, LOG2_E, per_head
+from pallas_kernels.block_attention._forward import base_2_logits, load_bias, load_rows
 
 
 def query_kernel(
@@ -28,8 +28,8 @@ def query_kernel(
     query, grad = (jnp.where(blind[:, None], 0, load_rows(x, row, queries, head)) for x in (q, dout))
     delta_row = jnp.where(blind, 0, load_rows(delta, row, queries, head))
     top = jnp.where(blind, LARGE, lse_row * LOG2_E)
-    position = per_row(positions[row, queries], group)
-    bit = per_row(jnp.arange(tile, dtype=jnp.int32), group)
+    position = per_head(positions[row, queries], group)
+    bit = per_head(jnp.arange(tile, dtype=jnp.int32), group)
 
     def visit(causal):
         def body(trip, acc):
@@ -41,9 +41,7 @@ def query_kernel(
                 token = block * block_size + jnp.arange(block_size, dtype=jnp.int32)
                 seen = (token <= jnp.max(position))[:, None]
                 keys, values = jnp.where(seen, keys, 0), jnp.where(seen, values, 0)
-            logits = base_2_logits(
-                _backend.dot(query, keys.T), None if block_bias is None else block_bias[None], scale
-            )
+            logits = base_2_logits(_backend.dot(query, keys.T), None if block_bias is None else block_bias[None], scale)
             if causal:
                 logits = jnp.where(token[None] <= position[:, None], logits, -jnp.inf)
             member = (jax.lax.shift_right_logical(jnp.broadcast_to(selected, (rows,)), bit) & 1) != 0
@@ -89,11 +87,11 @@ def key_kernel(
                 query, grad = (load_rows(x, row, index, head) for x in (q, dout))
                 top = load_rows(lse, row, index, head) * LOG2_E
                 # The last trip repeats its last query, with weight 0.
-                top = jnp.where(per_row(entries(trip), group) < end, top, LARGE)
+                top = jnp.where(per_head(entries(trip), group) < end, top, LARGE)
                 delta_row = load_rows(delta, row, index, head)
                 block_keys, block_values = keys, values
                 if causal:
-                    position = per_row(positions[row, index], group)
+                    position = per_head(positions[row, index], group)
                     # Tokens that none of these queries sees may be unwritten memory.
                     seen = (token <= jnp.max(position))[:, None]
                     block_keys, block_values = jnp.where(seen, keys, 0), jnp.where(seen, values, 0)
@@ -132,9 +130,7 @@ def sum_kernel(first, dk_parts, dv_parts, dbias_parts, dk, dv, dbias):
         def body(segment, acc):
             return acc + parts[row, head, segment]
 
-        return jax.lax.fori_loop(
-            first[row, head, own], first[row, head, own + 1], body, jnp.zeros(shape, jnp.float32)
-        )
+        return jax.lax.fori_loop(first[row, head, own], first[row, head, own + 1], body, jnp.zeros(shape, jnp.float32))
 
     dk[row, head, tokens] = total(dk_parts, (block_size, dim)).astype(dk.dtype)
     dv[row, head, tokens] = total(dv_parts, (block_size, dim)).astype(dv.dtype)

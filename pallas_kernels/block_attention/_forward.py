@@ -6,18 +6,13 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import _backend
-from pallas_kernels._backend import LARGE, LN_2, LOG2_E
+from pallas_kernels._backend import LARGE, LN_2, LOG2_E, per_head
 
 
 def load_rows(ref, row, queries, head):
     """All heads of one KV head at some queries, [queries * G, ...], from [B, T, K, G, ...]."""
     values = ref[row, queries, head]
     return values.reshape(-1, *values.shape[2:])
-
-
-def per_row(values, group):
-    """[queries] -> [queries * G]: query heads of one group share it."""
-    return jnp.broadcast_to(values[:, None], (values.shape[0], group)).reshape(-1)
 
 
 def base_2_logits(logits, bias, scale):
@@ -35,9 +30,10 @@ def forward_kernel(q, k, v, bias, positions, block_ids, members, counts, out, ls
     group, dim = q.shape[-2:]
     rows = tile * group
     queries = _backend.ds(tile_id * tile, tile)
-    query = load_rows(q, row, queries, head)
-    position = per_row(positions[row, queries], group)
-    bit = per_row(jnp.arange(tile, dtype=jnp.int32), group)
+    position = per_head(positions[row, queries], group)
+    # Padding may hold anything.
+    query = jnp.where((position >= 0)[:, None], load_rows(q, row, queries, head), 0)
+    bit = per_head(jnp.arange(tile, dtype=jnp.int32), group)
 
     def visit(causal):
         def body(trip, carry):
@@ -70,7 +66,8 @@ def forward_kernel(q, k, v, bias, positions, block_ids, members, counts, out, ls
     acc, top, total = jax.lax.fori_loop(full, every, visit(causal=True), carry)
     seen = total > 0
     total = jnp.where(seen, total, 1.0)
-    out[row, queries, head] = (acc / total[:, None]).reshape(tile, group, dim).astype(out.dtype)
+    acc = jnp.where(seen[:, None], acc / total[:, None], 0.0)
+    out[row, queries, head] = acc.reshape(tile, group, dim).astype(out.dtype)
     lse[row, queries, head] = jnp.where(seen, (top + jnp.log2(total)) * LN_2, -jnp.inf).reshape(tile, group)
 
 

@@ -72,9 +72,7 @@ def _union_kernel(table, positions, block_ids, members, counts, *, tile, block_s
     block = jnp.arange(lanes, dtype=jnp.int32)
     inside = block < num_blocks
     start = tile_id * tile
-    word = _backend.load(
-        table.at[row, head, jnp.where(inside, block, 0), start // _WORD], mask=inside, other=0
-    )
+    word = _backend.load(table.at[row, head, jnp.where(inside, block, 0), start // _WORD], mask=inside, other=0)
     mask = -1 if tile == _WORD else (1 << tile) - 1
     bits = jnp.where(inside, jax.lax.shift_right_logical(word, start % _WORD) & mask, 0)
     taken = bits != 0

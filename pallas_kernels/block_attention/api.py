@@ -7,9 +7,16 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels._checks import bad_value, require_integers, require_shape
 from pallas_kernels._dispatch import Op
-from pallas_kernels.block_attention import vjp, xla
+from pallas_kernels.block_attention import triton, vjp, xla
 
-BLOCK_ATTENTION = Op("block_attention", {"xla": vjp.differentiable(xla.forward, xla.backward)})
+BLOCK_ATTENTION = Op(
+    "block_attention",
+    {
+        "xla": vjp.differentiable(xla.forward, xla.backward),
+        "triton": vjp.differentiable(triton.forward, triton.backward),
+    },
+    {"triton": triton.unsupported},
+)
 
 
 def block_attention(
@@ -28,7 +35,8 @@ def block_attention(
     """softmax(q . k * scale + bias) v over the tokens of the selected blocks, up to the query (paper equation 5).
 
     q: head n belongs to KV head n // (N/K). bias: added after scaling, None for no bias. block_ids: None selects every
-    block. positions: of the queries among the keys, -1 for padding (output 0, lse -inf). scale: default 1/sqrt(D).
+    block. positions: of the queries among the keys, ascending, -1 for padding anywhere (output 0, lse -inf). scale:
+    default 1/sqrt(D).
     Returns (out in q's dtype, natural-log lse in float32). Differentiable in q, k, v and bias (also through lse).
     """
     require_shape("q", q, (None,) * 4, "[B, T, N, D]")
@@ -49,5 +57,4 @@ def block_attention(
         require_integers("block_ids", block_ids)
     settings = xla.Settings(block_size, dim**-0.5 if scale is None else scale)
     with jax.named_scope("block_attention"):
-        attend = BLOCK_ATTENTION.pick(implementation)
-        return attend(settings, q, k, v, bias, block_ids, positions, first_block)
+        return BLOCK_ATTENTION(implementation, settings, q, k, v, bias, block_ids, positions, first_block)

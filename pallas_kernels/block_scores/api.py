@@ -7,9 +7,11 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels._checks import bad_value, require_shape
 from pallas_kernels._dispatch import Op
-from pallas_kernels.block_scores import xla
+from pallas_kernels.block_scores import triton, xla
 
-BLOCK_SCORES = Op("block_scores", {"xla": xla.block_scores})
+BLOCK_SCORES = Op(
+    "block_scores", {"xla": xla.block_scores, "triton": triton.block_scores}, {"triton": triton.unsupported}
+)
 
 
 def block_scores(
@@ -44,9 +46,7 @@ def block_scores(
     if windows > num_blocks * (block_size // stride):
         raise bad_value("num_blocks", "must cover every window", f"{num_blocks} for C={windows}", "Raise it.")
     with jax.named_scope("block_scores"):
-        run = BLOCK_SCORES.pick(implementation)
-        scores = run(
-            jax.lax.stop_gradient(q), jax.lax.stop_gradient(pooled_keys), positions, first_block, layer,
+        return BLOCK_SCORES(
+            implementation, jax.lax.stop_gradient(q), jax.lax.stop_gradient(pooled_keys), positions, first_block, layer,
             num_blocks=num_blocks, block_size=block_size, stride=stride,
         )  # fmt: skip
-        return scores

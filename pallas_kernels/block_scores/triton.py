@@ -1,12 +1,12 @@
 """Query-aware block scores in Pallas-Triton: two sweeps over the pooled keys per tile of adjacent queries.
 
-The first kernel finds each head's log-sum-exp; the second sums the weights of a group's heads and takes the maximum over
-the windows of a block. Only block scores are written.
+The first kernel finds each head's log-sum-exp; the second sums the weights of a group's heads and takes the maximum
+over the windows of a block. Only block scores are written.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,19 +14,11 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import _backend, blocks
 from pallas_kernels._backend import LARGE, LOG2_E, pad_to_multiple, per_head
+from pallas_kernels._tuning import Launch, launch_of
 
-
-class Launch(NamedTuple):
-    """rows: query heads of one tile, tokens x group. windows: pooled keys visited at once."""
-
-    rows: int
-    windows: int
-    num_warps: int
-    num_stages: int
-
-
-NORMALISER = Launch(128, 128, 4, 2)
-SCORES = Launch(128, 128, 4, 2)
+# Defaults, measured on an H200 with 16 query heads per KV head of 128 in bfloat16.
+_NORMALISER = Launch(rows=128, num_warps=4, num_stages=2, keys=128)
+_SCORES = Launch(rows=128, num_warps=4, num_stages=2, keys=128)
 
 
 def _first_chunk(begin, end, width, stop):
@@ -53,9 +45,10 @@ def _normaliser_kernel(q, pooled, begins, ends, lse, *, tile, windows, scale):
     group = q.shape[3]
     rows = tile * group
     queries = _backend.ds(tile_id * tile, tile)
-    query = q[row, queries, head].reshape(rows, q.shape[-1])
     begin, end = begins[row, queries], ends[row, queries]
     begin_rows, end_rows = per_head(begin, group)[:, None], per_head(end, group)[:, None]
+    # Padding may hold anything.
+    query = jnp.where(begin_rows < end_rows, q[row, queries, head].reshape(rows, q.shape[-1]), 0)
 
     factor = scale * LOG2_E  # positive: the largest logit stays the largest
 
@@ -135,6 +128,18 @@ def _score_kernel(q, pooled, begins, ends, exists, lse, out, *, tile, windows, h
     jax.lax.fori_loop(stop, chunks, fill, 0)
 
 
+def unsupported(
+    q: Array, pooled_keys: Array, positions: Array, first_block: Array | None, layer: Array | None,
+    *, num_blocks: int, block_size: int, stride: int,
+) -> str | None:  # fmt: skip
+    """Why these arguments cannot take this kernel; None where they can."""
+    if layer is not None:
+        return "it reads the pooled keys of one layer, not a stacked cache"
+    if block_size // stride * stride != block_size or not _backend.is_power_of_two(block_size // stride):
+        return f"block_size / stride must be a power of two, got {block_size} / {stride}"
+    return _backend.unsupported_operand("q", q)
+
+
 def block_scores(
     q: Float[Array, "B T N D"],
     pooled_keys: Float[Array, "B K C D"],
@@ -150,7 +155,12 @@ def block_scores(
     kv_heads, windows = pooled_keys.shape[1:3]
     group, ratio = heads // kv_heads, block_size // stride
     padded_group = _backend.next_power_of_two(group)
-    normaliser_tile, score_tile = (max(1, launch.rows // padded_group) for launch in (NORMALISER, SCORES))
+    shape = {"dim": dim, "group": padded_group, "dtype": q.dtype.name}
+    normaliser, scorer = (
+        launch_of("block_scores_normaliser", _NORMALISER, **shape),
+        launch_of("block_scores", _SCORES, **shape),
+    )
+    normaliser_tile, score_tile = (max(1, launch.rows // padded_group) for launch in (normaliser, scorer))
     longest = max(normaliser_tile, score_tile)
     q = q.reshape(batch, length, kv_heads, group, dim)
     q = pad_to_multiple(pad_to_multiple(q, 1, longest), 3, padded_group)
@@ -163,33 +173,31 @@ def block_scores(
     exists = (ratio * m < windows) | (has_left & (ratio * m - 1 < windows))
     exists = jnp.broadcast_to(exists, (batch, num_blocks)).astype(jnp.int32)
     # The sweep of the scores may enter the chunk after the last window.
-    widest = max(NORMALISER.windows, SCORES.windows)
+    widest = max(normaliser.keys, scorer.keys)
     padding = (windows // widest + 1) * widest - windows
     pooled_keys = jnp.pad(pooled_keys, ((0, 0), (0, 0), (0, padding), (0, 0)))
 
     def normaliser_kernel(*refs: Any) -> None:
-        _normaliser_kernel(*refs, tile=normaliser_tile, windows=NORMALISER.windows, scale=dim**-0.5)
+        _normaliser_kernel(*refs, tile=normaliser_tile, windows=normaliser.keys, scale=dim**-0.5)
 
     lse = _backend.triton_call(
         normaliser_kernel,
         name="block_scores_normaliser",
         grid=(q.shape[1] // normaliser_tile, kv_heads, batch),
         out_shape=jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32),
-        num_warps=NORMALISER.num_warps,
-        num_stages=NORMALISER.num_stages,
+        num_warps=normaliser.num_warps,
+        num_stages=normaliser.num_stages,
     )(q, pooled_keys, begins, ends)
 
     def score_kernel(*refs: Any) -> None:
-        _score_kernel(
-            *refs, tile=score_tile, windows=SCORES.windows, heads=group, ratio=ratio, scale=dim**-0.5
-        )
+        _score_kernel(*refs, tile=score_tile, windows=scorer.keys, heads=group, ratio=ratio, scale=dim**-0.5)
 
     scores = _backend.triton_call(
         score_kernel,
         name="block_scores",
         grid=(q.shape[1] // score_tile, kv_heads, batch),
         out_shape=jax.ShapeDtypeStruct((batch, kv_heads, q.shape[1], num_blocks), jnp.float32),
-        num_warps=SCORES.num_warps,
-        num_stages=SCORES.num_stages,
+        num_warps=scorer.num_warps,
+        num_stages=scorer.num_stages,
     )(q, pooled_keys, begins, ends, exists, lse)
     return scores[:, :, :length]

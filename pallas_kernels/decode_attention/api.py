@@ -44,6 +44,14 @@ def decode_attention(
     if bias is not None:
         require_shape("bias", bias, (layers, batch, kv_heads, None, size), "[L, B, K, M, P]")
     with jax.named_scope("decode_attention"):
-        return DECODE_ATTENTION.pick(implementation)(
-            q, pool, bias, slots, block_ids, positions, layer, scale=dim**-0.5 if scale is None else scale
+        return DECODE_ATTENTION(
+            implementation,
+            q,
+            pool,
+            bias,
+            slots,
+            block_ids,
+            positions,
+            layer,
+            scale=dim**-0.5 if scale is None else scale,
         )

@@ -36,7 +36,7 @@ def fetch_blocks(
     """
     _check(pool, host, block_ids, slots)
     with jax.named_scope("fetch_blocks"):
-        return FETCH_BLOCKS.pick(implementation)(pool, host, block_ids, slots, layer)
+        return FETCH_BLOCKS(implementation, pool, host, block_ids, slots, layer)
 
 
 def write_back_blocks(
@@ -51,4 +51,4 @@ def write_back_blocks(
     """host[layer, b, k, block_ids[b, k, x]] = pool[layer, b, k, slots[b, k, x]] for every valid x."""
     _check(pool, host, block_ids, slots)
     with jax.named_scope("write_back_blocks"):
-        return WRITE_BACK_BLOCKS.pick(implementation)(host, pool, block_ids, slots, layer)
+        return WRITE_BACK_BLOCKS(implementation, host, pool, block_ids, slots, layer)

@@ -20,7 +20,7 @@ def pool_keys(keys: Float[Array, "B K S D"], *, stride: int, implementation: str
     to the dtype of `keys`.
     """
     with jax.named_scope("pool_keys"):
-        return POOL_KEYS.pick(implementation)(keys, stride=stride)
+        return POOL_KEYS(implementation, keys, stride=stride)
 
 
 def append_pooled_keys(
@@ -45,4 +45,4 @@ def append_pooled_keys(
     require_shape("count", count, (batch,), "[B]")
     require_shape("new", new, (batch, heads, None, dim), "[B, K, n, D]")
     with jax.named_scope("append_pooled_keys"):
-        return APPEND_POOLED_KEYS.pick(implementation)(pooled, sums, new, start, count, layer, stride=stride)
+        return APPEND_POOLED_KEYS(implementation, pooled, sums, new, start, count, layer, stride=stride)

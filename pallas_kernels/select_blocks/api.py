@@ -7,9 +7,9 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels._checks import bad_value, require_shape
 from pallas_kernels._dispatch import Op
-from pallas_kernels.select_blocks import xla
+from pallas_kernels.select_blocks import triton, xla
 
-SELECT_BLOCKS = Op("select_blocks", {"xla": xla.select_blocks})
+SELECT_BLOCKS = Op("select_blocks", {"xla": xla.select_blocks, "triton": triton.select_blocks})
 
 
 def select_blocks(
@@ -48,7 +48,7 @@ def select_blocks(
             "Raise it.",
         )
     with jax.named_scope("select_blocks"):
-        return SELECT_BLOCKS.pick(implementation)(
+        return SELECT_BLOCKS(implementation,
             query_scores, importance_scores, positions, first_block, block_size=block_size,
             num_selected_blocks=num_selected_blocks, num_sink_blocks=num_sink_blocks,
             num_local_blocks=num_local_blocks, num_query_blocks=num_query_blocks,

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import _backend, blocks
 
-_BLOCKS_PER_WARP = 1024
+_BLOCKS_PER_WARP = 512
 
 
 def _ordered(scores):
@@ -23,8 +23,12 @@ def _count(mask):
     return jnp.sum(mask.astype(jnp.int32))
 
 
-def _best(keys, eligible, count):
-    """Mask of the `count` largest eligible keys, ties to the lowest index."""
+def _best(keys, count, bits):
+    """Mask of the `count` largest keys, ties to the lowest index; the lowest possible key is never taken.
+
+    bits: how many low bits of the keys vary. The threshold is found from the highest bit down, by counting.
+    """
+    lowest = jnp.int32(0 if bits < 32 else jnp.iinfo(jnp.int32).min)
 
     def unsettled(state):
         bit, _, found = state
@@ -33,17 +37,22 @@ def _best(keys, eligible, count):
     def settle(state):
         bit, threshold, found = state
         candidate = threshold + jnp.left_shift(jnp.int32(1), bit)  # wraps from the lowest integer up
-        above = _count(eligible & (keys >= candidate))
+        above = _count(keys >= candidate)
         taken = above >= count
         return bit - 1, jnp.where(taken, candidate, threshold), jnp.where(taken, above, found)
 
-    lowest = jnp.int32(jnp.iinfo(jnp.int32).min)
-    _, threshold, _ = jax.lax.while_loop(unsettled, settle, (jnp.int32(31), lowest, _count(eligible)))
-    above, equal = eligible & (keys > threshold), eligible & (keys == threshold)
-    return above | (equal & (jnp.cumsum(equal.astype(jnp.int32)) <= count - _count(above)))
+    def ties(threshold):
+        above, equal = keys > threshold, (keys == threshold) & (threshold > lowest)
+        return above | (equal & (jnp.cumsum(equal.astype(jnp.int32)) <= count - _count(above)))
+
+    start = (jnp.int32(bits - 1), lowest, jnp.int32(-1))
+    _, threshold, found = jax.lax.while_loop(unsettled, settle, start)
+    return jax.lax.cond(found == count, lambda t: keys >= t, ties, threshold)
 
 
-def _kernel(query_scores, importance_scores, positions, first_blocks, ids, *, width, block_size, sink, local, query_picks):
+def _kernel(
+    query_scores, importance_ranks, positions, first_blocks, ids, *, width, block_size, sink, local, query_picks
+):
     query, head, row = (_backend.program_id(axis) for axis in range(3))
     num_selected = ids.shape[-1]
     block = jnp.arange(_backend.next_power_of_two(width), dtype=jnp.int32)
@@ -54,15 +63,20 @@ def _kernel(query_scores, importance_scores, positions, first_blocks, ids, *, wi
     chosen = visible & ((block - first < sink) | (block > own - local))
 
     def load(scores, *index):
-        return _ordered(_backend.load(scores.at[(*index, jnp.where(inside, block, 0))], mask=inside, other=0.0))
+        return _backend.load(scores.at[(*index, jnp.where(inside, block, 0))], mask=inside, other=0)
 
-    if query_scores is not None and importance_scores is not None and query_picks > 0:
-        chosen |= _best(load(query_scores, row, head, query), visible & ~chosen, query_picks)
-    if importance_scores is not None:
-        fill = load(importance_scores, row, head)
+    def best_by_query(count):
+        keys = _ordered(load(query_scores, row, head, query))
+        return _best(jnp.where(visible & ~chosen, keys, jnp.iinfo(jnp.int32).min), count, 32)
+
+    if query_scores is not None and importance_ranks is not None and query_picks > 0:
+        chosen |= best_by_query(query_picks)
+    count = num_selected - _count(chosen)
+    if importance_ranks is None:
+        chosen |= best_by_query(count)
     else:
-        fill = load(query_scores, row, head, query)
-    chosen |= _best(fill, visible & ~chosen, num_selected - _count(chosen))
+        ranks = jnp.where(visible & ~chosen, load(importance_ranks, row, head), 0)
+        chosen |= _best(ranks, count, width.bit_length())
 
     rank = jnp.cumsum(chosen.astype(jnp.int32))
     # Lanes that store nothing still get an address of their own.
@@ -72,6 +86,18 @@ def _kernel(query_scores, importance_scores, positions, first_blocks, ids, *, wi
     _backend.store(
         ids.at[row, head, query, slot], jnp.full_like(slot, -1), mask=(slot >= _count(chosen)) & (slot < num_selected)
     )
+
+
+def _ranks(scores: Float[Array, "B K M"]) -> Int32[Array, "B K M"]:
+    """1 for the worst block of a row and KV head to M for the best, ties better for the lower id.
+
+    All queries share them, and they need a third of the counting that floats do.
+    """
+    keys = _ordered(scores)
+    mine, other = keys[..., :, None], keys[..., None, :]
+    index = jnp.arange(scores.shape[-1])
+    better = (mine > other) | ((mine == other) & (index[:, None] <= index))
+    return better.sum(-1, dtype=jnp.int32)
 
 
 def select_blocks(
@@ -91,6 +117,8 @@ def select_blocks(
     batch, length = positions.shape
     kv_heads, width = scores.shape[1], scores.shape[-1]
 
+    ranks = None if importance_scores is None else _ranks(importance_scores)
+
     def kernel(*refs: Any) -> None:
         _kernel(
             *refs, width=width, block_size=block_size, sink=num_sink_blocks, local=num_local_blocks,
@@ -103,4 +131,4 @@ def select_blocks(
         grid=(length, kv_heads, batch),
         out_shape=jax.ShapeDtypeStruct((batch, kv_heads, length, num_selected_blocks), jnp.int32),
         num_warps=max(1, min(16, width // _BLOCKS_PER_WARP)),
-    )(query_scores, importance_scores, positions, blocks.query_first_blocks(positions, first_block, block_size))
+    )(query_scores, ranks, positions, blocks.query_first_blocks(positions, first_block, block_size))

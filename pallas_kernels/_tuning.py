@@ -1,0 +1,59 @@
+"""Launch parameters of the Triton kernels: measured ones from `tuned/<device>.json`, else the kernel's own default.
+
+A file holds, per kernel, entries {"match": shape class, "launch": parameters, "ms": time, "case": what was timed}; the
+first entry whose shape class agrees is taken. `python -m pallas_kernels.bench --tune` writes them.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from importlib import resources
+from typing import Any, NamedTuple
+
+import jax
+
+from pallas_kernels._checks import bad_value
+
+
+class Launch(NamedTuple):
+    """rows: query heads multiplied at once, tokens x group. keys: visited at once, where a kernel has the choice."""
+
+    rows: int
+    num_warps: int
+    num_stages: int
+    keys: int = 64
+
+
+def checked(**parameters: int) -> Launch:
+    """A Launch of `parameters`. Raises ValueError unless the sizes are powers of two and the counts in range."""
+    launch = Launch(**parameters)
+    for name in ("rows", "num_warps", "keys"):
+        value = getattr(launch, name)
+        if value < 1 or value & (value - 1):
+            raise bad_value(name, "must be a power of two", value, "Correct the entry.")
+    for name, most in (("num_warps", 32), ("num_stages", 8)):
+        if not 1 <= getattr(launch, name) <= most:
+            raise bad_value(name, f"must be in [1, {most}]", getattr(launch, name), "Correct the entry.")
+    return launch
+
+
+def device_kind() -> str:
+    """Of the device that kernels are compiled for, "nvidia_h200" for instance."""
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    kind = jax.devices()[0].device_kind if abstract is None else abstract.device_kind
+    return kind.lower().replace(" ", "_")
+
+
+@functools.cache
+def _entries(kind: str) -> dict[str, list[dict[str, Any]]]:
+    file = resources.files("pallas_kernels") / "tuned" / f"{kind}.json"
+    return json.loads(file.read_text())["kernels"] if file.is_file() else {}
+
+
+def launch_of(kernel: str, default: Launch, **shape: Any) -> Launch:
+    """The measured launch for this shape class on this device, or `default`."""
+    for entry in _entries(device_kind()).get(kernel, []):
+        if all(shape.get(name) == value for name, value in entry["match"].items()):
+            return checked(**entry["launch"])
+    return default
