@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float
 
@@ -26,7 +27,9 @@ LN_2 = 0.6931471805599453
 LARGE = 1e30  # stands for infinity where infinity - infinity would give NaN
 
 load, store = plt.load, plt.store
-program_id, ds, when = pl.program_id, pl.ds, pl.when
+program_id, ds, when, loop = pl.program_id, pl.ds, pl.when, pl.loop
+plgpu = mosaic_gpu
+run_scoped, run_state = pl.run_scoped, pl.run_state
 
 _interpreted: contextvars.ContextVar[bool] = contextvars.ContextVar("interpreted", default=False)
 
@@ -41,13 +44,28 @@ def interpreted() -> Iterator[None]:
         _interpreted.reset(token)
 
 
+def device() -> tuple[str, str]:
+    """(platform, kind) of the device that kernels are compiled for: ("gpu", "NVIDIA H200")."""
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    if abstract is not None:
+        return abstract.platform, abstract.device_kind
+    return jax.default_backend(), jax.devices()[0].device_kind
+
+
 def triton_unavailable() -> str | None:
     """Why no Triton kernel can run here, or None: a GPU, a lowering for one, and the interpreter are all fine."""
-    if _interpreted.get():
+    platform, _ = device()
+    if _interpreted.get() or platform == "gpu":
         return None
-    abstract = jax.sharding.get_abstract_mesh().abstract_device
-    platform = jax.default_backend() if abstract is None else abstract.platform
-    return None if platform == "gpu" else f"it needs an NVIDIA GPU, the default device is {platform!r}"
+    return f"it needs an NVIDIA GPU, the default device is {platform!r}"
+
+
+def mosaic_unavailable() -> str | None:
+    """Why no Mosaic GPU kernel of ours, which are for Hopper, can run here; None where they can."""
+    platform, kind = device()
+    if platform == "gpu" and any(name in kind for name in ("H100", "H200", "H800", "H20", "GH200")):
+        return None
+    return f"it needs an NVIDIA Hopper GPU, the default device is {platform!r} ({kind})"
 
 
 def triton_call(

@@ -63,7 +63,9 @@ class Op:
         """Why `implementation` takes no arguments at all on this machine; None where it takes some."""
         if implementation not in self.implementations:
             return f"no {implementation!r} kernel has been written for this op; use implementation='xla'"
-        return _backend.triton_unavailable() if implementation == "triton" else None
+        if implementation == "xla":
+            return None
+        return _backend.triton_unavailable() if implementation == "triton" else _backend.mosaic_unavailable()
 
 
 _warned: set[str] = set()

@@ -6,13 +6,15 @@ first entry whose shape class agrees is taken. `python -m pallas_kernels.bench -
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import json
+from collections.abc import Callable, Iterator
 from importlib import resources
 from typing import Any, NamedTuple
 
-import jax
-
+from pallas_kernels import _backend
 from pallas_kernels._checks import bad_value
 
 
@@ -39,10 +41,8 @@ def checked(**parameters: int) -> Launch:
 
 
 def device_kind() -> str:
-    """Of the device that kernels are compiled for, "nvidia_h200" for instance."""
-    abstract = jax.sharding.get_abstract_mesh().abstract_device
-    kind = jax.devices()[0].device_kind if abstract is None else abstract.device_kind
-    return kind.lower().replace(" ", "_")
+    """Name of the device that kernels are compiled for, as its file has it: "nvidia_h200"."""
+    return _backend.device()[1].lower().replace(" ", "_")
 
 
 @functools.cache
@@ -51,9 +51,29 @@ def _entries(kind: str) -> dict[str, list[dict[str, Any]]]:
     return json.loads(file.read_text())["kernels"] if file.is_file() else {}
 
 
+Choose = Callable[[str, Launch, dict[str, Any]], Launch]
+_choose: contextvars.ContextVar[Choose | None] = contextvars.ContextVar("choose", default=None)
+
+
+@contextlib.contextmanager
+def chosen_by(choose: Choose) -> Iterator[None]:
+    """Inside, launches are `choose(kernel, the launch otherwise taken, shape class)`: for tuning.
+
+    Launches are settled while a function is traced, so only functions that are traced inside see the choice.
+    """
+    token = _choose.set(choose)
+    try:
+        yield
+    finally:
+        _choose.reset(token)
+
+
 def launch_of(kernel: str, default: Launch, **shape: Any) -> Launch:
     """The measured launch for this shape class on this device, or `default`."""
-    for entry in _entries(device_kind()).get(kernel, []):
-        if all(shape.get(name) == value for name, value in entry["match"].items()):
-            return checked(**entry["launch"])
-    return default
+    matching = (
+        checked(**entry["launch"])
+        for entry in _entries(device_kind()).get(kernel, [])
+        if all(shape.get(name) == value for name, value in entry["match"].items())
+    )
+    launch, choose = next(matching, default), _choose.get()
+    return launch if choose is None else choose(kernel, launch, shape)

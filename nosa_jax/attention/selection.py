@@ -11,7 +11,7 @@ from pallas_kernels import blocks
 from pallas_kernels.block_scores import block_scores
 from pallas_kernels.select_blocks import select_blocks
 
-_CHUNK_SCORES = 2**23  # block scores held at once, all rows and heads
+_CHUNK_SCORES = 2**25  # block scores held at once, all rows and heads
 
 
 def importance_block_scores(

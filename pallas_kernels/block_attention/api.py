@@ -7,15 +7,16 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels._checks import bad_value, require_integers, require_shape
 from pallas_kernels._dispatch import Op
-from pallas_kernels.block_attention import triton, vjp, xla
+from pallas_kernels.block_attention import mosaic, triton, vjp, xla
 
 BLOCK_ATTENTION = Op(
     "block_attention",
     {
         "xla": vjp.differentiable(xla.forward, xla.backward),
         "triton": vjp.differentiable(triton.forward, triton.backward),
+        "mosaic": vjp.differentiable(mosaic.forward, triton.backward),
     },
-    {"triton": triton.unsupported},
+    {"triton": triton.unsupported, "mosaic": mosaic.unsupported},
 )
 
 

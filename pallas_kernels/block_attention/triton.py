@@ -53,23 +53,23 @@ class Lists(NamedTuple):
     union: _lists.Unions
 
 
-def _group_heads(x: Float[Array, "B T N *rest"], kv_heads: int, tile: int) -> Array:
+def group_heads(x: Float[Array, "B T N *rest"], kv_heads: int, tile: int) -> Array:
     """[B, T, N, ...] -> [B, T', K, G', ...]: whole tiles, G padded to a power of two."""
     x = x.reshape(*x.shape[:2], kv_heads, x.shape[2] // kv_heads, *x.shape[3:])
     return pad_to_multiple(pad_to_multiple(x, 1, tile), 3, _backend.next_power_of_two(x.shape[3]))
 
 
-def _ungroup_heads(x: Array, length: int, group: int) -> Array:
+def ungroup_heads(x: Array, length: int, group: int) -> Array:
     x = x[:, :length, :, :group]
     return x.reshape(*x.shape[:2], -1, *x.shape[4:])
 
 
-def _pad_keys(k: Array, v: Array, bias: Array | None, block_size: int) -> Keys:
+def pad_keys(k: Array, v: Array, bias: Array | None, block_size: int) -> Keys:
     padded = None if bias is None else pad_to_multiple(bias, 2, block_size).astype(jnp.float32)
     return Keys(pad_to_multiple(k, 2, block_size), pad_to_multiple(v, 2, block_size), padded)
 
 
-def _make_lists(
+def make_lists(
     settings: Settings,
     rows: int,
     group: int,
@@ -191,10 +191,10 @@ def forward(
     kv_heads, tokens = k.shape[1:3]
     length, group = q.shape[1], q.shape[2] // kv_heads
     launch = _launch("block_attention_forward", _FORWARD, q, group)
-    lists = _make_lists(settings, launch.rows, group, tokens, block_ids, positions, first_block)
-    keys = _pad_keys(k, v, bias, settings.block_size)
-    out, lse = attend(settings, launch, _group_heads(q, kv_heads, lists.tile), keys, lists)
-    return _ungroup_heads(out, length, group), _ungroup_heads(lse, length, group)
+    lists = make_lists(settings, launch.rows, group, tokens, block_ids, positions, first_block)
+    keys = pad_keys(k, v, bias, settings.block_size)
+    out, lse = attend(settings, launch, group_heads(q, kv_heads, lists.tile), keys, lists)
+    return ungroup_heads(out, length, group), ungroup_heads(lse, length, group)
 
 
 def backward(
@@ -209,15 +209,15 @@ def backward(
     length, group = q.shape[1], q.shape[2] // kv_heads
     by_query = _launch("block_attention_dq", _QUERY, q, group)
     by_key = _launch("block_attention_dkv", _KEY, q, group)
-    lists = _make_lists(settings, by_query.rows, group, tokens, block_ids, positions, first_block)
+    lists = make_lists(settings, by_query.rows, group, tokens, block_ids, positions, first_block)
     entries = length * min(lists.table.shape[2], block_ids.shape[-1])
     segments = _lists.segments(lists.table, entries=entries, length=_SEGMENT)
     # softmax backward: dlogit = p * (dp - delta).
     delta = (out.astype(jnp.float32) * dout.astype(jnp.float32)).sum(-1) - dlse
-    grouped = _group_heads(q, kv_heads, lists.tile)
-    rows = Rows(*(_group_heads(x, kv_heads, lists.tile) for x in (dout, lse, delta)))
-    keys = _pad_keys(k, v, bias, settings.block_size)
+    grouped = group_heads(q, kv_heads, lists.tile)
+    rows = Rows(*(group_heads(x, kv_heads, lists.tile) for x in (dout, lse, delta)))
+    keys = pad_keys(k, v, bias, settings.block_size)
     dq = query_gradients(settings, by_query, grouped, keys, lists, rows)
     dk, dv, dbias = key_gradients(settings, by_key, grouped, keys, lists.positions, segments, rows)
     bias_grad = None if bias is None or dbias is None else dbias[:, :, :tokens].astype(bias.dtype)
-    return _ungroup_heads(dq, length, group), dk[:, :, :tokens], dv[:, :, :tokens], bias_grad
+    return ungroup_heads(dq, length, group), dk[:, :, :tokens], dv[:, :, :tokens], bias_grad
