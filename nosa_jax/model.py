@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int32
 from nosa_jax._pytree import pytree_dataclass
 from nosa_jax.attention import layout
 from nosa_jax.attention.importance import Importance
-from nosa_jax.attention.layer import Attention
+from nosa_jax.attention.layer import SELECTION, Attention
 from nosa_jax.config import ModelConfig
 from pallas_kernels._checks import bad_value, is_concrete, require_integers, require_shape, require_type
 
@@ -118,7 +118,7 @@ def forward(
         (0 inside another document's last block too). Each document is computed as if it were alone. Ids need not
         ascend: a new one starts a document. With `lengths` too, tokens from there on are padding.
     block_ids: int [L, B, K, T, J] from an earlier call with `record`, used instead of selecting.
-    remat: recompute each layer in the backward pass instead of keeping its activations.
+    remat: recompute each layer, but not its selection, in the backward pass instead of keeping its activations.
     Raises ValueError or TypeError for wrong shapes and dtypes, and for wrong values outside `jax.jit`.
     """
     require_type("model", model, NosaLM, "Build one with NosaLM(...) or from_pretrained(...).")
@@ -140,7 +140,9 @@ def forward(
         attended, ids = layer.attention(config, normed, rows, ids)
         return layer.feed_forward(config, x + attended), ids if record else None
 
-    body = jax.checkpoint(run_layer) if remat else run_layer
+    # The selection is kept: it is small, takes no gradient, and making it again would mean all scores again.
+    policy = jax.checkpoint_policies.save_only_these_names(SELECTION)
+    body = jax.checkpoint(run_layer, policy=policy) if remat else run_layer
     x, recorded = jax.lax.scan(body, model.embed[...][tokens], (model.layers, block_ids))
     hidden = model.final_norm(x)
     if logits == "none":

@@ -7,9 +7,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32
 
 from nosa_jax import rope
+from nosa_jax.attention.dense import dense_attention
 from nosa_jax.attention.importance import Importance
 from nosa_jax.attention.layout import Layout
 from nosa_jax.attention.selection import select
@@ -17,6 +19,8 @@ from nosa_jax.config import ModelConfig
 from pallas_kernels import blocks
 from pallas_kernels.block_attention import block_attention
 from pallas_kernels.pooled_keys import pool_keys
+
+SELECTION = "block_ids"  # name of the selection for `jax.checkpoint` policies
 
 
 class Projections(NamedTuple):
@@ -74,8 +78,8 @@ class Attention(nnx.Module):
         attention = config.attention
         q, k, v, importance = self.project(config, x, layout.rope_positions)
         if not attention.is_sparse:
-            block_ids = None
-        elif block_ids is None:
+            return self.merge(dense_attention(q, k, v, layout, attention.block_size)), None
+        if block_ids is None:
             stride = attention.pooling_stride
             pooled_importance = None
             if importance is not None:
@@ -89,6 +93,7 @@ class Attention(nnx.Module):
                 layout.first_block,
                 num_blocks=blocks.num_blocks(x.shape[1], attention.block_size),
             )
+        block_ids = checkpoint_name(block_ids, SELECTION)
         out, _ = block_attention(
             q, k, v, importance, block_ids, layout.positions, layout.first_block, block_size=attention.block_size
         )

@@ -225,7 +225,7 @@ def forward(
     row_positions = jnp.broadcast_to(lists.positions[..., None], (batch, padded, group)).reshape(batch, -1)
     tokens = _ROWS // group
 
-    def body(*refs: Any) -> None:
+    def block_attention_forward(*refs: Any) -> None:
         if bias is None:
             refs = (*refs[:3], None, *refs[3:])
         tiled = {"transforms": (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))}
@@ -250,7 +250,7 @@ def forward(
 
     operands = [x for x in (grouped, *keys, row_positions, *lists.union) if x is not None]
     out, lse = plgpu.kernel(
-        body,
+        block_attention_forward,
         out_type=[grouped, jax.ShapeDtypeStruct((batch, kv_heads, padded * group), jnp.float32)],
         grid=(padded // lists.tile, kv_heads, batch),
         grid_names=("tile", "head", "row"),

@@ -1,0 +1,110 @@
+"""A training step of a 1B model on a GPU: `nosa` against `full` with cuDNN, and where the time goes.
+
+python -m experiments.training_step --output experiments/results/training_step_1b_h200.json
+
+Random weights and tokens, bfloat16 compute on float32 masters, AdamW, remat. Tokens per second are of whole steps
+(median, synchronised). Shares come from a profile of further steps: device time by kernel name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from experiments.environment import environment
+from nosa_jax import NosaLM, presets
+from nosa_jax.train.optim import OptimizerConfig
+from nosa_jax.train.step import init_state, train_step
+
+# The first part of which some word occurs in a kernel's name takes its time.
+PARTS = {
+    "attention backward": ("block_attention_d", "block_attention_sum", "flash_bprop", "bprop"),
+    "attention forward": ("block_attention_forward", "mosaic", "flash_fprop", "fprop"),
+    "attention lists": ("block_unions", "block_inversion", "scatter"),
+    "scores and selection": ("block_scores", "select_blocks"),
+    "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "cublas"),
+}
+
+
+def part_of(kernel: str) -> str:
+    return next((part for part, words in PARTS.items() if any(word in kernel.lower() for word in words)), "the rest")
+
+
+def kernel_times(directory: str) -> dict[str, float]:
+    """Device time in milliseconds by kernel name."""
+    times: dict[str, float] = defaultdict(float)
+    for file in Path(directory).rglob("*.xplane.pb"):
+        for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
+            if "GPU" not in plane.name:
+                continue
+            for line in plane.lines:
+                if "Stream" in line.name:
+                    for event in line.events:
+                        times[event.name] += event.duration_ns / 1e6
+    return dict(times)
+
+
+def measure(variant: Any, tokens: int, steps: int) -> dict[str, Any]:
+    config = presets.nosa_1b(variant)
+    optimizer = OptimizerConfig()
+    state = jax.jit(lambda: init_state(NosaLM(config, rngs=nnx.Rngs(0)), optimizer))()
+    batch = jax.random.randint(jax.random.key(1), (1, tokens + 1), 0, config.vocab_size)
+    step = jax.jit(
+        functools.partial(train_step, optimizer=optimizer, steps=1000, compute_dtype="bfloat16", remat=True),
+        donate_argnums=0,
+    )
+    times = []
+    for _ in range(steps + 2):
+        start = time.perf_counter()
+        state, metrics = jax.block_until_ready(step(state, batch))
+        times.append(time.perf_counter() - start)
+    seconds = statistics.median(times[2:])
+    with tempfile.TemporaryDirectory() as directory:
+        with jax.profiler.trace(directory):
+            for _ in range(2):
+                state, metrics = jax.block_until_ready(step(state, batch))
+        kernels = kernel_times(directory)
+    total = sum(kernels.values()) or float("nan")
+    shares: dict[str, float] = defaultdict(float)
+    for name, milliseconds in kernels.items():
+        shares[part_of(name)] += milliseconds / total
+    longest = sorted(kernels.items(), key=lambda item: -item[1])[:15]
+    return {
+        "variant": variant,
+        "tokens": tokens,
+        "step_ms": round(1e3 * seconds, 1),
+        "tokens_per_second": round(tokens / seconds),
+        "loss": round(float(metrics["loss"]), 3),
+        "profiled_ms_per_step": round(total / 2, 1),
+        "shares": {name: round(share, 4) for name, share in sorted(shares.items(), key=lambda item: -item[1])},
+        "longest_kernels_ms_per_step": {name[:80]: round(ms / 2, 2) for name, ms in longest},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--output", type=Path, help="where the JSON goes")
+    args = parser.parse_args()
+    result: dict[str, Any] = {"environment": environment(), "shape": "1B, batch 1, remat", "steps": []}
+    for variant in ("nosa", "full"):
+        result["steps"].append(measure(variant, args.tokens, args.steps))
+        print(json.dumps(result["steps"][-1]), flush=True)
+        jax.clear_caches()
+    if args.output:
+        args.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
