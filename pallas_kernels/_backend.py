@@ -26,9 +26,9 @@ LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
 LARGE = 1e30  # stands for infinity where infinity - infinity would give NaN
 
-load, store = plt.load, plt.store
+load, store, atomic_add = plt.load, plt.store, plt.atomic_add
 program_id, ds, when, loop = pl.program_id, pl.ds, pl.when, pl.loop
-plgpu = mosaic_gpu
+plgpu: Any = mosaic_gpu
 run_scoped, run_state = pl.run_scoped, pl.run_state
 
 _interpreted: contextvars.ContextVar[bool] = contextvars.ContextVar("interpreted", default=False)

@@ -35,10 +35,10 @@ def unsupported(
     group = q.shape[2] // k.shape[1]
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"q must be bfloat16 or float16, got {q.dtype}"
-    if q.shape[-1] not in (64, 128) or settings.block_size != _BLOCK:
-        return f"it takes blocks of {_BLOCK} and a head dim of 64 or 128, got {settings.block_size} and {q.shape[-1]}"
-    if _backend.next_power_of_two(group) not in (8, 16, 32, 64):
-        return f"it takes 5 to 64 query heads per KV head, got {group}"
+    if q.shape[-1] != 128 or settings.block_size != _BLOCK:
+        return f"it takes blocks of {_BLOCK} and a head dim of 128, got {settings.block_size} and {q.shape[-1]}"
+    if _backend.next_power_of_two(group) not in (8, 16):
+        return f"it takes 5 to 16 query heads per KV head, got {group}"
     return triton.unsupported(settings, q, k, v, bias, block_ids, positions, first_block)
 
 
@@ -228,11 +228,11 @@ def forward(
     def block_attention_forward(*refs: Any) -> None:
         if bias is None:
             refs = (*refs[:3], None, *refs[3:])
-        tiled = {"transforms": (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))}
+        tiled: Any = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
         memory = (
-            plgpu.SMEM((2, _ROWS, dim), q.dtype, **tiled),
-            plgpu.SMEM((_STAGES, _PAIR, _BLOCK, dim), q.dtype, **tiled),
-            plgpu.SMEM((_STAGES, _PAIR, _BLOCK, dim), q.dtype, **tiled),
+            plgpu.SMEM((2, _ROWS, dim), q.dtype, transforms=tiled),
+            plgpu.SMEM((_STAGES, _PAIR, _BLOCK, dim), q.dtype, transforms=tiled),
+            plgpu.SMEM((_STAGES, _PAIR, _BLOCK, dim), q.dtype, transforms=tiled),
             plgpu.SMEM((_STAGES, _PAIR, _BLOCK), jnp.float32),
             plgpu.SMEM((2, _ROWS), jnp.float32),
         )
