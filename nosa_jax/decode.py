@@ -247,14 +247,18 @@ def _select(
     layer: Int32[Array, ""],
 ) -> Int32[Array, "B K n J"]:
     pooled_importance = None if state.pooled_importance is None else state.pooled_importance.pooled[layer, ..., 0]
+    pooled_keys = None if state.keys is None else state.keys.pooled
+    of_layer: Array | None = layer
+    if pooled_keys is not None and q.shape[1] > 1:  # one query alone is not worth a copy of the layer
+        pooled_keys, of_layer = pooled_keys[layer], None
     return select(
         config.attention,
         q,
-        None if state.keys is None else state.keys.pooled,
+        pooled_keys,
         pooled_importance,
         positions,
         num_blocks=state.num_blocks,
-        layer=layer,
+        layer=of_layer,
     )
 
 
