@@ -256,7 +256,8 @@ def test_reasons(on_a_gpu, monkeypatch):
     assert op.reason("xla", 1) is op.unavailable("xla") is None
     assert op.reason("mosaic", 2) == op.unavailable("mosaic") and "no 'mosaic' kernel" in op.unavailable("mosaic")
     assert (op.reason("triton", 1), op.reason("triton", 2), op.unavailable("triton")) == ("1 is odd", None, None)
-    with pytest.raises(KernelUnsupportedError, match=r"^sum_blocks: implementation='triton' cannot run: 1 is odd; use 'auto' or 'xla'$"):
+    refusal = r"^sum_blocks: implementation='triton' cannot run: 1 is odd; use 'auto' or 'xla'$"
+    with pytest.raises(KernelUnsupportedError, match=refusal):
         op("triton", 1)
     monkeypatch.undo()
     assert op.reason("triton", 1) == op.unavailable("triton") and "needs an NVIDIA GPU" in op.unavailable("triton")
