@@ -27,6 +27,8 @@ _SEGMENT = 1024  # queries whose gradients one program of the key pass adds up
 _FORWARD = Launch(rows=64, num_warps=4, num_stages=3)
 _QUERY = Launch(rows=64, num_warps=4, num_stages=2)
 _KEY = Launch(rows=64, num_warps=4, num_stages=1)
+# Exact float32 products are unrolled multiply-adds; larger ones take a minute to compile.
+_FLOAT32 = Launch(rows=32, num_warps=8, num_stages=1)
 
 
 class Keys(NamedTuple):
@@ -181,7 +183,9 @@ def unsupported(
 
 def _launch(kernel: str, default: Launch, settings: Settings, q: Array, group: int) -> Launch:
     size, dim = settings.block_size, q.shape[-1]
-    if size * dim * q.dtype.itemsize > _BLOCK_BYTES // 2:  # no shared memory for loads ahead of their use
+    if q.dtype == jnp.float32:
+        default = _FLOAT32
+    elif size * dim * q.dtype.itemsize > _BLOCK_BYTES // 2:  # no shared memory for loads ahead of their use
         default = default._replace(num_stages=1)
     group = _backend.next_power_of_two(group)
     return launch_of(kernel, default, dim=dim, group=group, dtype=q.dtype.name, block_size=size)

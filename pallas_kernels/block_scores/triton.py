@@ -19,6 +19,8 @@ from pallas_kernels._tuning import Launch, launch_of
 # Defaults, measured on an H200 with 16 query heads per KV head of 128 in bfloat16.
 _NORMALISER = Launch(rows=128, num_warps=4, num_stages=2, keys=128)
 _SCORES = Launch(rows=128, num_warps=4, num_stages=2, keys=128)
+# Exact float32 products are unrolled multiply-adds; larger ones take a minute to compile.
+_FLOAT32 = Launch(rows=32, num_warps=8, num_stages=1, keys=32)
 # A chunk's blocks are compared in pairs, for every query, to find each one's left neighbour.
 _MOST_BLOCKS = _MOST_QUERIES = 32
 _MOST_RATIO = 64
@@ -162,11 +164,11 @@ def block_scores(
     padded_group = _backend.next_power_of_two(group)
     shape = {"dim": dim, "group": padded_group, "dtype": q.dtype.name}
     normaliser, scorer = (
-        launch_of("block_scores_normaliser", _NORMALISER, **shape),
-        launch_of("block_scores", _SCORES, **shape),
+        launch_of(kernel, _FLOAT32 if q.dtype == jnp.float32 else default, **shape)
+        for kernel, default in (("block_scores_normaliser", _NORMALISER), ("block_scores", _SCORES))
     )
     normaliser_tile, score_tile = (max(1, launch.rows // padded_group) for launch in (normaliser, scorer))
-    score_tile, score_windows = min(score_tile, _MOST_QUERIES), min(scorer.keys, _MOST_BLOCKS * ratio)
+    score_tile, score_windows = min(score_tile, _MOST_QUERIES), max(ratio, min(scorer.keys, _MOST_BLOCKS * ratio))
     longest = max(normaliser_tile, score_tile)
     q = q.reshape(batch, length, kv_heads, group, dim)
     q = pad_to_multiple(pad_to_multiple(q, 1, longest), 3, padded_group)
