@@ -214,6 +214,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="where the JSON goes")
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
     args = parser.parse_args()
+    if jax.default_backend() != "gpu":
+        parser.error(f"it needs an NVIDIA GPU, the default device is {jax.default_backend()!r}")
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
     table = Table()
     for part in args.parts:
         PARTS[part](table)
