@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels._checks import (
@@ -70,6 +71,8 @@ def block_attention(
     if block_ids is not None:
         require_shape("block_ids", block_ids, (batch, kv_heads, length, None), "[B, K, T, J]")
         require_integers("block_ids", block_ids)
+    if q.size == 0 or tokens == 0:
+        return jnp.zeros_like(q), jnp.full(q.shape[:-1], -jnp.inf, jnp.promote_types(q.dtype, jnp.float32))
     settings = xla.Settings(block_size, dim**-0.5 if scale is None else scale)
     with jax.named_scope("block_attention"):
         return BLOCK_ATTENTION(implementation, settings, q, k, v, bias, block_ids, positions, first_block)
