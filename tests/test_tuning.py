@@ -89,5 +89,5 @@ def test_files_that_come_with_the_package():
     for file in folder.iterdir() if folder.is_dir() else ():
         for entries in json.loads(file.read_text())["kernels"].values():
             for found in entries:
-                assert set(found) == {"match", "launch", "ms", "case"}
+                assert set(found) == {"match", "launch", "ms", "case", "candidates"}
                 checked(**found["launch"])

@@ -114,14 +114,15 @@ def _traced(kernel: str, launch: Launch, work: Work) -> jax.stages.Traced:
 
 def entry(match: dict[str, Any], cases: list[str], times: list[tuple[Launch, float | Exception]]) -> dict[str, Any]:
     """What the tuned file keeps of one kernel and shape class. ms: of the whole op, summed over the cases."""
-    ran = [(ms, launch) for launch, ms in times if not isinstance(ms, Exception)]
+    rounded = {launch: None if isinstance(ms, Exception) else round(ms, 4) for launch, ms in times}
+    ran = [(ms, launch) for launch, ms in rounded.items() if ms is not None]
     best, launch = min(ran)
     return {
         "match": match,
         "launch": launch._asdict(),
         "ms": best,
         "case": " + ".join(cases),
-        "candidates": [launch._asdict() | {"ms": None if isinstance(ms, Exception) else ms} for launch, ms in times],
+        "candidates": [launch._asdict() | {"ms": ms} for launch, ms in rounded.items()],
     }
 
 
