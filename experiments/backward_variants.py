@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from experiments import correlated
 from experiments.environment import environment
-from experiments.prefill import CONFIG, milliseconds
+from experiments.prefill import CONFIG, Table
 from pallas_kernels import _backend
 from pallas_kernels._backend import LARGE, LOG2_E, per_head
 from pallas_kernels._tuning import Launch
@@ -122,20 +122,11 @@ def main() -> None:
     delta = (out.astype(jnp.float32) * dout.astype(jnp.float32)).sum(-1)
     q, *rows = (triton.group_heads(x, kv_heads, 1) for x in (inputs.q, dout, lse, delta))
     group = q.shape[3]
-    entries: list[dict[str, Any]] = []
-
-    def record(name: str, run: Any, *operands: Any) -> Any:
-        entry: dict[str, Any] = {"what": name, "tokens": args.tokens}
-        try:
-            entry["ms"] = round(milliseconds(run, *operands), 3)
-        except Exception as error:  # one failure must not lose the rest of the run
-            entry["failed"] = f"{type(error).__name__}: {error}"[:300]
-        entries.append(entry)
-        print(json.dumps(entry), flush=True)
+    table = Table()
 
     residuals = (*inputs[:4], ids, inputs.positions, None, out, lse)
     two_passes = jax.jit(lambda residuals, dout: triton.backward(settings, residuals, (dout, jnp.zeros_like(lse))))
-    record("two passes, lists included", two_passes, residuals, dout)
+    table.add("two passes, lists included", args.tokens, two_passes, residuals, dout)
 
     sums = tuple(jnp.zeros(x.shape, jnp.float32) for x in keys)
     for launch in (Launch(64, 4, 1), Launch(64, 4, 2), Launch(128, 8, 2)):
@@ -156,8 +147,9 @@ def main() -> None:
                 aliases={11 + i: 1 + i for i in range(3)},
             )(*operands, *(x + 0 for x in sums))
 
-        record(
+        table.add(
             f"query-major, atomics on dk and dv, {launch}",
+            args.tokens,
             jax.jit(by_query),
             q,
             *keys,
@@ -166,8 +158,8 @@ def main() -> None:
             *rows,
         )
 
-    table = _lists.bit_table(ids, inputs.positions, None, num_blocks=args.tokens // SIZE, block_size=SIZE)
-    segments = _lists.segments(table, entries=args.tokens * ids.shape[-1], length=1024)
+    bits = _lists.bit_table(ids, inputs.positions, None, num_blocks=args.tokens // SIZE, block_size=SIZE)
+    segments = _lists.segments(bits, entries=args.tokens * ids.shape[-1], length=1024)
     count = segments.block.shape[-1]
     parts = jax.ShapeDtypeStruct((1, kv_heads, count, SIZE, q.shape[-1]), jnp.float32)
     for launch in (Launch(64, 4, 1), Launch(64, 4, 2)):
@@ -186,11 +178,18 @@ def main() -> None:
                 aliases={13: 3},
             )(*operands, jnp.zeros(q.shape, jnp.float32))
 
-        record(
-            f"key-major, atomics on dq, {launch}", jax.jit(by_key), q, *keys, inputs.positions, *segments[:-1], *rows
+        table.add(
+            f"key-major, atomics on dq, {launch}",
+            args.tokens,
+            jax.jit(by_key),
+            q,
+            *keys,
+            inputs.positions,
+            *segments[:-1],
+            *rows,
         )
     if args.output:
-        args.output.write_text(json.dumps({"environment": environment(), "entries": entries}, indent=1) + "\n")
+        args.output.write_text(json.dumps({"environment": environment(), "entries": table.entries}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

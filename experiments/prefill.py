@@ -25,6 +25,7 @@ from experiments import correlated
 from experiments.environment import environment
 from nosa_jax.config import AttentionConfig
 from pallas_kernels import block_attention, select_blocks
+from pallas_kernels.bench import peers, timing
 from pallas_kernels.block_scores import block_scores
 from pallas_kernels.pooled_keys import pool_keys
 
@@ -78,16 +79,20 @@ class Table:
     def __init__(self) -> None:
         self.entries: list[dict[str, Any]] = []
 
-    def add(self, what: str, tokens: int, run: Callable[..., Any], *args: Any, **more: Any) -> float:
+    def add(self, what: str, tokens: int, run: Callable[..., Any], *args: Any, **more: Any) -> None:
         repeats = 3 if tokens > 65536 else 10
-        entry: dict[str, Any] = {"what": what, "tokens": tokens, **more}
+        self.record({"what": what, "tokens": tokens, **more}, lambda: milliseconds(run, *args, repeats=repeats))
+
+    def record(self, entry: dict[str, Any], measure: Callable[[], float]) -> None:
         try:
-            entry["ms"] = round(milliseconds(run, *args, repeats=repeats), 3)
+            entry["ms"] = round(measure(), 3)
         except Exception as error:  # one failure must not lose the rest of the run
             entry["failed"] = f"{type(error).__name__}: {error}"[:300]
+        self.note(entry)
+
+    def note(self, entry: dict[str, Any]) -> None:
         self.entries.append(entry)
         print(json.dumps(entry), flush=True)
-        return entry.get("ms", float("nan"))
 
 
 def against_dense(table: Table, tokens: int) -> None:
@@ -127,7 +132,7 @@ def against_dense(table: Table, tokens: int) -> None:
             )
         )  # fmt: skip
         table.add("select blocks", tokens, pick, scores, fill)
-    table.entries.append(
+    table.note(
         {
             "what": "temporary memory, GiB",
             "tokens": tokens,
@@ -138,7 +143,6 @@ def against_dense(table: Table, tokens: int) -> None:
             "[N, T, C] in bfloat16 would be": 2 * inputs.q.shape[2] * tokens * (tokens // stride) / 2**30,
         }
     )
-    print(json.dumps(table.entries[-1]), flush=True)
 
 
 def random_selections(table: Table, tokens: int = 32768) -> None:
@@ -161,44 +165,19 @@ def random_selections(table: Table, tokens: int = 32768) -> None:
 
 
 def fla(table: Table, inputs: Any, ids: Any, kind: str) -> None:
-    try:
-        import torch
-        from fla.ops.nsa.parallel import ParallelNSAFunction
-    except ImportError as error:
-        print(f"no FLA peer: {error}", flush=True)
+    missing = peers.missing().get(peers.FLA)
+    if missing:
+        print(f"no FLA peer: {missing}", flush=True)
         return
-    tensor = lambda x: torch.from_dlpack(x).clone()
-    q, k, v = tensor(inputs.q), *(tensor(jnp.moveaxis(x, 1, 2) + 0) for x in (inputs.k, inputs.v))
-    indices = tensor(jnp.moveaxis(ids, 1, 2) + 0)
-    for x in (q, k, v):
-        x.requires_grad_(True)
-    dout = torch.randn_like(q)
+    arrays = inputs._asdict() | {"block_ids": ids, "first_block": None}
+    for gradient in (False, True):
+        what = f"FLA NSA {'forward+backward' if gradient else 'forward'}, {kind}"
 
-    def forward() -> Any:
-        return ParallelNSAFunction.apply(q, k, v, indices, ids.shape[-1], CONFIG.block_size, q.shape[-1] ** -0.5, None)
+        def run(gradient: bool = gradient) -> float:
+            peer = peers.fla_nsa(arrays, block_size=CONFIG.block_size, gradient=gradient, copies=1)
+            return timing.measure(peer.sample, 5).median
 
-    def timed(run: Callable[[], Any]) -> float:
-        times = []
-        for _ in range(7):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            run()
-            torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        return 1e3 * statistics.median(times[2:])
-
-    def both() -> None:
-        out = forward()
-        (out[0] if isinstance(out, tuple) else out).backward(dout)
-
-    for what, run in (("forward", forward), ("forward+backward", both)):
-        entry: dict[str, Any] = {"what": f"FLA NSA {what}, {kind}", "tokens": q.shape[1]}
-        try:
-            entry["ms"] = round(timed(run), 3)
-        except Exception as error:
-            entry["failed"] = f"{type(error).__name__}: {error}"[:300]
-        table.entries.append(entry)
-        print(json.dumps(entry), flush=True)
+        table.record({"what": what, "tokens": inputs.q.shape[1]}, run)
 
 
 def group_sizes(table: Table, tokens: int = 16384) -> None:

@@ -30,7 +30,7 @@ from nosa_jax.train.step import init_state, train_step
 PARTS = {
     "attention backward": ("block_attention_d", "block_attention_sum", "flash_bprop", "bprop"),
     "attention forward": ("block_attention_forward", "mosaic", "flash_fprop", "fprop"),
-    "attention lists": ("block_unions", "block_inversion", "scatter"),
+    "attention lists": ("block_unions", "block_inversion"),
     "scores and selection": ("block_scores", "select_blocks"),
     "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "cublas"),
 }

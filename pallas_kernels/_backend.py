@@ -49,15 +49,17 @@ def device() -> tuple[str, str]:
     abstract = jax.sharding.get_abstract_mesh().abstract_device
     if abstract is not None:
         return abstract.platform, abstract.device_kind
-    return jax.default_backend(), jax.devices()[0].device_kind
+    chosen = jax.config.jax_default_device
+    device = chosen if isinstance(chosen, jax.Device) else jax.devices(chosen)[0]
+    return device.platform, device.device_kind
 
 
 def triton_unavailable() -> str | None:
     """Why no Triton kernel can run here, or None: a GPU, a lowering for one, and the interpreter are all fine."""
-    platform, _ = device()
-    if _interpreted.get() or platform == "gpu":
+    platform, kind = device()
+    if _interpreted.get() or (platform == "gpu" and not kind.startswith(("AMD", "gfx"))):
         return None
-    return f"it needs an NVIDIA GPU, the default device is {platform!r}"
+    return f"it needs an NVIDIA GPU, the default device is {platform!r} ({kind})"
 
 
 def mosaic_unavailable() -> str | None:
@@ -111,6 +113,11 @@ def next_power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
+def running_count(mask: Array) -> Array:
+    """How many of `mask` [n] are set up to and including each place, int32."""
+    return jnp.cumsum(mask.astype(jnp.int32), dtype=jnp.int32)
+
+
 def is_power_of_two(n: int) -> bool:
     return n > 0 and n & (n - 1) == 0
 
@@ -124,7 +131,7 @@ def unsupported_operand(argument: str, x: Array) -> str | None:
     return None
 
 
-def pad_to_multiple(x: Array, axis: int, multiple: int, fill: int = 0) -> Array:
+def pad_to_multiple(x: Array, axis: int, multiple: int, fill: int | float = 0) -> Array:
     """`x` with `fill` after its end on `axis`, up to a whole multiple."""
     short = -x.shape[axis] % multiple
     if short == 0:

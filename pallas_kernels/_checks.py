@@ -39,6 +39,12 @@ def require_integers(argument: str, array: Any) -> None:
         raise bad_type(argument, "must hold integers", array.dtype, f"Cast it: {argument}.astype(jnp.int32).")
 
 
+def require_positive(argument: str, value: int) -> None:
+    """Raises ValueError unless `value` is at least 1."""
+    if value < 1:
+        raise bad_value(argument, "must be >= 1", value, "Pass a count of tokens.")
+
+
 def is_concrete(*arrays: Any) -> bool:
     """True when every array has values to look at, that is, outside `jax.jit`."""
     return not any(isinstance(array, jax.core.Tracer) for array in arrays)

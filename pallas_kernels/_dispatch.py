@@ -51,7 +51,9 @@ class Op:
             )
         reason = self.reason(implementation, *args, **kwargs)
         if reason is not None:
-            raise KernelUnsupportedError(f"{self.name}: implementation={implementation!r} cannot run: {reason}")
+            raise KernelUnsupportedError(
+                f"{self.name}: implementation={implementation!r} cannot run: {reason}; use 'auto' or 'xla'"
+            )
         return implementation
 
     def reason(self, implementation: str, *args: Any, **kwargs: Any) -> str | None:
@@ -62,7 +64,7 @@ class Op:
     def unavailable(self, implementation: str) -> str | None:
         """Why `implementation` takes no arguments at all on this machine; None where it takes some."""
         if implementation not in self.implementations:
-            return f"no {implementation!r} kernel has been written for this op; use implementation='xla'"
+            return f"no {implementation!r} kernel has been written for this op"
         if implementation == "xla":
             return None
         return _backend.triton_unavailable() if implementation == "triton" else _backend.mosaic_unavailable()

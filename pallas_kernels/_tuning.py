@@ -29,10 +29,13 @@ class Launch(NamedTuple):
 
 def checked(**parameters: int) -> Launch:
     """A Launch of `parameters`. Raises ValueError unless the sizes are powers of two and the counts in range."""
+    names = set(Launch._fields)
+    if not {"rows", "num_warps", "num_stages"} <= set(parameters) <= names:
+        raise bad_value("launch", f"must name {sorted(names)}, keys at will", sorted(parameters), "Correct the entry.")
     launch = Launch(**parameters)
     for name in ("rows", "num_warps", "keys"):
         value = getattr(launch, name)
-        if value < 1 or value & (value - 1):
+        if not _backend.is_power_of_two(value):
             raise bad_value(name, "must be a power of two", value, "Correct the entry.")
     for name, most in (("num_warps", 32), ("num_stages", 8)):
         if not 1 <= getattr(launch, name) <= most:

@@ -281,9 +281,9 @@ def test_tuning_finds_the_fastest_launch(tmp_path, monkeypatch):
     items = [cli.Item("block_attention", case) for case in ("k1_g4_short", "dense_packed")]
     with _backend.interpreted():
         (result,) = cli.tune_kernels(items, 1, tmp_path)
-    assert result["launch"] == {"rows": 32, "num_warps": 4, "num_stages": 2, "keys": 64}
-    assert result["match"] == {"dim": 128, "group": 4, "dtype": "float32"}
-    assert result["case"] == "k1_g4_short" and result["ms"] == pytest.approx(0.032)
+    assert result["launch"] == {"rows": 16, "num_warps": 4, "num_stages": 2, "keys": 64}
+    assert result["match"] == {"dim": 128, "group": 4, "dtype": "float32", "block_size": 16}
+    assert result["case"] == "k1_g4_short" and result["ms"] == pytest.approx(0.016)
     assert [c["ms"] is None for c in result["candidates"]] == [c["num_warps"] == 8 for c in result["candidates"]]
     (entry,) = json.loads((tmp_path / f"{_tuning.device_kind()}.json").read_text())["kernels"][
         "block_attention_forward"

@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_checks import (
+    assert_as_good,
+    assert_close,
+    assert_lse_close,
+    assert_same_bits,
+    fuzzed_ids,
+    in_bfloat16,
+    no_lse_of_empty,
+    of_case,
+    poisoned,
+    rounded_weights,
+    true_gradients,
+    value_and_gradients,
+)
+from scores_checks import definition
+from selection_checks import counts
 from support import lively_model, random_tokens, small_config
 
 import nosa_jax
 from nosa_jax import CacheConfig
+from pallas_kernels import _inputs, block_attention, block_scores, blocks, select_blocks
+from pallas_kernels.block_attention.cases import Case
+from pallas_kernels.block_scores import cases as score_cases
 
 pytestmark = pytest.mark.gpu
 
@@ -30,3 +52,128 @@ def test_memory_kinds():
     state, _ = prefill(model, random_tokens(1, 40), max_length=200)
     assert state.host.sharding.memory_kind == "pinned_host"
     assert state.pool.sharding.memory_kind == "device"
+
+
+# ---- kernels. Compiling takes seconds, so that each compiled function checks all it can ----
+
+
+def rows_of(kv_heads, group, dim, *rows, **settings):
+    return _inputs.Rows(
+        rows, kv_heads, group, dim, num_selected_blocks=8, num_local_blocks=2, num_query_blocks=2, **settings
+    )
+
+
+ROWS = {
+    "g1": rows_of(2, 1, 64, (63, 100, 205), (700,)),
+    "g4_ragged": rows_of(1, 4, 64, (63,), (100,), (205,), (2000,), (4097,)),
+    "g8_packed": rows_of(2, 8, 128, (1000, 63), (100, 7, 205)),
+    "g16_chunk": rows_of(2, 16, 128, (2000,), (1500,), queries=300),
+}
+
+
+@functools.cache
+def attention(implementation):
+    return functools.partial(block_attention, implementation=implementation)
+
+
+def attend(implementation, inputs, cotangents, **size):
+    return jax.device_get(value_and_gradients(attention(implementation), inputs, cotangents, **size))
+
+
+@functools.cache
+def attention_case(name, dtype):
+    """(clean inputs, cotangents), the same with all that must not matter, truth in float64, static arguments."""
+    inputs, cotangents, size = of_case(Case(ROWS[name]))
+    clean = inputs, no_lse_of_empty(inputs, cotangents)
+    wide = clean
+    if dtype == "bfloat16":
+        clean, wide = in_bfloat16(*clean)
+    inputs, (out, lse) = clean
+    padding, nan = inputs["positions"] < 0, np.asarray(np.nan, out.dtype)
+    ids = fuzzed_ids(inputs, ROWS[name].num_blocks, **size)
+    assert (ids != inputs["block_ids"]).mean() > 0.01
+    wild = np.where(padding[..., None, None], nan, out), np.where(padding[..., None], np.nan, lse)
+    return clean, (poisoned(inputs, **size) | {"block_ids": ids}, wild), true_gradients(*wide, **size), size
+
+
+def assert_nothing_else_matters(implementation, clean, dirty, size):
+    """Neither NaN nor meaningless ids, to the bit; nor running it again."""
+    ours = attend(implementation, *clean, **size)
+    assert_same_bits(attend(implementation, *clean, **size), ours)
+    assert_same_bits(attend(implementation, *dirty, **size), ours)
+    return ours
+
+
+def test_attention_in_float32():
+    clean, dirty, (true_outputs, true), size = attention_case("g4_ragged", "float32")
+    (out, lse), grads = assert_nothing_else_matters("triton", clean, dirty, size)
+    # Two units in the last place per weight from the GPU's exp2, beside the roundings of logits of a few units.
+    assert_close({"out": out} | grads, {"out": true_outputs[0]} | true, 1e-5)
+    assert_lse_close(lse, true_outputs[1], 1e-5)
+
+
+@pytest.mark.parametrize(
+    "implementation, name",
+    [
+        ("triton", "g1"), ("triton", "g4_ragged"), ("triton", "g8_packed"), ("triton", "g16_chunk"),
+        ("mosaic", "g8_packed"), ("mosaic", "g16_chunk"),
+    ],
+)  # fmt: skip
+def test_attention_in_bfloat16_is_as_good_as_its_rounding(implementation, name):
+    clean, dirty, ((true_out, true_lse), true), size = attention_case(name, "bfloat16")
+    (out, lse), grads = assert_nothing_else_matters(implementation, clean, dirty, size)
+    (naive_out, _), naive = jax.device_get(value_and_gradients(rounded_weights, *clean, **size))
+    assert_as_good(out, naive_out, true_out)
+    assert_lse_close(lse, true_lse, 1e-5)
+    for learned, gradient in grads.items():
+        assert_as_good(gradient, naive[learned], true[learned])
+
+
+@functools.partial(jax.jit, static_argnames=("implementation", "num_blocks", "block_size", "stride"))
+def scores_of(inputs, implementation="triton", **options):
+    return block_scores(**inputs, **options, implementation=implementation)
+
+
+@pytest.mark.parametrize("name, dtype", [("g4_ragged", "float32"), ("g8_packed", "bfloat16")])
+def test_scores(name, dtype):
+    case = ROWS[name]
+    inputs, options = score_cases.make_inputs(case, jax.random.key(1)), score_cases.options(case)
+    inputs |= {n: inputs[n].astype(dtype) for n in ("q", "pooled_keys")}
+    positions = inputs["positions"]
+    first = blocks.query_first_blocks(positions, inputs["first_block"], case.block_size)
+    windows = inputs["pooled_keys"].shape[2]
+    visible = blocks.visible_windows(positions, first, windows, block_size=case.block_size, stride=case.stride)
+    dirty = {
+        "q": jnp.where((positions >= 0)[..., None, None], inputs["q"], jnp.nan),
+        "pooled_keys": jnp.where(visible.any(1)[:, None, :, None], inputs["pooled_keys"], jnp.nan),
+    }
+    ours, expected = np.asarray(scores_of(inputs, **options)), np.asarray(definition(inputs, **options))
+    np.testing.assert_array_equal(scores_of(inputs | dirty, **options), ours)
+    np.testing.assert_array_equal(np.isneginf(ours), np.isneginf(expected))
+    real = np.isfinite(expected)
+    np.testing.assert_allclose(ours[real], expected[real], rtol=2e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("num_blocks, kind", [(65, "both"), (2048, "both"), (2048, "query_scores")])
+def test_selections_are_those_of_xla(num_blocks, kind):
+    """Half of the scores take one of few values: equal ones are decided by the lower id."""
+    rng = np.random.default_rng(0)
+    length = 300
+
+    def scores(*shape):
+        drawn = rng.standard_normal((2, 2, *shape, num_blocks), np.float32)
+        ties = np.where(rng.random(drawn.shape) < 0.1, -np.inf, np.round(drawn, 1) + 0.0)
+        return np.where(rng.random(drawn.shape) < 0.5, ties, drawn).astype(np.float32)
+
+    inputs = {
+        "query_scores": scores(length),
+        "importance_scores": scores() if kind == "both" else None,
+        "positions": np.sort(rng.integers(-1, 4 * num_blocks, (2, length)), axis=1).astype(np.int32),
+        "first_block": np.stack([np.zeros(num_blocks), np.arange(num_blocks) // 50 * 50]).astype(np.int32),
+    }
+    sizes = counts(70, 1, 17, 15)
+    ours, xla = (
+        jax.jit(functools.partial(select_blocks, **sizes, implementation=implementation))(**inputs)
+        for implementation in ("triton", "xla")
+    )
+    np.testing.assert_array_equal(ours, xla)

@@ -9,23 +9,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_checks import (
+    assert_as_good,
+    assert_lse_close,
+    assert_same_bits,
+    assert_values_close,
+    bits,
+    definition,
+    in_dtype,
+    rounded_weights,
+)
 
 from pallas_kernels import block_attention
-from pallas_kernels.block_attention import reference
 from pallas_kernels.block_attention.cases import SMALL, make_inputs, options
 
 GOLDEN = Path(__file__).parent / "golden" / "cases"
-EPS = float(jnp.finfo(jnp.float32).eps)
 
 
 @functools.partial(jax.jit, static_argnames=("block_size", "scale"))
 def xla(inputs, *, block_size, scale=None):
     return block_attention(**inputs, block_size=block_size, scale=scale, implementation="xla")
-
-
-@functools.partial(jax.jit, static_argnames=("block_size", "scale"))
-def definition(inputs, *, block_size, scale=None):
-    return reference.block_attention(**inputs, block_size=block_size, scale=scale)
 
 
 @functools.cache
@@ -37,64 +40,25 @@ def inputs_of(name: str):
     return dict(made(name))  # a copy: a test that changes it must not change what the next one sees
 
 
-def in_dtype(inputs, dtype):
-    return inputs | {name: inputs[name].astype(dtype) for name in ("q", "k", "v")}
-
-
-def bits(outputs):
-    return jax.tree.map(np.asarray, outputs)
-
-
-def assert_same_bits(ours, theirs):
-    jax.tree.map(np.testing.assert_array_equal, bits(ours), bits(theirs))
-
-
 @pytest.mark.parametrize("name", SMALL)
 def test_matches_the_reference(name):
     inputs, size = inputs_of(name), options(SMALL[name])
     out, lse = bits(xla(inputs, **size))
-    true_out, true_lse = bits(definition(inputs, **size))
-    # Logits of a few units carry a few roundings each; the weights carry the same relative error.
-    np.testing.assert_allclose(out, true_out, rtol=0, atol=16 * EPS * np.abs(true_out).max())
-    np.testing.assert_allclose(lse, true_lse, rtol=0, atol=8 * EPS * np.abs(true_lse[np.isfinite(true_lse)]).max())
+    assert_values_close((out, lse), definition(inputs, **size))
     padding = np.asarray(inputs["positions"]) < 0
     assert (out[padding] == 0).all() and (lse[padding] == -np.inf).all()
     assert np.isfinite(lse[~padding]).all()
-
-
-def rounded_weights(inputs, *, block_size):
-    """The same maths where weights and results are rounded to the inputs' dtype, as any fast kernel does."""
-    dtype, bias = inputs["q"].dtype, inputs["bias"]
-    q, k, v = (inputs[name].astype(jnp.float32) for name in ("q", "k", "v"))
-    batch, length, heads, dim = q.shape
-    kv_heads = k.shape[1]
-    mask = reference.token_mask(
-        inputs["block_ids"], inputs["positions"], inputs["first_block"], num_tokens=k.shape[2], block_size=block_size
-    )[:, :, :, None]
-    grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, dim)
-    logits = jnp.einsum("btkgd,bksd->bktgs", grouped, k) * dim**-0.5
-    logits = logits if bias is None else logits + bias[:, :, None, None]
-    weights = jnp.where(mask, jax.nn.softmax(jnp.where(mask, logits, -1e30), axis=-1), 0)
-    out = jnp.einsum("bktgs,bksd->btkgd", weights.astype(dtype).astype(jnp.float32), v)
-    return out.reshape(q.shape).astype(dtype)
 
 
 @pytest.mark.parametrize("name", ["k1_g16_spans", "k2_g1_packed"])
 def test_bfloat16_is_as_good_as_its_rounding(name):
     inputs, size = in_dtype(inputs_of(name), jnp.bfloat16), options(SMALL[name])
     truth, true_lse = bits(definition(in_dtype(inputs, jnp.float32), **size))
-    naive = np.asarray(jax.jit(functools.partial(rounded_weights, **size))(inputs), np.float32)
+    naive, _ = jax.jit(functools.partial(rounded_weights, **size))(**inputs)
     out, lse = bits(xla(inputs, **size))
     assert out.dtype == jnp.bfloat16 and lse.dtype == np.float32
-
-    def error(x):
-        return np.sqrt(np.mean((x.astype(np.float32) - truth) ** 2)), np.abs(x.astype(np.float32) - truth).max()
-
-    floor = float(jnp.finfo(jnp.bfloat16).eps) * np.abs(truth).max() / 4
-    for ours, allowed in zip(error(out), error(naive), strict=True):
-        assert ours <= 2 * allowed + floor
-    seen = np.isfinite(true_lse)
-    np.testing.assert_allclose(lse[seen], true_lse[seen], rtol=0, atol=8 * EPS * np.abs(true_lse[seen]).max())
+    assert_as_good(out, naive, truth)
+    assert_lse_close(lse, true_lse)
 
 
 def test_matches_the_published_kernel():

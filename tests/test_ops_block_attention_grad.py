@@ -2,64 +2,24 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_checks import (
+    LEARNED,
+    assert_close,
+    case_of,
+    in_bfloat16,
+    in_float64,
+    poisoned,
+    seen_tokens,
+    true_gradients,
+    truth,
+    value_and_gradients,
+)
 
 from pallas_kernels import block_attention
-from pallas_kernels.block_attention import reference
-from pallas_kernels.block_attention.cases import SMALL, make_inputs, options
-
-LEARNED = ("q", "k", "v", "bias")
-
-
-@functools.cache
-def case_of(name: str):
-    """(numpy inputs, weights of the outputs in the loss, static arguments)."""
-    inputs = jax.tree.map(np.asarray, make_inputs(SMALL[name], jax.random.key(3)))
-    rng = np.random.default_rng(5)
-    out = rng.standard_normal(inputs["q"].shape)
-    lse = rng.standard_normal(inputs["q"].shape[:3])
-    return inputs, (out, lse), options(SMALL[name])
-
-
-@functools.partial(jax.jit, static_argnames=("op", "block_size"))
-def value_and_gradients(op, inputs, cotangents, *, block_size):
-    """((out, lse), gradients of sum(out * cotangent) + sum(lse * cotangent) in q, k, v and bias)."""
-    learned = {name: inputs[name] for name in LEARNED if inputs[name] is not None}
-    outputs, pull = jax.vjp(lambda x: op(**(inputs | x), block_size=block_size), learned)
-    grads = jax.tree.map(lambda g, o: jnp.asarray(g, o.dtype), cotangents, outputs)
-    return outputs, pull(grads)[0]
-
-
-def in_float64(op, inputs, cotangents, **size):
-    with jax.enable_x64(True):
-        wide = {
-            name: np.asarray(x, np.float64) if name in LEARNED and x is not None else x for name, x in inputs.items()
-        }
-        return jax.device_get(value_and_gradients(op, wide, cotangents, **size))
-
-
-def no_lse_of_empty(inputs, cotangents):
-    """The lse of a query that sees nothing is -inf whatever the inputs: it takes no part in the loss."""
-    out, lse = cotangents
-    return out, np.where(inputs["positions"][..., None] >= 0, lse, 0)
-
-
-@functools.cache
-def truth(name: str):
-    inputs, cotangents, size = case_of(name)
-    return in_float64(reference.block_attention, inputs, no_lse_of_empty(inputs, cotangents), **size)
-
-
-def assert_close(ours, theirs, tolerance):
-    for name, expected in theirs.items():
-        scale = np.abs(expected).max()
-        assert scale > 0.1, name
-        np.testing.assert_allclose(ours[name], expected, rtol=0, atol=tolerance * scale, err_msg=name)
 
 
 # Several tiles and spans; packed rows; without ids; empty and ragged rows without bias.
@@ -84,11 +44,9 @@ def test_gradients_in_float32():
 
 def test_gradients_in_bfloat16_are_as_good_as_their_rounding():
     inputs, cotangents, size = case_of("k1_g16_spans")
-    cast = {name: inputs[name].astype(jnp.bfloat16) for name in ("q", "k", "v")}
-    rounded = inputs | {name: x.astype(np.float32) for name, x in cast.items()}
-    cotangents = (np.asarray(cotangents[0].astype(jnp.bfloat16), np.float32), cotangents[1])
-    _, true = in_float64(reference.block_attention, rounded, cotangents, **size)
-    _, grads = jax.device_get(value_and_gradients(block_attention, inputs | cast, cotangents, **size))
+    low, wide = in_bfloat16(inputs, cotangents)
+    _, true = true_gradients(*wide, **size)
+    _, grads = jax.device_get(value_and_gradients(block_attention, *low, **size))
     # delta is taken from the rounded output and dlogits are rounded once, then each gradient once.
     for name in LEARNED:
         assert grads[name].dtype == (np.float32 if name == "bias" else jnp.bfloat16)
@@ -108,28 +66,12 @@ def test_a_large_bias_on_every_token_cancels(offset):
 def test_nan_that_nobody_sees_does_not_spread(name):
     """Into values and gradients: from blocks that nobody selected, padding, and queries that are padding."""
     inputs, cotangents, size = case_of(name)
-    seen = np.asarray(
-        reference.token_mask(
-            *(
-                inputs[name] if inputs[name] is None else jnp.asarray(inputs[name])
-                for name in ("block_ids", "positions")
-            ),
-            None if inputs["first_block"] is None else jnp.asarray(inputs["first_block"]),
-            num_tokens=inputs["k"].shape[2],
-            **size,
-        )
-    ).any(2)
-    seen = np.broadcast_to(seen, inputs["bias"].shape)  # without ids, all heads see the same
+    seen, real = seen_tokens(inputs, **size), inputs["positions"] >= 0
     assert 0.02 < seen.mean() < 0.98
-    real = inputs["positions"] >= 0
-    poisoned = inputs | {
-        "q": np.where(real[..., None, None], inputs["q"], np.nan),
-        "k": np.where(seen[..., None], inputs["k"], np.nan),
-        "v": np.where(seen[..., None], inputs["v"], np.nan),
-        "bias": np.where(seen, inputs["bias"], np.nan),
-    }
     (out, lse), grads = jax.device_get(value_and_gradients(block_attention, inputs, cotangents, **size))
-    (dirty_out, dirty_lse), dirty = jax.device_get(value_and_gradients(block_attention, poisoned, cotangents, **size))
+    (dirty_out, dirty_lse), dirty = jax.device_get(
+        value_and_gradients(block_attention, poisoned(inputs, **size), cotangents, **size)
+    )
     np.testing.assert_array_equal(dirty_out, out)
     np.testing.assert_array_equal(dirty_lse, lse)
     for name in LEARNED:

@@ -9,41 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scores_checks import assert_close, definition, inputs_of
 
 from pallas_kernels import block_scores
 from pallas_kernels.block_scores import reference, xla
-from pallas_kernels.block_scores.cases import SMALL, make_inputs, options
+from pallas_kernels.block_scores.cases import SMALL, options
 
 GOLDEN = Path(__file__).parent / "golden" / "cases"
-EPS = float(jnp.finfo(jnp.float32).eps)
 
 
 @functools.partial(jax.jit, static_argnames=("num_blocks", "block_size", "stride"))
 def run(inputs, **options):
     return block_scores(**inputs, **options, implementation="xla")
-
-
-@functools.partial(jax.jit, static_argnames=("num_blocks", "block_size", "stride"))
-def definition(inputs, **options):
-    return reference.block_scores(**inputs, **options)
-
-
-@functools.cache
-def made(name: str):
-    return make_inputs(SMALL[name], jax.random.key(1))
-
-
-def inputs_of(name: str):
-    return dict(made(name))  # a copy: a test that changes it must not change what the next one sees
-
-
-def assert_close(ours, theirs):
-    """Scores are sums of probabilities: each carries the few roundings of its logit. -inf and 0 have no error."""
-    ours, theirs = np.asarray(ours), np.asarray(theirs)
-    for special in (0, -np.inf):
-        np.testing.assert_array_equal(ours == special, theirs == special)
-    real = theirs > 0
-    np.testing.assert_allclose(ours[real], theirs[real], rtol=32 * EPS, atol=1e-30)
 
 
 @pytest.mark.parametrize("name", SMALL)

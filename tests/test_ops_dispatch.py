@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels as ops
-from pallas_kernels import KernelUnsupportedError, _dispatch
+from pallas_kernels import KernelUnsupportedError, _backend, _dispatch
 from pallas_kernels._dispatch import PREFERENCE, Op
 from pallas_kernels.block_attention.api import BLOCK_ATTENTION
 from pallas_kernels.block_scores.api import BLOCK_SCORES
@@ -20,7 +20,8 @@ from pallas_kernels.fetch_blocks.api import FETCH_BLOCKS, WRITE_BACK_BLOCKS
 from pallas_kernels.pooled_keys.api import APPEND_POOLED_KEYS, POOL_KEYS
 from pallas_kernels.select_blocks.api import SELECT_BLOCKS
 
-B, T, N, K, S, D, P, M, J, L, C, X = 2, 8, 4, 2, 12, 8, 4, 3, 3, 2, 5, 2
+# Sizes that every kernel takes.
+B, T, N, K, S, D, P, M, J, L, C, X = 2, 8, 4, 2, 40, 16, 16, 3, 3, 2, 4, 2
 LAYER = jnp.asarray(0, jnp.int32)
 
 
@@ -47,7 +48,7 @@ CALLS = {
     "block_scores": (
         BLOCK_SCORES,
         {"q": floats(B, T, N, D), "pooled_keys": floats(B, K, C, D), "positions": ints(B, T)},
-        {"num_blocks": M, "block_size": P, "stride": 2},
+        {"num_blocks": M, "block_size": P, "stride": 8},
     ),
     "select_blocks": (
         SELECT_BLOCKS,
@@ -90,11 +91,13 @@ CALLS = {
 }  # fmt: skip
 
 
-def call(name, implementation="xla", **wrong):
-    """The shape of the result; nothing runs."""
+def call(name, implementation="xla", **changes):
+    """What would run, as text; nothing does. changes: of arguments, arrays or static."""
     _, arrays, static = CALLS[name]
+    arrays, static = ({n: changes.get(n, x) for n, x in given.items()} for given in (arrays, static))
+    arrays |= {n: x for n, x in changes.items() if n not in static}
     run = lambda arrays: getattr(ops, name)(**arrays, **static, implementation=implementation)
-    return jax.eval_shape(run, arrays | wrong)
+    return str(jax.make_jaxpr(run)(arrays))
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -102,15 +105,16 @@ def test_every_op_has_an_implementation_that_runs_anywhere(name):
     op = CALLS[name][0]
     assert op.name == name and "xla" in op.implementations
     assert set(op.implementations) <= set(PREFERENCE)
-    call(name)
-    call(name, implementation="auto")
+    assert "pallas_call" not in call(name)
+    assert "pallas_call" not in call(name, implementation="auto")
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_named_implementation_never_falls_back(name):
     for missing in set(PREFERENCE) - set(CALLS[name][0].implementations):
         with pytest.raises(
-            KernelUnsupportedError, match=rf"^{name}: no '{missing}' kernel .* use implementation='xla'"
+            KernelUnsupportedError,
+            match=rf"^{name}: implementation='{missing}' cannot run: no '{missing}' kernel .*; use 'auto' or 'xla'",
         ):
             call(name, implementation=missing)
 
@@ -125,48 +129,160 @@ def test_kernel_unsupported_is_a_not_implemented_error():
     assert issubclass(KernelUnsupportedError, NotImplementedError)
 
 
-def functions(*names):
-    """An op whose implementations return their own name."""
-    return Op("sum_blocks", {name: lambda name=name: name for name in names})
+# ---- kernels: where they run, and what they take ----
+
+KERNELS = [name for name in CALLS if "triton" in CALLS[name][0].implementations]
 
 
-def test_auto_takes_the_fastest():
-    assert functions("xla", "triton", "mosaic").pick("auto")() == "mosaic"
-    assert functions("xla", "triton").pick("auto")() == "triton"
-    assert functions("xla").pick("auto")() == "xla"
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_need_a_gpu(name):
+    with pytest.raises(
+        KernelUnsupportedError,
+        match=rf"^{name}: implementation='triton' cannot run: it needs an NVIDIA GPU, the default device is 'cpu'",
+    ):
+        call(name, implementation="triton")
 
 
-def test_a_named_implementation_is_taken():
-    op = functions("xla", "triton", "mosaic")
-    assert [op.pick(name)() for name in PREFERENCE] == list(PREFERENCE)
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_are_taken_where_they_can_run(name):
+    with _backend.interpreted():
+        assert "pallas_call" in call(name, implementation="triton")
+        assert "pallas_call" in call(name, implementation="auto")
+        assert "pallas_call" not in call(name, implementation="xla")
+    assert "pallas_call" not in call(name, implementation="auto")
 
 
-def test_reasons():
-    op = functions("xla")
-    assert op.reason("xla") == "available"
-    assert "no 'triton' kernel" in op.reason("triton")
+def heads_of(dim):
+    return {"q": floats(B, T, N, dim), "k": floats(B, K, S, dim), "v": floats(B, K, S, dim)}
 
 
-def test_the_slow_path_on_a_gpu_warns_once(monkeypatch):
+# op, what changes, why the kernel does not take it
+UNSUPPORTED = [
+    ("block_attention", {"block_ids": None}, r"dense attention \(block_ids=None\) has no kernel here"),
+    ("block_attention", {"block_size": 8}, r"block_size must be a power of two in \[16, 1024\], got 8"),
+    ("block_attention", {"block_size": 24}, r"block_size must be a power of two in \[16, 1024\], got 24"),
+    ("block_attention", heads_of(24), r"the head dim must be a power of two in \[16, 256\], got 24"),
+    ("block_attention", heads_of(8), r"the head dim must be a power of two in \[16, 256\], got 8"),
+    ("block_attention", heads_of(512), r"the head dim must be a power of two in \[16, 256\], got 512"),
+    (
+        "block_attention",
+        {"k": jnp.zeros((B, K, S, D), jnp.bfloat16)},
+        "q, k and v must have one dtype, got float32, bfloat16, float32",
+    ),
+    ("block_attention", {"block_ids": ints(B, K, T, 0)}, "there is nothing to do"),
+    (
+        "block_scores",
+        {"pooled_keys": jnp.zeros((B, K, C, D), jnp.bfloat16)},
+        "q and pooled_keys must have one dtype, got float32 and bfloat16",
+    ),
+    (
+        "block_scores",
+        {"pooled_keys": floats(L, B, K, C, D), "layer": LAYER},
+        "it reads the pooled keys of one layer, not a stacked cache",
+    ),
+    (
+        "block_scores",
+        {"block_size": 48, "stride": 16},
+        "block_size / stride must be a power of two up to 64, got 48 / 16",
+    ),
+    (
+        "block_scores",
+        {"q": floats(B, T, N, 24), "pooled_keys": floats(B, K, C, 24)},
+        r"the head dim must be a power of two in \[16, 256\], got 24",
+    ),
+]
+
+
+@pytest.mark.parametrize("name, changes, reason", UNSUPPORTED)
+def test_arguments_that_no_kernel_takes(name, changes, reason):
+    with _backend.interpreted():
+        with pytest.raises(KernelUnsupportedError, match=rf"^{name}: implementation='triton' cannot run: {reason}"):
+            call(name, implementation="triton", **changes)
+        assert "pallas_call" not in call(name, implementation="auto", **changes)
+
+
+@pytest.mark.parametrize("name", ["block_attention", "block_scores"])
+def test_no_kernel_takes_float64(name):
+    with _backend.interpreted(), jax.enable_x64(True):
+        wide = {n: np.zeros(x.shape) for n, x in CALLS[name][1].items() if n in ("q", "k", "v", "pooled_keys")}
+        with pytest.raises(KernelUnsupportedError, match=r"q must be bfloat16, float16 or float32, got float64"):
+            call(name, implementation="triton", **wide)
+        assert "pallas_call" not in call(name, implementation="auto", **wide)
+
+
+# ---- the choice itself ----
+
+
+def functions(*names, **unsupported):
+    """An op of one argument whose implementations return their own name."""
+    return Op("sum_blocks", {name: lambda x, name=name: name for name in names}, unsupported)
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
     monkeypatch.setattr(_dispatch, "_warned", set())
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    slow, fast = functions("xla"), functions("xla", "triton")
+    monkeypatch.setattr(_backend, "device", lambda: ("gpu", "NVIDIA H200"))
+
+
+def odd(x):
+    return f"{x} is odd" if x % 2 else None
+
+
+def test_auto_takes_the_fastest(on_a_gpu):
+    assert functions("xla", "triton", "mosaic")("auto", 1) == "mosaic"
+    assert functions("xla", "triton")("auto", 1) == "triton"
+    assert functions("xla", "triton", "mosaic", mosaic=odd)("auto", 1) == "triton"
+    assert functions("xla", "triton", "mosaic", mosaic=odd)("auto", 2) == "mosaic"
+
+
+def test_mosaic_kernels_are_for_hopper(on_a_gpu, monkeypatch):
+    monkeypatch.setattr(_backend, "device", lambda: ("gpu", "NVIDIA A100-SXM4-80GB"))
+    op = functions("xla", "triton", "mosaic")
+    assert op("auto", 1) == "triton"
+    with pytest.raises(
+        KernelUnsupportedError, match=r"cannot run: it needs an NVIDIA Hopper GPU, .*'gpu' \(NVIDIA A100"
+    ):
+        op("mosaic", 1)
+
+
+def test_a_named_implementation_is_taken(on_a_gpu):
+    op = functions("xla", "triton", "mosaic")
+    assert [op(name, 1) for name in PREFERENCE] == [op.pick(name, 1) for name in PREFERENCE] == list(PREFERENCE)
+
+
+def test_reasons(on_a_gpu, monkeypatch):
+    op = functions("xla", "triton", triton=odd)
+    assert op.reason("xla", 1) is op.unavailable("xla") is None
+    assert op.reason("mosaic", 2) == op.unavailable("mosaic") and "no 'mosaic' kernel" in op.unavailable("mosaic")
+    assert (op.reason("triton", 1), op.reason("triton", 2), op.unavailable("triton")) == ("1 is odd", None, None)
+    refusal = r"^sum_blocks: implementation='triton' cannot run: 1 is odd; use 'auto' or 'xla'$"
+    with pytest.raises(KernelUnsupportedError, match=refusal):
+        op("triton", 1)
+    monkeypatch.undo()
+    assert op.reason("triton", 1) == op.unavailable("triton") and "needs an NVIDIA GPU" in op.unavailable("triton")
+
+
+def test_the_slow_path_on_a_gpu_warns_once(on_a_gpu):
+    slow, fast = functions("xla", "triton", triton=odd), functions("xla", "triton")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert fast.pick("auto")() == "triton"
-        assert slow.pick("xla")() == "xla"  # asked for by name: no surprise
-    with pytest.warns(RuntimeWarning, match="^sum_blocks: no GPU kernel, running the XLA implementation"):
-        assert slow.pick("auto")() == "xla"
+        assert fast("auto", 1) == slow("auto", 2) == "triton"
+        assert slow("xla", 1) == "xla"  # asked for by name: no surprise
+    with pytest.warns(
+        RuntimeWarning, match=r"^sum_blocks: no GPU kernel takes this call \(1 is odd\), running the XLA implementation"
+    ):
+        assert slow("auto", 1) == "xla"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert slow.pick("auto")() == "xla"
+        assert slow("auto", 1) == "xla"
 
 
 def test_no_warning_without_a_gpu(monkeypatch):
     monkeypatch.setattr(_dispatch, "_warned", set())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert functions("xla").pick("auto")() == "xla"
+        assert functions("xla", "triton")("auto", 1) == "xla"
 
 
 # op, argument at fault, its wrong value, the shape it should have
@@ -241,4 +357,4 @@ def test_annotations_are_checked_here():
     """The suite runs with the type checker on: an op that takes what its annotation forbids would show."""
     with pytest.raises(jaxtyping.TypeCheckError):
         call("block_attention", positions=jnp.zeros((B, T), jnp.float32))
-    assert np.dtype(call("select_blocks").dtype) == np.int32
+    call("block_attention")

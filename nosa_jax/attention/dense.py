@@ -16,7 +16,8 @@ def dense_attention(
     q: Float[Array, "B T N D"], k: Float[Array, "B K T D"], v: Float[Array, "B K T D"], layout: Layout, block_size: int
 ) -> Float[Array, "B T N D"]:
     """Attention of whole rows to every earlier token of their document; 0 at padded positions."""
-    if layout.first_block is None and q.dtype in _FUSED_DTYPES and jax.default_backend() == "gpu":
+    fits = layout.first_block is None and q.dtype in _FUSED_DTYPES and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+    if fits and jax.default_backend() == "gpu":
         keys, values = (jnp.moveaxis(x, 1, 2) for x in (k, v))
         out = jax.nn.dot_product_attention(q, keys, values, is_causal=True, implementation="cudnn")
         return jnp.where((layout.positions >= 0)[..., None, None], out, 0)

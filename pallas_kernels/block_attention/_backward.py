@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import _backend
 from pallas_kernels._backend import LARGE, LOG2_E, per_head
-from pallas_kernels.block_attention._forward import base_2_logits, load_bias, load_rows
+from pallas_kernels.block_attention._forward import is_member, load_bias, load_rows, seen_tokens
 
 
 def query_kernel(
@@ -29,22 +29,19 @@ def query_kernel(
     delta_row = jnp.where(blind, 0, load_rows(delta, row, queries, head))
     top = jnp.where(blind, LARGE, lse_row * LOG2_E)
     position = per_head(positions[row, queries], group)
-    bit = per_head(jnp.arange(tile, dtype=jnp.int32), group)
 
     def visit(causal):
         def body(trip, acc):
             block, selected = block_ids[row, head, tile_id, trip], members[row, head, tile_id, trip]
             tokens = _backend.ds(block * block_size, block_size)
             keys, values = k[row, head, tokens], v[row, head, tokens]
-            block_bias = load_bias(bias, row, head, tokens)
+            member = is_member(selected, tile, group)
             if causal:
-                token = block * block_size + jnp.arange(block_size, dtype=jnp.int32)
-                seen = (token <= jnp.max(position))[:, None]
-                keys, values = jnp.where(seen, keys, 0), jnp.where(seen, values, 0)
-            logits = base_2_logits(_backend.dot(query, keys.T), None if block_bias is None else block_bias[None], scale)
+                seen, seen_by_any = seen_tokens(block, block_size, member, position)
+                keys, values = jnp.where(seen_by_any, keys, 0), jnp.where(seen_by_any, values, 0)
+            logits = _backend.dot(query, keys.T) * (scale * LOG2_E) + load_bias(bias, row, head, tokens, 0)
             if causal:
-                logits = jnp.where(token[None] <= position[:, None], logits, -jnp.inf)
-            member = (jax.lax.shift_right_logical(jnp.broadcast_to(selected, (rows,)), bit) & 1) != 0
+                logits = jnp.where(seen, logits, -jnp.inf)
             weights = _backend.exp2(logits - jnp.where(member, top, LARGE)[:, None])
             dlogits = weights * (_backend.dot(grad, values.T) - delta_row[:, None])
             return acc + _backend.dot(dlogits.astype(keys.dtype), keys)
@@ -71,7 +68,7 @@ def key_kernel(
     def _():
         tokens = _backend.ds(own * block_size, block_size)
         keys, values = k[row, head, tokens], v[row, head, tokens]
-        block_bias = load_bias(bias, row, head, tokens)
+        block_bias = load_bias(bias, row, head, tokens, 1)
         token = own * block_size + jnp.arange(block_size, dtype=jnp.int32)
 
         def entries(trip):
@@ -95,9 +92,7 @@ def key_kernel(
                     # Tokens that none of these queries sees may be unwritten memory.
                     seen = (token <= jnp.max(position))[:, None]
                     block_keys, block_values = jnp.where(seen, keys, 0), jnp.where(seen, values, 0)
-                logits = base_2_logits(
-                    _backend.dot(block_keys, query.T), None if block_bias is None else block_bias[:, None], scale
-                )
+                logits = _backend.dot(block_keys, query.T) * (scale * LOG2_E) + block_bias
                 if causal:
                     logits = jnp.where(token[:, None] <= position[None], logits, -jnp.inf)
                 weights = _backend.exp2(logits - top[None])

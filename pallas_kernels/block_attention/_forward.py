@@ -15,14 +15,25 @@ def load_rows(ref, row, queries, head):
     return values.reshape(-1, *values.shape[2:])
 
 
-def base_2_logits(logits, bias, scale):
-    """(q . k * scale + bias) / ln 2, the bias along the keys (last axis)."""
-    logits = logits * (scale * LOG2_E)
-    return logits if bias is None else logits + (bias * LOG2_E)
+def load_bias(bias, row, head, tokens, axis):
+    """Of one block in base 2, with a new `axis` for the queries; 0 without bias."""
+    return 0.0 if bias is None else jnp.expand_dims(bias[row, head, tokens] * LOG2_E, axis)
 
 
-def load_bias(bias, row, head, tokens):
-    return None if bias is None else bias[row, head, tokens]
+def is_member(selected, tile, group):
+    """[tile * group]: the rows of the queries whose bit is set in `selected`."""
+    bit = per_head(jnp.arange(tile, dtype=jnp.int32), group)
+    return (jax.lax.shift_right_logical(jnp.broadcast_to(selected, bit.shape), bit) & 1) != 0
+
+
+def seen_tokens(block, block_size, member, position):
+    """(row x token: who sees which, token: seen by any) in a block that is not wholly before all queries.
+
+    A token that no query sees may be unwritten memory, and NaN times weight 0 is NaN.
+    """
+    token = block * block_size + jnp.arange(block_size, dtype=jnp.int32)
+    last = jnp.where(member, position, -1)
+    return token[None] <= last[:, None], (token <= jnp.max(last))[:, None]
 
 
 def forward_kernel(q, k, v, bias, positions, block_ids, members, counts, out, lse, *, tile, block_size, scale):
@@ -33,7 +44,6 @@ def forward_kernel(q, k, v, bias, positions, block_ids, members, counts, out, ls
     position = per_head(positions[row, queries], group)
     # Padding may hold anything.
     query = jnp.where((position >= 0)[:, None], load_rows(q, row, queries, head), 0)
-    bit = per_head(jnp.arange(tile, dtype=jnp.int32), group)
 
     def visit(causal):
         def body(trip, carry):
@@ -41,13 +51,12 @@ def forward_kernel(q, k, v, bias, positions, block_ids, members, counts, out, ls
             block, selected = block_ids[row, head, tile_id, trip], members[row, head, tile_id, trip]
             tokens = _backend.ds(block * block_size, block_size)
             keys, values = k[row, head, tokens], v[row, head, tokens]
-            logits = base_2_logits(_backend.dot(query, keys.T), _expand(load_bias(bias, row, head, tokens)), scale)
+            member = is_member(selected, tile, group)
+            logits = _backend.dot(query, keys.T) * (scale * LOG2_E) + load_bias(bias, row, head, tokens, 0)
             if causal:
-                token = block * block_size + jnp.arange(block_size, dtype=jnp.int32)
-                logits = jnp.where(token[None] <= position[:, None], logits, -jnp.inf)
-                # What no query of the tile sees may be unwritten memory: 0 * NaN is NaN.
-                values = jnp.where((token <= jnp.max(position))[:, None], values, 0)
-            member = (jax.lax.shift_right_logical(jnp.broadcast_to(selected, (rows,)), bit) & 1) != 0
+                seen, seen_by_any = seen_tokens(block, block_size, member, position)
+                logits = jnp.where(seen, logits, -jnp.inf)
+                values = jnp.where(seen_by_any, values, 0)
             new_top = jnp.maximum(top, jnp.where(member, jnp.max(logits, axis=1), -LARGE))
             # Subtracting LARGE gives the rows that did not select this block weight 0.
             weights = _backend.exp2(logits - jnp.where(member, new_top, LARGE)[:, None])
@@ -60,16 +69,14 @@ def forward_kernel(q, k, v, bias, positions, block_ids, members, counts, out, ls
 
     full, every = counts[row, head, tile_id, 0], counts[row, head, tile_id, 1]
     carry = (
-        jnp.zeros((rows, dim), jnp.float32), jnp.full((rows,), -LARGE, jnp.float32), jnp.zeros((rows,), jnp.float32)
-    )  # fmt: skip
+        jnp.zeros((rows, dim), jnp.float32),
+        jnp.full((rows,), -LARGE, jnp.float32),
+        jnp.zeros((rows,), jnp.float32),
+    )
     carry = jax.lax.fori_loop(0, full, visit(causal=False), carry)
     acc, top, total = jax.lax.fori_loop(full, every, visit(causal=True), carry)
-    seen = total > 0
-    total = jnp.where(seen, total, 1.0)
-    acc = jnp.where(seen[:, None], acc / total[:, None], 0.0)
+    blind = top <= -LARGE  # not `total == 0`: NaN must come out as NaN
+    total = jnp.where(blind, 1.0, total)
+    acc = jnp.where(blind[:, None], 0.0, acc / total[:, None])
     out[row, queries, head] = acc.reshape(tile, group, dim).astype(out.dtype)
-    lse[row, queries, head] = jnp.where(seen, (top + jnp.log2(total)) * LN_2, -jnp.inf).reshape(tile, group)
-
-
-def _expand(bias):
-    return None if bias is None else bias[None]
+    lse[row, queries, head] = jnp.where(blind, -jnp.inf, (top + jnp.log2(total)) * LN_2).reshape(tile, group)

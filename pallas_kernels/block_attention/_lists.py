@@ -50,7 +50,10 @@ def bit_table(
     num_blocks: int,
     block_size: int,
 ) -> Int32[Array, "B K M words"]:
-    """Bit t % 32 of word [m, t // 32]: query t sees a token of block m. All other ids are dropped here, once."""
+    """Bit t % 32 of word [m, t // 32]: query t sees a token of block m. All other ids are dropped here, once.
+
+    Ids may not repeat within a query: bits are added.
+    """
     batch, kv_heads, length, _ = block_ids.shape
     words = -(-length // _WORD)
     own = blocks.query_blocks(positions, block_size)[:, None, :, None]
@@ -65,6 +68,14 @@ def bit_table(
     return table.reshape(batch, kv_heads, num_blocks, words)
 
 
+def last_seen(table: Int32[Array, "B K M words"], positions: Int32[Array, "B T"]) -> Int32[Array, "B K M"]:
+    """The highest position among the queries that selected each block; -1 where none did."""
+    word = jnp.arange(table.shape[-1], dtype=jnp.int32)
+    highest = jnp.where(table != 0, _WORD * word + _WORD - 1 - jax.lax.clz(table), -1).max(-1)
+    row = jnp.arange(positions.shape[0])[:, None, None]
+    return jnp.where(highest >= 0, positions[row, jnp.maximum(highest, 0)], -1)
+
+
 def _union_kernel(table, positions, block_ids, members, counts, *, tile, block_size):
     tile_id, head, row = (_backend.program_id(axis) for axis in range(3))
     num_blocks, width = table.shape[2], block_ids.shape[-1]
@@ -76,7 +87,7 @@ def _union_kernel(table, positions, block_ids, members, counts, *, tile, block_s
     mask = -1 if tile == _WORD else (1 << tile) - 1
     bits = jnp.where(inside, jax.lax.shift_right_logical(word, start % _WORD) & mask, 0)
     taken = bits != 0
-    rank = jnp.cumsum(taken.astype(jnp.int32))
+    rank = _backend.running_count(taken)
     # Lanes that store nothing still get an address of their own.
     at = jnp.where(taken, rank - 1, width + block)
     _backend.store(block_ids.at[row, head, tile_id, at], block, mask=taken)
@@ -84,8 +95,8 @@ def _union_kernel(table, positions, block_ids, members, counts, *, tile, block_s
     position = positions[row, _backend.ds(start, tile)]
     earliest = jnp.min(jnp.where(position >= 0, position, jnp.iinfo(jnp.int32).max))
     before = taken & (block < (earliest + 1) // block_size)
-    counts[row, head, tile_id, 0] = jnp.sum(before.astype(jnp.int32))
-    counts[row, head, tile_id, 1] = jnp.sum(taken.astype(jnp.int32))
+    counts[row, head, tile_id, 0] = jnp.sum(before, dtype=jnp.int32)
+    counts[row, head, tile_id, 1] = jnp.sum(taken, dtype=jnp.int32)
 
 
 def unions(
@@ -107,7 +118,7 @@ def unions(
 
 
 def _inversion_kernel(table, offsets, queries):
-    chunk, block, row_head = (_backend.program_id(axis) for axis in range(3))
+    block, chunk, row_head = (_backend.program_id(axis) for axis in range(3))
     kv_heads = table.shape[1]
     row, head = row_head // kv_heads, row_head % kv_heads
     offset, stop = offsets[row, head, block, chunk], offsets[row, head, block, chunk + 1]
@@ -117,7 +128,7 @@ def _inversion_kernel(table, offsets, queries):
         lane = jnp.arange(_CHUNK, dtype=jnp.int32)
         word = table[row, head, block, chunk * (_CHUNK // _WORD) + lane // _WORD]
         taken = (jax.lax.shift_right_logical(word, lane % _WORD) & 1) != 0
-        rank = jnp.cumsum(taken.astype(jnp.int32))
+        rank = _backend.running_count(taken)
         at = jnp.where(taken, offset + rank - 1, queries.shape[-1] + lane)
         _backend.store(queries.at[row, head, at], chunk * _CHUNK + lane, mask=taken)
 
@@ -128,28 +139,32 @@ def segments(table: Int32[Array, "B K M words"], *, entries: int, length: int) -
     per_chunk = _CHUNK // _WORD
     chunks = -(-words // per_chunk)
     table = jnp.pad(table, ((0, 0), (0, 0), (0, 0), (0, chunks * per_chunk - words)))
-    found = jax.lax.population_count(table).reshape(batch, kv_heads, num_blocks, chunks, per_chunk).sum(-1)
+    found = (
+        jax.lax.population_count(table).reshape(batch, kv_heads, num_blocks, chunks, per_chunk).sum(-1, dtype=jnp.int32)
+    )
     zero = jnp.zeros((batch, kv_heads, 1), jnp.int32)
-    count = found.sum(-1)
-    block_offset = jnp.concatenate([zero, jnp.cumsum(count, axis=-1)], axis=-1)
-    chunk_offset = jnp.concatenate([zero[..., None].repeat(num_blocks, 2), jnp.cumsum(found, axis=-1)], axis=-1)
+    count = found.sum(-1, dtype=jnp.int32)
+    block_offset = jnp.concatenate([zero, jnp.cumsum(count, axis=-1, dtype=jnp.int32)], axis=-1)
+    chunk_offset = jnp.concatenate(
+        [zero[..., None].repeat(num_blocks, 2), jnp.cumsum(found, axis=-1, dtype=jnp.int32)], axis=-1
+    )
     offsets = block_offset[..., :-1, None] + chunk_offset
 
     queries = _backend.triton_call(
         _inversion_kernel,
         name="block_inversion",
-        grid=(chunks, num_blocks, batch * kv_heads),
+        grid=(num_blocks, chunks, batch * kv_heads),
         out_shape=jax.ShapeDtypeStruct((batch, kv_heads, entries), jnp.int32),
         num_warps=4,
     )(table, offsets)
 
     pieces = -(-count // length)
-    first = jnp.concatenate([zero, jnp.cumsum(pieces, axis=-1)], axis=-1)
+    first = jnp.concatenate([zero, jnp.cumsum(pieces, axis=-1, dtype=jnp.int32)], axis=-1)
     segment = jnp.arange(num_blocks + entries // length, dtype=jnp.int32)
     # The block of segment e: the last one whose first segment is at or before e.
     marks = jnp.zeros((batch, kv_heads, segment.size + 1), jnp.int32)
     row, head = (axis[..., None] for axis in jnp.indices((batch, kv_heads), sparse=True))
-    block = jnp.cumsum(marks.at[row, head, first[..., 1:]].add(1, mode="drop"), axis=-1)[..., :-1]
+    block = jnp.cumsum(marks.at[row, head, first[..., 1:]].add(1, mode="drop"), axis=-1, dtype=jnp.int32)[..., :-1]
     used = segment < first[..., -1:]
     block = jnp.where(used, block, 0)
 

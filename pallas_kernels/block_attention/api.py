@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels._checks import bad_value, require_integers, require_shape
+from pallas_kernels._checks import bad_value, require_integers, require_positive, require_shape
 from pallas_kernels._dispatch import Op
 from pallas_kernels.block_attention import mosaic, triton, vjp, xla
 
@@ -36,8 +36,8 @@ def block_attention(
     """softmax(q . k * scale + bias) v over the tokens of the selected blocks, up to the query (paper equation 5).
 
     q: head n belongs to KV head n // (N/K). bias: added after scaling, None for no bias. block_ids: None selects every
-    block. positions: of the queries among the keys, ascending, -1 for padding anywhere (output 0, lse -inf). scale:
-    default 1/sqrt(D).
+    block. positions: of the queries among the keys, strictly ascending, with -1 for padding anywhere (output 0, lse
+    -inf). scale: default 1/sqrt(D).
     Returns (out in q's dtype, natural-log lse in float32). Differentiable in q, k, v and bias (also through lse).
     """
     require_shape("q", q, (None,) * 4, "[B, T, N, D]")
@@ -47,6 +47,8 @@ def block_attention(
     require_shape("k", k, (batch, None, None, dim), "[B, K, S, D]")
     require_shape("v", v, k.shape, "[B, K, S, D]")
     require_shape("positions", positions, (batch, length), "[B, T]")
+    require_integers("positions", positions)
+    require_positive("block_size", block_size)
     if heads % kv_heads:
         raise bad_value("q", "must have a multiple of K heads", f"N={heads}, K={kv_heads}", "Check the head axis.")
     if first_block is not None:

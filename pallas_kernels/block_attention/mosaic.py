@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels import _backend, blocks
+from pallas_kernels import _backend
 from pallas_kernels._backend import LARGE, LN_2, LOG2_E, plgpu
-from pallas_kernels.block_attention import triton
+from pallas_kernels.block_attention import _lists, triton
 from pallas_kernels.block_attention.xla import Settings
 
 _ROWS = 64  # of one warpgroup: what one wgmma multiplies
@@ -57,7 +57,7 @@ def _kernel(refs: Any, scoped: Any, *, tokens: int, group: int, dim: int, scale:
         plgpu.barrier_wait(turn)
 
     def entry(list_: Any, index: Any) -> Any:
-        return list_[row, head, tile, jnp.minimum(index, every - 1)]
+        return list_[row, head, tile, jnp.clip(index, 0, jnp.maximum(every - 1, 0))]
 
     @_backend.when(warpgroup < 2)
     def _compute() -> None:
@@ -102,6 +102,7 @@ def _kernel(refs: Any, scoped: Any, *, tokens: int, group: int, dim: int, scale:
                     if bias is not None:
                         b = plgpu.load(bias_smem.at[slot, i], layout=_KEY_VECTOR, optimized=False)
                         logits[i] += lax.broadcast_in_dim(b * LOG2_E, logits[i].shape, [1])
+                    is_member.append(((jnp.full((_ROWS,), 0, jnp.int32) + chosen[i]) >> bit) & 1 != 0)
                     if causal:
                         start = entry(block_ids, _PAIR * pair + i) * _BLOCK
                         position = plgpu.load(
@@ -110,9 +111,9 @@ def _kernel(refs: Any, scoped: Any, *, tokens: int, group: int, dim: int, scale:
                             optimized=False,
                         )
                         token = plgpu.broadcasted_iota(jnp.int32, (_ROWS, _BLOCK), 1, layout=plgpu.Layout.WGMMA)
-                        seen = token + start <= lax.broadcast_in_dim(position, logits[i].shape, [0])
+                        last = jnp.where(is_member[i], position, -1)
+                        seen = token + start <= lax.broadcast_in_dim(last, logits[i].shape, [0])
                         logits[i] = jnp.where(seen, logits[i], -jnp.inf)
-                    is_member.append(((jnp.full((_ROWS,), 0, jnp.int32) + chosen[i]) >> bit) & 1 != 0)
                     new_top = jnp.maximum(new_top, jnp.where(is_member[i], logits[i].max(axis=1), -LARGE))
                 plgpu.barrier_arrive(used[0].at[slot])
                 decay = jnp.exp2(top - new_top)
@@ -155,11 +156,11 @@ def _kernel(refs: Any, scoped: Any, *, tokens: int, group: int, dim: int, scale:
         carry = lax.fori_loop(0, whole, visit(causal=False), carry)
         acc, top, total, _ = lax.fori_loop(whole, pairs, visit(causal=True), carry)
         _backend.when(warpgroup == 0)(take_turns)
-        seen = total > 0
-        total = jnp.where(seen, total, 1.0)
+        blind = top <= -LARGE  # not `total == 0`: NaN must come out as NaN
+        total = jnp.where(blind, 1.0, total)
         acc = acc / lax.broadcast_in_dim(total, acc.shape, [0])
-        rows[...] = jnp.where(lax.broadcast_in_dim(seen, acc.shape, [0]), acc, 0.0).astype(dtype)
-        lse_rows[...] = jnp.where(seen, top * LN_2 + jnp.log(total), -jnp.inf)
+        rows[...] = jnp.where(lax.broadcast_in_dim(blind, acc.shape, [0]), 0.0, acc).astype(dtype)
+        lse_rows[...] = jnp.where(blind, -jnp.inf, top * LN_2 + jnp.log(total))
         plgpu.commit_smem()
         for i in range(tokens):
             plgpu.copy_smem_to_gmem(rows.at[_backend.ds(i * group, group)], out.at[row, first + i, head])
@@ -190,19 +191,10 @@ def _kernel(refs: Any, scoped: Any, *, tokens: int, group: int, dim: int, scale:
             copy(v, v_smem, v_loaded)
 
 
-def _unseen_as_zero(
-    v: Float[Array, "B K S D"], positions: Int32[Array, "B T"], first_block: Int32[Array, "B M"] | None
-) -> Float[Array, "B K S D"]:
-    """v with 0 for the tokens after a document's last query: they may be unwritten memory, and 0 * NaN is NaN."""
-    token = jnp.arange(v.shape[2], dtype=jnp.int32)
-    if first_block is None:
-        last = jnp.max(positions, axis=-1, keepdims=True)
-    else:
-        row = jnp.arange(positions.shape[0])[:, None]
-        at = blocks.query_first_blocks(positions, first_block, _BLOCK)
-        last = jnp.full_like(first_block, -1).at[row, at].max(positions)
-        last = jnp.take_along_axis(last, first_block, axis=-1)[:, token // _BLOCK]
-    return jnp.where((token <= last)[:, None, :, None], v, 0)
+def _unseen_as_zero(v: Float[Array, "B K S D"], lists: triton.Lists) -> Float[Array, "B K S D"]:
+    """v with 0 for the tokens that no query sees: they may be unwritten memory, and 0 * NaN is NaN."""
+    last = jnp.repeat(_lists.last_seen(lists.table, lists.positions), _BLOCK, axis=-1)[..., : v.shape[2]]
+    return jnp.where((jnp.arange(v.shape[2], dtype=jnp.int32) <= last)[..., None], v, 0)
 
 
 def forward(
@@ -217,9 +209,8 @@ def forward(
 ) -> tuple[Float[Array, "B T N D"], Float[Array, "B T N"]]:
     batch, length, heads, dim = q.shape
     kv_heads, num_keys = k.shape[1:3]
-    v = _unseen_as_zero(v, positions, first_block)
     lists = triton.make_lists(settings, 2 * _ROWS, heads // kv_heads, num_keys, block_ids, positions, first_block)
-    keys = triton.pad_keys(k, v, bias, _BLOCK)
+    keys = triton.pad_keys(k, _unseen_as_zero(v, lists), bias, _BLOCK)
     grouped = triton.group_heads(q, kv_heads, lists.tile)
     padded, group = grouped.shape[1], grouped.shape[3]
     row_positions = jnp.broadcast_to(lists.positions[..., None], (batch, padded, group)).reshape(batch, -1)

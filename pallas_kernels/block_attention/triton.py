@@ -19,6 +19,7 @@ from pallas_kernels.block_attention._backward import key_kernel, query_kernel, s
 from pallas_kernels.block_attention._forward import forward_kernel
 from pallas_kernels.block_attention.xla import Settings
 
+_BLOCK_BYTES = 32 * 2**10  # of the keys of one block, the largest that was thought of
 _SEGMENT = 1024  # queries whose gradients one program of the key pass adds up
 
 
@@ -26,6 +27,8 @@ _SEGMENT = 1024  # queries whose gradients one program of the key pass adds up
 _FORWARD = Launch(rows=64, num_warps=4, num_stages=3)
 _QUERY = Launch(rows=64, num_warps=4, num_stages=2)
 _KEY = Launch(rows=64, num_warps=4, num_stages=1)
+# Exact float32 products are unrolled multiply-adds; larger ones take a minute to compile.
+_FLOAT32 = Launch(rows=32, num_warps=8, num_stages=1)
 
 
 class Keys(NamedTuple):
@@ -53,10 +56,10 @@ class Lists(NamedTuple):
     union: _lists.Unions
 
 
-def group_heads(x: Float[Array, "B T N *rest"], kv_heads: int, tile: int) -> Array:
-    """[B, T, N, ...] -> [B, T', K, G', ...]: whole tiles, G padded to a power of two."""
+def group_heads(x: Float[Array, "B T N *rest"], kv_heads: int, tile: int, fill: float = 0) -> Array:
+    """[B, T, N, ...] -> [B, T', K, G', ...]: whole tiles, G padded to a power of two with `fill`."""
     x = x.reshape(*x.shape[:2], kv_heads, x.shape[2] // kv_heads, *x.shape[3:])
-    return pad_to_multiple(pad_to_multiple(x, 1, tile), 3, _backend.next_power_of_two(x.shape[3]))
+    return pad_to_multiple(pad_to_multiple(x, 1, tile), 3, _backend.next_power_of_two(x.shape[3]), fill)
 
 
 def ungroup_heads(x: Array, length: int, group: int) -> Array:
@@ -165,17 +168,27 @@ def unsupported(
         return "dense attention (block_ids=None) has no kernel here"
     if not (q.dtype == k.dtype == v.dtype):
         return f"q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}"
-    if not _backend.is_power_of_two(settings.block_size) or settings.block_size < 16:
-        return f"block_size must be a power of two of at least 16, got {settings.block_size}"
+    if block_ids.shape[-1] == 0 or q.shape[1] == 0:
+        return "there is nothing to do"
+    size = settings.block_size
+    if not _backend.is_power_of_two(size) or not 16 <= size <= _SEGMENT:
+        return f"block_size must be a power of two in [16, {_SEGMENT}], got {size}"
+    if size * q.shape[-1] * q.dtype.itemsize > _BLOCK_BYTES:
+        return f"the keys of a block must fit {_BLOCK_BYTES} bytes, got {size} x {q.shape[-1]} {q.dtype}"
+    words = -(-q.shape[1] // 32)
+    if q.shape[0] * k.shape[1] * blocks.num_blocks(k.shape[2], size) * words >= 2**31:
+        return "the table of who selected what would have 2**31 words or more; split the batch"
     return _backend.unsupported_operand("q", q)
 
 
-def _launch(kernel: str, default: Launch, q: Array, group: int) -> Launch:
-    """Wide operands leave no shared memory for loads ahead of their use."""
-    if q.dtype.itemsize * q.shape[-1] > 256:
+def _launch(kernel: str, default: Launch, settings: Settings, q: Array, group: int) -> Launch:
+    size, dim = settings.block_size, q.shape[-1]
+    if q.dtype == jnp.float32:
+        default = _FLOAT32
+    elif size * dim * q.dtype.itemsize > _BLOCK_BYTES // 2:  # no shared memory for loads ahead of their use
         default = default._replace(num_stages=1)
     group = _backend.next_power_of_two(group)
-    return launch_of(kernel, default, dim=q.shape[-1], group=group, dtype=q.dtype.name)
+    return launch_of(kernel, default, dim=dim, group=group, dtype=q.dtype.name, block_size=size)
 
 
 def forward(
@@ -190,7 +203,7 @@ def forward(
 ) -> tuple[Float[Array, "B T N D"], Float[Array, "B T N"]]:
     kv_heads, tokens = k.shape[1:3]
     length, group = q.shape[1], q.shape[2] // kv_heads
-    launch = _launch("block_attention_forward", _FORWARD, q, group)
+    launch = _launch("block_attention_forward", _FORWARD, settings, q, group)
     lists = make_lists(settings, launch.rows, group, tokens, block_ids, positions, first_block)
     keys = pad_keys(k, v, bias, settings.block_size)
     out, lse = attend(settings, launch, group_heads(q, kv_heads, lists.tile), keys, lists)
@@ -207,15 +220,20 @@ def backward(
     dout, dlse = grads
     kv_heads, tokens = k.shape[1:3]
     length, group = q.shape[1], q.shape[2] // kv_heads
-    by_query = _launch("block_attention_dq", _QUERY, q, group)
-    by_key = _launch("block_attention_dkv", _KEY, q, group)
+    by_query = _launch("block_attention_dq", _QUERY, settings, q, group)
+    by_key = _launch("block_attention_dkv", _KEY, settings, q, group)
+    # A query that sees nothing (or only a bias of -inf) takes no part, whatever it and its gradient hold.
+    blind = jnp.isneginf(lse).reshape(*lse.shape[:2], kv_heads, group).all(-1)
+    block_ids = jnp.where(jnp.moveaxis(blind, 2, 1)[..., None], -1, block_ids)
     lists = make_lists(settings, by_query.rows, group, tokens, block_ids, positions, first_block)
     entries = length * min(lists.table.shape[2], block_ids.shape[-1])
     segments = _lists.segments(lists.table, entries=entries, length=_SEGMENT)
     # softmax backward: dlogit = p * (dp - delta).
     delta = (out.astype(jnp.float32) * dout.astype(jnp.float32)).sum(-1) - dlse
     grouped = group_heads(q, kv_heads, lists.tile)
-    rows = Rows(*(group_heads(x, kv_heads, lists.tile) for x in (dout, lse, delta)))
+    # Heads that pad the group get weight 0, which a log-sum-exp of 0 would not give them.
+    fills = ((dout, 0.0), (lse, _backend.LARGE), (delta, 0.0))
+    rows = Rows(*(group_heads(x, kv_heads, lists.tile, fill) for x, fill in fills))
     keys = pad_keys(k, v, bias, settings.block_size)
     dq = query_gradients(settings, by_query, grouped, keys, lists, rows)
     dk, dv, dbias = key_gradients(settings, by_key, grouped, keys, lists.positions, segments, rows)

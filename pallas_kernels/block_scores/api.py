@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels._checks import bad_value, require_shape
+from pallas_kernels._checks import bad_value, require_integers, require_positive, require_shape
 from pallas_kernels._dispatch import Op
 from pallas_kernels.block_scores import triton, xla
 
@@ -41,6 +41,12 @@ def block_scores(
     stacked = () if layer is None else (None,)
     require_shape("pooled_keys", pooled_keys, (*stacked, batch, None, None, dim), "[(L,) B, K, C, D]")
     require_shape("positions", positions, (batch, length), "[B, T]")
+    require_integers("positions", positions)
+    if first_block is not None:
+        require_shape("first_block", first_block, (batch, num_blocks), "[B, M]")
+    require_positive("stride", stride)
+    if block_size % stride or block_size < stride:
+        raise bad_value("block_size", f"must be a multiple of stride = {stride}", block_size, "Change one of them.")
     if heads % kv_heads:
         raise bad_value("q", "must have a multiple of K heads", f"N={heads}, K={kv_heads}", "Check the head axis.")
     if windows > num_blocks * (block_size // stride):

@@ -19,6 +19,11 @@ from pallas_kernels._tuning import Launch, launch_of
 # Defaults, measured on an H200 with 16 query heads per KV head of 128 in bfloat16.
 _NORMALISER = Launch(rows=128, num_warps=4, num_stages=2, keys=128)
 _SCORES = Launch(rows=128, num_warps=4, num_stages=2, keys=128)
+# Exact float32 products are unrolled multiply-adds; larger ones take a minute to compile.
+_FLOAT32 = Launch(rows=32, num_warps=8, num_stages=1, keys=32)
+# A chunk's blocks are compared in pairs, for every query, to find each one's left neighbour.
+_MOST_BLOCKS = _MOST_QUERIES = 32
+_MOST_RATIO = 64
 
 
 def _first_chunk(begin, end, width, stop):
@@ -135,8 +140,10 @@ def unsupported(
     """Why these arguments cannot take this kernel; None where they can."""
     if layer is not None:
         return "it reads the pooled keys of one layer, not a stacked cache"
-    if block_size // stride * stride != block_size or not _backend.is_power_of_two(block_size // stride):
-        return f"block_size / stride must be a power of two, got {block_size} / {stride}"
+    if q.dtype != pooled_keys.dtype:
+        return f"q and pooled_keys must have one dtype, got {q.dtype} and {pooled_keys.dtype}"
+    if not _backend.is_power_of_two(block_size // stride) or block_size // stride > _MOST_RATIO or q.shape[1] == 0:
+        return f"block_size / stride must be a power of two up to {_MOST_RATIO}, got {block_size} / {stride}"
     return _backend.unsupported_operand("q", q)
 
 
@@ -157,10 +164,11 @@ def block_scores(
     padded_group = _backend.next_power_of_two(group)
     shape = {"dim": dim, "group": padded_group, "dtype": q.dtype.name}
     normaliser, scorer = (
-        launch_of("block_scores_normaliser", _NORMALISER, **shape),
-        launch_of("block_scores", _SCORES, **shape),
+        launch_of(kernel, _FLOAT32 if q.dtype == jnp.float32 else default, **shape)
+        for kernel, default in (("block_scores_normaliser", _NORMALISER), ("block_scores", _SCORES))
     )
     normaliser_tile, score_tile = (max(1, launch.rows // padded_group) for launch in (normaliser, scorer))
+    score_tile, score_windows = min(score_tile, _MOST_QUERIES), max(ratio, min(scorer.keys, _MOST_BLOCKS * ratio))
     longest = max(normaliser_tile, score_tile)
     q = q.reshape(batch, length, kv_heads, group, dim)
     q = pad_to_multiple(pad_to_multiple(q, 1, longest), 3, padded_group)
@@ -173,7 +181,7 @@ def block_scores(
     exists = (ratio * m < windows) | (has_left & (ratio * m - 1 < windows))
     exists = jnp.broadcast_to(exists, (batch, num_blocks)).astype(jnp.int32)
     # The sweep of the scores may enter the chunk after the last window.
-    widest = max(normaliser.keys, scorer.keys)
+    widest = max(normaliser.keys, score_windows)
     padding = (windows // widest + 1) * widest - windows
     pooled_keys = jnp.pad(pooled_keys, ((0, 0), (0, 0), (0, padding), (0, 0)))
 
@@ -190,7 +198,7 @@ def block_scores(
     )(q, pooled_keys, begins, ends)
 
     def score_kernel(*refs: Any) -> None:
-        _score_kernel(*refs, tile=score_tile, windows=scorer.keys, heads=group, ratio=ratio, scale=dim**-0.5)
+        _score_kernel(*refs, tile=score_tile, windows=score_windows, heads=group, ratio=ratio, scale=dim**-0.5)
 
     scores = _backend.triton_call(
         score_kernel,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels._checks import bad_value, require_shape
+from pallas_kernels._checks import bad_value, require_integers, require_positive, require_shape
 from pallas_kernels._dispatch import Op
 from pallas_kernels.select_blocks import triton, xla
 
@@ -39,6 +39,10 @@ def select_blocks(
         require_shape("query_scores", query_scores, (batch, None, length, None), "[B, K, T, M]")
     if importance_scores is not None:
         require_shape("importance_scores", importance_scores, (batch, scores.shape[1], scores.shape[-1]), "[B, K, M]")
+    require_integers("positions", positions)
+    require_positive("block_size", block_size)
+    if first_block is not None:
+        require_shape("first_block", first_block, (batch, scores.shape[-1]), "[B, M]")
     picks = num_query_blocks if query_scores is not None and importance_scores is not None else 0
     if num_sink_blocks + num_local_blocks + picks > num_selected_blocks:
         raise bad_value(

@@ -15,12 +15,13 @@ _BLOCKS_PER_WARP = 512
 
 def _ordered(scores):
     """Integers in the order of the floats; -inf counts as the lowest number, since its blocks may be taken."""
-    bits = jax.lax.bitcast_convert_type(jnp.maximum(scores, jnp.finfo(jnp.float32).min), jnp.int32)
+    scores = jnp.maximum(scores.astype(jnp.float32), jnp.finfo(jnp.float32).min)
+    bits = jax.lax.bitcast_convert_type(jnp.where(scores == 0, 0.0, scores), jnp.int32)  # -0.0 ties with 0.0
     return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 def _count(mask):
-    return jnp.sum(mask.astype(jnp.int32))
+    return jnp.sum(mask, dtype=jnp.int32)
 
 
 def _best(keys, count, bits):
@@ -43,7 +44,7 @@ def _best(keys, count, bits):
 
     def ties(threshold):
         above, equal = keys > threshold, (keys == threshold) & (threshold > lowest)
-        return above | (equal & (jnp.cumsum(equal.astype(jnp.int32)) <= count - _count(above)))
+        return above | (equal & (_backend.running_count(equal) <= count - _count(above)))
 
     start = (jnp.int32(bits - 1), lowest, jnp.int32(-1))
     _, threshold, found = jax.lax.while_loop(unsettled, settle, start)
@@ -78,7 +79,7 @@ def _kernel(
         ranks = jnp.where(visible & ~chosen, load(importance_ranks, row, head), 0)
         chosen |= _best(ranks, count, width.bit_length())
 
-    rank = jnp.cumsum(chosen.astype(jnp.int32))
+    rank = _backend.running_count(chosen)
     # Lanes that store nothing still get an address of their own.
     at = jnp.where(chosen, rank - 1, num_selected + block)
     _backend.store(ids.at[row, head, query, at], block, mask=chosen)
@@ -88,6 +89,7 @@ def _kernel(
     )
 
 
+@jax.jit
 def _ranks(scores: Float[Array, "B K M"]) -> Int32[Array, "B K M"]:
     """1 for the worst block of a row and KV head to M for the best, ties better for the lower id.
 
@@ -130,5 +132,5 @@ def select_blocks(
         name="select_blocks",
         grid=(length, kv_heads, batch),
         out_shape=jax.ShapeDtypeStruct((batch, kv_heads, length, num_selected_blocks), jnp.int32),
-        num_warps=max(1, min(16, width // _BLOCKS_PER_WARP)),
+        num_warps=min(16, _backend.next_power_of_two(width // _BLOCKS_PER_WARP)),
     )(query_scores, ranks, positions, blocks.query_first_blocks(positions, first_block, block_size))

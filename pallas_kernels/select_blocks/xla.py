@@ -11,6 +11,11 @@ from pallas_kernels import blocks
 _LOWEST = jnp.finfo(jnp.float32).min
 
 
+def _one_zero(scores: Float[Array, "B K T M"]) -> Float[Array, "B K T M"]:
+    """-0.0 as 0.0, which `lax.top_k` ranks higher."""
+    return jnp.where(scores == 0, 0.0, scores)
+
+
 def _top_mask(scores: Float[Array, "B K T M"], eligible: Array, count: int) -> Array:
     """The `count` best eligible blocks of each query, as a mask."""
     width = scores.shape[-1]
@@ -35,6 +40,7 @@ def select_blocks(
 ) -> Int32[Array, "B K T J"]:
     fill = query_scores if importance_scores is None else importance_scores[:, :, None]
     assert fill is not None
+    fill = _one_zero(fill)
     kv_heads, width = fill.shape[1], fill.shape[-1]
     query_block = blocks.query_blocks(positions, block_size)
     query_first = blocks.query_first_blocks(positions, first_block, block_size)
@@ -45,7 +51,7 @@ def select_blocks(
     chosen = jnp.broadcast_to(forced[:, None], shape)
     visible = jnp.broadcast_to(visible[:, None], shape)
     if query_scores is not None and importance_scores is not None and num_query_blocks > 0:
-        chosen = chosen | _top_mask(query_scores, visible & ~chosen, num_query_blocks)
+        chosen = chosen | _top_mask(_one_zero(query_scores), visible & ~chosen, num_query_blocks)
     keys = jnp.where(visible, jnp.maximum(jnp.broadcast_to(fill, shape), _LOWEST), -jnp.inf)
     values, ids = jax.lax.top_k(jnp.where(chosen, jnp.inf, keys), min(num_selected_blocks, width))
     ids = jnp.sort(jnp.where(values > -jnp.inf, ids, width), axis=-1)

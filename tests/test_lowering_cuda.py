@@ -1,0 +1,167 @@
+"""The gate without a GPU: every kernel lowers for CUDA at the presets' shapes, and "auto" takes it there."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from nosa_jax import AttentionConfig, ModelConfig, presets
+from pallas_kernels import block_attention, block_scores, blocks, select_blocks
+
+H200 = AbstractMesh(
+    (1,),
+    ("device",),
+    axis_types=(AxisType.Auto,),
+    abstract_device=AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu"),
+)
+
+
+class Shape(NamedTuple):
+    kv_heads: int = 2
+    group: int = 16
+    dim: int = 128
+    tokens: int = 8192
+    dtype: str = "bfloat16"
+    attention: AttentionConfig = AttentionConfig()
+
+
+def of_preset(config: ModelConfig, tokens: int, dtype: str = "bfloat16") -> Shape:
+    group = config.num_heads // config.num_kv_heads
+    return Shape(config.num_kv_heads, group, config.head_dim, tokens, dtype, config.attention)
+
+
+SHAPES = {
+    "tiny": of_preset(presets.tiny(), 1024),
+    "tiny_float32": of_preset(presets.tiny(), 1024, "float32"),
+    "nosa_1b": of_preset(presets.nosa_1b(), 8192),
+    "nosa_3b": of_preset(presets.nosa_3b(), 8192),
+    "nosa_8b": of_preset(presets.nosa_8b(), 8192),
+    "nosa_8b_long": of_preset(presets.nosa_8b(), 131072),
+    "nosa_8b_float32": of_preset(presets.nosa_8b(), 8192, "float32"),
+    "nosa_8b_float16": of_preset(presets.nosa_8b(), 8192, "float16"),
+    **{f"group_of_{group}": Shape(group=group, dim=64) for group in (1, 3, 4, 8, 16)},
+    "one_query": Shape(tokens=1),
+    "not_whole_blocks": Shape(group=4, dim=64, tokens=4097),
+}
+
+
+def kernels(function, *arguments) -> list[str]:
+    """The kernels that `function` calls when lowered for CUDA: Triton's by name, or "mosaic"."""
+    with jax.sharding.use_abstract_mesh(H200):
+        text = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    names = re.findall(r'custom_call @(mosaic)_gpu|name = "((?:block|select)_\w+)"', text)
+    names = ["".join(name) for name in names]
+    assert text.count("@__gpu$xla.gpu.triton") == len(names) - names.count("mosaic")
+    return names
+
+
+@pytest.fixture(params=SHAPES)
+def shape(request) -> Shape:
+    return SHAPES[request.param]
+
+
+COUNTS = ("block_size", "num_selected_blocks", "num_sink_blocks", "num_local_blocks", "num_query_blocks")
+
+
+def arguments_of(shape):
+    """Arguments by name: two packed rows with bias."""
+    kv_heads, group, dim, tokens, dtype, attention = shape
+    num_blocks = blocks.num_blocks(tokens, attention.block_size)
+    windows = blocks.num_windows(tokens, attention.pooling_stride)
+
+    def of(dtype, *shape):
+        return jax.ShapeDtypeStruct((2, *shape), dtype)
+
+    return {
+        "q": of(dtype, tokens, kv_heads * group, dim),
+        "k": of(dtype, kv_heads, tokens, dim),
+        "bias": of("float32", kv_heads, tokens),
+        "block_ids": of("int32", kv_heads, tokens, attention.num_selected_blocks),
+        "positions": of("int32", tokens),
+        "first_block": of("int32", num_blocks),
+        "pooled_keys": of(dtype, kv_heads, windows, dim),
+        "query_scores": of("float32", kv_heads, tokens, num_blocks),
+        "importance_scores": of("float32", kv_heads, num_blocks),
+    }
+
+
+def attention_kernels(shape, implementation="auto", **changes):
+    given = arguments_of(shape) | changes
+    learned = [given[name] for name in ("q", "k", "k", "bias")]
+    rest = [given[name] for name in ("block_ids", "positions", "first_block")]
+
+    def loss(learned, rest):
+        size = shape.attention.block_size
+        outputs = block_attention(*learned, *rest, block_size=size, implementation=implementation)
+        return sum(x.astype(jnp.float32).sum() for x in outputs)
+
+    return kernels(jax.grad(loss), learned, rest)
+
+
+def scores_kernels(shape, **changes):
+    given, attention = arguments_of(shape) | changes, shape.attention
+    sizes = {"block_size": attention.block_size, "stride": attention.pooling_stride}
+    num_blocks = given["query_scores"].shape[-1]
+    scores = lambda *arguments: block_scores(*arguments, num_blocks=num_blocks, **sizes)
+    return kernels(scores, *(given[name] for name in ("q", "pooled_keys", "positions", "first_block")))
+
+
+def selection_kernels(shape, **changes):
+    given = arguments_of(shape) | changes
+    counts = {name: getattr(shape.attention, name) for name in COUNTS}
+    names = ("query_scores", "importance_scores", "positions", "first_block")
+    return kernels(lambda *arguments: select_blocks(*arguments, **counts), *(given[name] for name in names))
+
+
+FORWARD = ["block_unions", "block_attention_forward"]
+BACKWARD = ["block_unions", "block_inversion", "block_attention_dq", "block_attention_dkv", "block_attention_sum"]
+# Elsewhere, in float32, with few or small heads or small blocks, there is Triton alone.
+HOPPER = ["nosa_1b", "nosa_3b", "nosa_8b", "nosa_8b_long", "nosa_8b_float16", "one_query"]
+
+
+def test_block_attention(shape):
+    assert attention_kernels(shape, "triton") == FORWARD + BACKWARD
+
+
+@pytest.mark.parametrize("name", HOPPER)
+def test_block_attention_on_hopper(name):
+    assert attention_kernels(SHAPES[name]) == ["block_unions", "mosaic", *BACKWARD]
+
+
+@pytest.mark.parametrize("name", [name for name in SHAPES if name not in HOPPER])
+def test_block_attention_takes_triton_elsewhere(name):
+    assert attention_kernels(SHAPES[name]) == FORWARD + BACKWARD
+
+
+def test_block_scores(shape):
+    assert scores_kernels(shape) == ["block_scores_normaliser", "block_scores"]
+
+
+def test_select_blocks(shape):
+    assert selection_kernels(shape) == ["select_blocks"]
+
+
+def test_arguments_that_may_be_missing():
+    shape = SHAPES["nosa_8b"]
+    for implementation in ("triton", "mosaic"):
+        kernels = attention_kernels(shape, implementation, bias=None, first_block=None)
+        assert kernels[1:] == [{"triton": FORWARD[1]}.get(implementation, "mosaic"), *BACKWARD]
+    assert len(scores_kernels(shape, first_block=None)) == 2
+    assert selection_kernels(shape, query_scores=None) == selection_kernels(shape, importance_scores=None)
+
+
+def test_inference_has_no_backward_kernels():
+    shape = SHAPES["nosa_8b"]
+    given, size = arguments_of(shape), shape.attention.block_size
+    names = ("q", "k", "k", "bias", "block_ids", "positions")
+    attend = lambda *arguments: block_attention(*arguments, block_size=size, implementation="triton")
+    assert kernels(attend, *(given[name] for name in names)) == FORWARD
+
+
+def test_the_gate_sees_what_no_kernel_takes():
+    assert attention_kernels(SHAPES["nosa_8b"], block_ids=None, first_block=None) == []

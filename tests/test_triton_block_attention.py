@@ -1,0 +1,192 @@
+"""The Triton kernels of block attention in Pallas' interpreter: values, gradients, ids, NaN.
+
+Compiling for the interpreter takes seconds, so tests share the few cases and differ in what these hold.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_checks import (
+    LEARNED,
+    assert_as_good,
+    assert_close,
+    assert_lse_close,
+    assert_same_bits,
+    assert_values_close,
+    case_of,
+    definition,
+    fuzzed_ids,
+    in_bfloat16,
+    no_lse_of_empty,
+    of_case,
+    poisoned,
+    rounded_weights,
+    seen_tokens,
+    triton,
+    true_gradients,
+    truth,
+    value_and_gradients,
+)
+
+from pallas_kernels import _backend, _inputs
+from pallas_kernels.block_attention import triton as kernels
+from pallas_kernels.block_attention.cases import SMALL, Case
+
+
+@pytest.fixture(autouse=True)
+def in_the_interpreter():
+    with _backend.interpreted():
+        yield
+
+
+def run(inputs, cotangents, op=triton, **size):
+    return jax.device_get(value_and_gradients(op, inputs, cotangents, **size))
+
+
+def assert_matches(inputs, cotangents, true, **size):
+    outputs, grads = run(inputs, cotangents, **size)
+    assert_values_close(outputs, true[0])
+    assert set(grads) == set(true[1])
+    assert_close(grads, true[1], 2e-6)
+
+
+# Together every K, every G and D; packed, ragged with an empty row, the last queries of a row; without bias.
+@pytest.mark.parametrize(
+    "name",
+    [
+        "k1_g16_spans", "k2_g1_packed", "k2_g4_ragged", "k2_g8_chunk", "k2_g16_rows", "k4_g4_blocks_of_64",
+        "k1_g8_packed",
+    ],
+)  # fmt: skip
+def test_matches_the_reference(name):
+    inputs, cotangents, size = case_of(name)
+    assert_matches(inputs, cotangents, truth(name), **size)
+
+
+@pytest.mark.parametrize("group", [3, 6])
+def test_any_group_size(group):
+    inputs, cotangents, size = of_case(Case(_inputs.small(2, group, 32, (70,), (41,))))
+    assert_matches(inputs, cotangents, true_gradients(inputs, cotangents, **size), **size)
+
+
+@pytest.mark.parametrize("name", ["k1_g16_spans", "k2_g1_packed"])
+def test_bfloat16_is_as_good_as_its_rounding(name):
+    inputs, cotangents, size = case_of(name)
+    (low, low_cotangents), wide = in_bfloat16(inputs, no_lse_of_empty(inputs, cotangents))
+    (true_out, true_lse), true = true_gradients(*wide, **size)
+    (naive_out, _), naive = run(low, low_cotangents, rounded_weights, **size)
+    (out, lse), grads = run(low, low_cotangents, **size)
+    assert out.dtype == jnp.bfloat16 and lse.dtype == np.float32
+    assert_as_good(out, naive_out, true_out)
+    assert_lse_close(lse, true_lse)
+    for learned in LEARNED:
+        assert grads[learned].dtype == low[learned].dtype
+        assert_as_good(grads[learned], naive[learned], true[learned])
+
+
+# ---- ids ----
+
+
+def without_a_third(ids):
+    """Some of the selected blocks, so that no garbage may stand for one of the others unseen."""
+    return np.where(np.random.default_rng(0).random(ids.shape) < 0.3, -1, ids)
+
+
+def test_ids_of_nothing_that_is_seen_are_ignored():
+    """Extremes of the type, beyond either end, in the future, of another document: between the real ones."""
+    inputs, cotangents, size = case_of("k2_g1_packed")
+    ids, num_blocks = without_a_third(inputs["block_ids"]), SMALL["k2_g1_packed"].rows.num_blocks
+    plain = inputs | {"block_ids": ids}
+    messy = inputs | {"block_ids": fuzzed_ids(plain, num_blocks, **size)}
+    assert ((messy["block_ids"] >= 0) & (messy["block_ids"] < num_blocks)).sum() > 1.1 * (ids >= 0).sum()
+    ours = run(messy, cotangents, **size)
+    assert_same_bits(ours, run(plain, cotangents, **size))
+    assert_values_close(ours[0], definition(messy, **size))
+
+
+def test_ids_in_any_order():
+    inputs, cotangents, size = case_of("k1_g16_spans")
+    shuffled = np.random.default_rng(0).permuted(inputs["block_ids"], axis=-1)
+    assert (shuffled != inputs["block_ids"]).mean() > 0.5
+    assert_same_bits(run(inputs | {"block_ids": shuffled}, cotangents, **size), run(inputs, cotangents, **size))
+
+
+def test_a_query_without_blocks_sees_nothing():
+    """Neither its own output nor its gradients, whatever it and they hold; the others do not notice."""
+    inputs, (out, lse), size = case_of("k1_g16_spans")
+    blind = np.isin(np.arange(out.shape[1]), (5, 8, 9, 10, 11, 36))  # tiles have 4 queries
+    empty = inputs | {"block_ids": np.where(blind[:, None], -1, inputs["block_ids"])}
+    quiet = np.where(blind[:, None, None], 0, out), np.where(blind[:, None], 0, lse)
+    (clean_out, clean_lse), clean = run(empty, quiet, **size)
+    assert (clean_out[:, blind] == 0).all() and (clean_lse[:, blind] == -np.inf).all()
+    assert (clean["q"][:, blind] == 0).all()
+    assert_values_close((clean_out, clean_lse), definition(empty, **size))
+    assert_close(clean, true_gradients(empty, quiet, **size)[1], 2e-6)
+    wild = np.where(blind[:, None, None], np.nan, out), np.where(blind[:, None], np.nan, lse)
+    nobody = empty | {"q": np.where(blind[:, None, None], np.float32(np.nan), inputs["q"])}
+    assert_same_bits(run(nobody, wild, **size), ((clean_out, clean_lse), clean))
+
+
+# ---- NaN that nobody sees ----
+
+
+def last_queries_moved_back(inputs):
+    """By three blocks, the selection with them: there are tokens after the last query."""
+    return inputs | {"positions": inputs["positions"] - 48, "block_ids": inputs["block_ids"] - 3}
+
+
+def own_block_left_out(inputs):
+    """After the 20th query nobody selects block 1, of which that query saw the start."""
+    ids = inputs["block_ids"]
+    late = np.arange(ids.shape[2])[:, None] > 20
+    return inputs | {"block_ids": np.where(late & (ids == 1), -1, ids)}
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("k1_g16_spans", dict),
+        ("k2_g1_packed", dict),
+        ("k2_g4_ragged", dict),
+        ("k1_g16_spans", last_queries_moved_back),
+        ("k2_g4_ragged", own_block_left_out),
+    ],
+)
+def test_nan_that_nobody_sees_does_not_spread(name, change):
+    """Into values and gradients: from tokens, and from queries that are padding and their gradients."""
+    inputs, (out, lse), size = case_of(name)
+    inputs = change(inputs)
+    seen, real = seen_tokens(inputs, **size), inputs["positions"] >= 0
+    assert 0.02 < seen.mean() < 0.98
+    wild = np.where(real[..., None, None], out, np.nan), np.where(real[..., None], lse, np.nan)
+    outputs, grads = run(inputs, (out, lse), **size)
+    assert_same_bits(run(poisoned(inputs, **size), wild, **size), (outputs, grads))
+    assert (grads["v"][~seen] == 0).all() and (grads["bias"][~seen] == 0).all() and (grads["q"][~real] == 0).all()
+
+
+# ---- sums of the backward pass ----
+
+
+@pytest.mark.parametrize("name, length", [("k2_g1_packed", 16), ("k4_g4_blocks_of_64", 64)])
+def test_gradients_summed_in_segments(monkeypatch, name, length):
+    """Blocks that more queries selected than one program adds up."""
+    inputs, cotangents, size = case_of(name)
+    ids = inputs["block_ids"]
+    assert (ids == 0).any(-1).sum(-1).max() > 2 * length
+    monkeypatch.setattr(kernels, "_SEGMENT", length)
+    anew = functools.partial(triton)  # compiled with this length
+    outputs, grads = run(inputs, cotangents, anew, **size)
+    assert_values_close(outputs, truth(name)[0])
+    assert_close(grads, truth(name)[1], 2e-6)
+
+
+@pytest.mark.parametrize("offset", [-1e3, 1e3])
+def test_a_large_bias_on_every_token_cancels(offset):
+    inputs, cotangents, size = case_of("k1_g16_spans")
+    _, grads = run(inputs | {"bias": inputs["bias"] + np.float32(offset)}, cotangents, **size)
+    assert_close(grads, truth("k1_g16_spans")[1], 1e-3)  # logits near 1000 are rounded to 2^-14
