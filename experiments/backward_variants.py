@@ -112,6 +112,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--output", type=Path, help="where the JSON goes")
     args = parser.parse_args()
+    if jax.default_backend() != "gpu":
+        parser.error(f"it needs an NVIDIA GPU, the default device is {jax.default_backend()!r}")
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
     inputs = correlated.make_inputs(args.tokens)
     settings, kv_heads = Settings(SIZE, inputs.q.shape[-1] ** -0.5), inputs.k.shape[1]
     keys = triton.Keys(inputs.k, inputs.v, inputs.bias)

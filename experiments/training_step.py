@@ -97,6 +97,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--output", type=Path, help="where the JSON goes")
     args = parser.parse_args()
+    if jax.default_backend() != "gpu":
+        parser.error(f"it needs an NVIDIA GPU, the default device is {jax.default_backend()!r}")
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {"environment": environment(), "shape": "1B, batch 1, remat", "steps": []}
     for variant in ("nosa", "full"):
         result["steps"].append(measure(variant, args.tokens, args.steps))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import numpy as np
 
 
 def bad_value(argument: str, rule: str, got: Any, remedy: str) -> ValueError:
@@ -37,6 +38,29 @@ def require_integers(argument: str, array: Any) -> None:
     """Raises TypeError unless `array` has an integer dtype."""
     if not jax.numpy.issubdtype(array.dtype, jax.numpy.integer):
         raise bad_type(argument, "must hold integers", array.dtype, f"Cast it: {argument}.astype(jnp.int32).")
+
+
+def require_floats(**arrays: Any) -> None:
+    """Raises TypeError for an array that has no float dtype; None passes."""
+    for argument, array in arrays.items():
+        if array is not None and not jax.numpy.issubdtype(array.dtype, jax.numpy.floating):
+            raise bad_type(argument, "must hold floats", array.dtype, f"Cast it: {argument}.astype(jnp.float32).")
+
+
+def require_ascending(argument: str, positions: Any) -> None:
+    """Raises ValueError where positions [B, T] do not ascend strictly, apart from -1; only where values can be seen."""
+    if not is_concrete(positions):
+        return
+    for row, values in enumerate(np.asarray(jax.device_get(positions))):
+        real = values[values >= 0]
+        wrong = np.flatnonzero(np.diff(real) <= 0)
+        if wrong.size:
+            raise bad_value(
+                argument,
+                "must ascend strictly along each row, -1 apart (they do not restart with a document)",
+                f"{real[wrong[0]]} before {real[wrong[0] + 1]} in row {row}",
+                "Sort the queries, and count along the whole row.",
+            )
 
 
 def require_positive(argument: str, value: int) -> None:

@@ -201,3 +201,13 @@ def test_memory_is_bounded_by_a_tile():
     compiled = jax.jit(jax.value_and_grad(loss)).lower(inputs, ids, positions).compile()
     logits = 4 * 4 * 8192 * 8192
     assert compiled.memory_analysis().temp_size_in_bytes < logits / 8
+
+
+@pytest.mark.parametrize("batch, length, tokens", [(0, 4, 8), (2, 0, 8), (2, 4, 0)])
+def test_nothing_to_attend(batch, length, tokens):
+    q, k = jnp.ones((batch, length, 4, 16)), jnp.ones((batch, 2, tokens, 16))
+    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+    ids = jnp.zeros((batch, 2, length, 3), jnp.int32)
+    out, lse = block_attention(q, k, k, None, ids, positions, block_size=16)
+    assert out.shape == q.shape and not out.any()
+    assert lse.shape == q.shape[:-1] and bool(jnp.isneginf(lse).all())

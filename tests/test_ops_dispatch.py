@@ -358,3 +358,24 @@ def test_annotations_are_checked_here():
     with pytest.raises(jaxtyping.TypeCheckError):
         call("block_attention", positions=jnp.zeros((B, T), jnp.float32))
     call("block_attention")
+
+
+@pytest.mark.parametrize(
+    "positions, names",
+    [([[0, 2, 1, 3, 4, 5, 6, 7]], "2 before 1 in row 0"), ([[0, 1, 2, 3, 0, 1, 2, 3]], "3 before 0 in row 0")],
+)
+def test_positions_must_ascend(positions, names):
+    _, arrays, static = CALLS["block_attention"]
+    changed = arrays | {"positions": jnp.asarray(positions * B, jnp.int32)}
+    with pytest.raises(ValueError, match=rf"^positions: must ascend strictly along each row.*{names}"):
+        ops.block_attention(**changed, **static)
+
+
+@pytest.mark.parametrize(
+    "name, argument",
+    [("block_attention", "q"), ("block_attention", "bias"), ("block_scores", "q"), ("pool_keys", "keys")],
+)
+def test_integers_are_no_floats(as_users_run, name, argument):
+    _, arrays, _ = CALLS[name]
+    with pytest.raises(TypeError, match=f"^{argument}: must hold floats, got int32"):
+        call(name, **{argument: arrays[argument].astype(jnp.int32)})

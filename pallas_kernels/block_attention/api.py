@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels._checks import bad_value, require_integers, require_positive, require_shape
+from pallas_kernels._checks import (
+    bad_value,
+    require_ascending,
+    require_floats,
+    require_integers,
+    require_positive,
+    require_shape,
+)
 from pallas_kernels._dispatch import Op
 from pallas_kernels.block_attention import mosaic, triton, vjp, xla
 
@@ -35,9 +43,11 @@ def block_attention(
 ) -> tuple[Float[Array, "B T N D"], Float[Array, "B T N"]]:
     """softmax(q . k * scale + bias) v over the tokens of the selected blocks, up to the query (paper equation 5).
 
-    q: head n belongs to KV head n // (N/K). bias: added after scaling, None for no bias. block_ids: None selects every
-    block. positions: of the queries among the keys, strictly ascending, with -1 for padding anywhere (output 0, lse
-    -inf). scale: default 1/sqrt(D).
+    q: head n belongs to KV head n // (N/K). bias: added after scaling, None for no bias. block_ids: in any order,
+    without repeats, ids outside [0, M) ignored; None selects every block. positions: of the queries among the keys,
+    strictly ascending (packed rows too: they do not restart), with -1 for padding anywhere (output 0, lse -inf); under
+    jit neither this nor repeats can be checked, and gradients would be wrong. first_block: for each of the M blocks the
+    first block of its document; None for one document per row. scale: default 1/sqrt(D), a Python number.
     Returns (out in q's dtype, natural-log lse in float32). Differentiable in q, k, v and bias (also through lse).
     """
     require_shape("q", q, (None,) * 4, "[B, T, N, D]")
@@ -48,16 +58,21 @@ def block_attention(
     require_shape("v", v, k.shape, "[B, K, S, D]")
     require_shape("positions", positions, (batch, length), "[B, T]")
     require_integers("positions", positions)
+    require_ascending("positions", positions)
     require_positive("block_size", block_size)
+    require_floats(q=q, k=k, v=v, bias=bias)
     if heads % kv_heads:
         raise bad_value("q", "must have a multiple of K heads", f"N={heads}, K={kv_heads}", "Check the head axis.")
     if first_block is not None:
         require_shape("first_block", first_block, (batch, -(-tokens // block_size)), "[B, M]")
+        require_integers("first_block", first_block)
     if bias is not None:
         require_shape("bias", bias, (batch, kv_heads, tokens), "[B, K, S]")
     if block_ids is not None:
         require_shape("block_ids", block_ids, (batch, kv_heads, length, None), "[B, K, T, J]")
         require_integers("block_ids", block_ids)
+    if q.size == 0 or tokens == 0:
+        return jnp.zeros_like(q), jnp.full(q.shape[:-1], -jnp.inf, jnp.promote_types(q.dtype, jnp.float32))
     settings = xla.Settings(block_size, dim**-0.5 if scale is None else scale)
     with jax.named_scope("block_attention"):
         return BLOCK_ATTENTION(implementation, settings, q, k, v, bias, block_ids, positions, first_block)

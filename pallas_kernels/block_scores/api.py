@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels._checks import bad_value, require_integers, require_positive, require_shape
+from pallas_kernels._checks import bad_value, require_floats, require_integers, require_positive, require_shape
 from pallas_kernels._dispatch import Op
 from pallas_kernels.block_scores import triton, xla
 
@@ -28,8 +28,10 @@ def block_scores(
 ) -> Float[Array, "B K T M"]:
     """How much each query wants each block (paper section 3.2, query-aware selection).
 
-    q: after RoPE. pooled_keys: from `pool_keys`, or the cache's [L, B, K, C, D] with `layer`. positions: in the row, -1
-    for padding, whose scores are 0. Returns float32; blocks without any window score -inf. Not differentiable.
+    q: after RoPE. pooled_keys: from `pool_keys`, or the cache's [L, B, K, C, D] with `layer`. positions: in the whole
+    row, also when it packs documents; -1 for padding, whose scores are 0. first_block: for each of the M blocks the
+    first block of its document; None for one document per row. Returns float32; blocks without any window score -inf.
+    Not differentiable.
     """
     if (layer is None) != (pooled_keys.ndim == 4):
         raise bad_value(
@@ -44,6 +46,8 @@ def block_scores(
     require_integers("positions", positions)
     if first_block is not None:
         require_shape("first_block", first_block, (batch, num_blocks), "[B, M]")
+        require_integers("first_block", first_block)
+    require_floats(q=q, pooled_keys=pooled_keys)
     require_positive("stride", stride)
     if block_size % stride or block_size < stride:
         raise bad_value("block_size", f"must be a multiple of stride = {stride}", block_size, "Change one of them.")

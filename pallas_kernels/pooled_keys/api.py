@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels._checks import require_shape
+from pallas_kernels._checks import require_floats, require_positive, require_shape
 from pallas_kernels._dispatch import Op
 from pallas_kernels.pooled_keys import xla
 
@@ -19,6 +19,9 @@ def pool_keys(keys: Float[Array, "B K S D"], *, stride: int, implementation: str
     keys: after RoPE, any float dtype. Returns C = max(0, S // stride - 1) windows, averaged in float32 and rounded once
     to the dtype of `keys`.
     """
+    require_shape("keys", keys, (None,) * 4, "[B, K, S, D]")
+    require_positive("stride", stride)
+    require_floats(keys=keys)
     with jax.named_scope("pool_keys"):
         return POOL_KEYS(implementation, keys, stride=stride)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels._checks import bad_value, require_integers, require_positive, require_shape
+from pallas_kernels._checks import bad_value, require_floats, require_integers, require_positive, require_shape
 from pallas_kernels._dispatch import Op
 from pallas_kernels.select_blocks import triton, xla
 
@@ -28,12 +28,14 @@ def select_blocks(
     """The blocks that each query attends to: sink and local window, then picks (paper section 3.3).
 
     Both scores: `num_query_blocks` by query score, the rest by importance (NOSA). Query scores alone: all picks by them
-    (InfLLMv2). Importance alone: all picks by it (DMA). positions: -1 for padding, whose ids are all -1.
+    (InfLLMv2). Importance alone: all picks by it (DMA). positions: in the whole row, also when it packs
+    documents; -1 for padding, whose ids are all -1. first_block: for each block the first block of its document.
     Raises ValueError when neither score is given or the counts exceed the budget.
     """
     scores = query_scores if query_scores is not None else importance_scores
     if scores is None:
         raise bad_value("query_scores, importance_scores", "one of them must be given", None, "Pass at least one.")
+    require_shape("positions", positions, (None, None), "[B, T]")
     batch, length = positions.shape
     if query_scores is not None:
         require_shape("query_scores", query_scores, (batch, None, length, None), "[B, K, T, M]")
@@ -43,6 +45,8 @@ def select_blocks(
     require_positive("block_size", block_size)
     if first_block is not None:
         require_shape("first_block", first_block, (batch, scores.shape[-1]), "[B, M]")
+        require_integers("first_block", first_block)
+    require_floats(query_scores=query_scores, importance_scores=importance_scores)
     picks = num_query_blocks if query_scores is not None and importance_scores is not None else 0
     if num_sink_blocks + num_local_blocks + picks > num_selected_blocks:
         raise bad_value(
