@@ -11,21 +11,19 @@ bfloat16 that both would need are not counted.
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from experiments import correlated
-from experiments.environment import environment
+from experiments.environment import gpu_arguments, save
 from experiments.prefill import CONFIG, Table
 from pallas_kernels import _backend
 from pallas_kernels._backend import LARGE, LOG2_E, per_head
 from pallas_kernels._tuning import Launch
 from pallas_kernels.block_attention import _lists, triton
-from pallas_kernels.block_attention._forward import load_rows
+from pallas_kernels.block_attention._forward import is_member, load_bias, load_rows
 from pallas_kernels.block_attention.xla import Settings
 
 SIZE = CONFIG.block_size
@@ -48,15 +46,14 @@ def query_major(refs: Any, *, tile: int, scale: float) -> None:
     queries = _backend.ds(tile_id * tile, tile)
     query, grad, top, delta_row = (load_rows(x, row, queries, head) for x in (q, dout, lse, delta))
     position = per_head(positions[row, queries], group)
-    bit = per_head(jnp.arange(tile, dtype=jnp.int32), group)
 
     def body(trip: Any, acc: Any) -> Any:
         block, selected = ids[row, head, tile_id, trip], members[row, head, tile_id, trip]
         tokens = _backend.ds(block * SIZE, SIZE)
         keys, values = k[row, head, tokens], v[row, head, tokens]
         token = (block * SIZE + jnp.arange(SIZE, dtype=jnp.int32))[None]
-        logits = _backend.dot(query, keys.T) * (scale * LOG2_E) + (bias[row, head, tokens] * LOG2_E)[None]
-        member = (jax.lax.shift_right_logical(jnp.broadcast_to(selected, (rows,)), bit) & 1) != 0
+        logits = _backend.dot(query, keys.T) * (scale * LOG2_E) + load_bias(bias, row, head, tokens, 0)
+        member = is_member(selected, tile, group)
         shift = jnp.where(member, top * LOG2_E, LARGE)[:, None]
         weights = _backend.exp2(_causal(logits, token, position[:, None]) - shift)
         dlogits = weights * (_backend.dot(grad, values.T) - delta_row[:, None])
@@ -82,7 +79,7 @@ def key_major(refs: Any, *, gathered: int, scale: float) -> None:
     def _() -> None:
         tokens = _backend.ds(own * SIZE, SIZE)
         keys, values = k[row, head, tokens], v[row, head, tokens]
-        shift = (bias[row, head, tokens] * LOG2_E)[:, None]
+        shift = load_bias(bias, row, head, tokens, 1)
         token = (own * SIZE + jnp.arange(SIZE, dtype=jnp.int32))[:, None]
 
         def body(trip: Any, carry: Any) -> Any:
@@ -110,12 +107,7 @@ def key_major(refs: Any, *, gathered: int, scale: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=32768)
-    parser.add_argument("--output", type=Path, help="where the JSON goes")
-    args = parser.parse_args()
-    if jax.default_backend() != "gpu":
-        parser.error(f"it needs an NVIDIA GPU, the default device is {jax.default_backend()!r}")
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
+    args = gpu_arguments(parser)
     inputs = correlated.make_inputs(args.tokens)
     settings, kv_heads = Settings(SIZE, inputs.q.shape[-1] ** -0.5), inputs.k.shape[1]
     keys = triton.Keys(inputs.k, inputs.v, inputs.bias)
@@ -163,7 +155,7 @@ def main() -> None:
         )
 
     bits = _lists.bit_table(ids, inputs.positions, None, num_blocks=args.tokens // SIZE, block_size=SIZE)
-    segments = _lists.segments(bits, entries=args.tokens * ids.shape[-1], length=1024)
+    segments = _lists.segments(bits, entries=args.tokens * ids.shape[-1], length=triton.SEGMENT)
     count = segments.block.shape[-1]
     parts = jax.ShapeDtypeStruct((1, kv_heads, count, SIZE, q.shape[-1]), jnp.float32)
     for launch in (Launch(64, 4, 1), Launch(64, 4, 2)):
@@ -192,8 +184,7 @@ def main() -> None:
             *segments[:-1],
             *rows,
         )
-    if args.output:
-        args.output.write_text(json.dumps({"environment": environment(), "entries": table.entries}, indent=1) + "\n")
+    save(args.output, entries=table.entries)
 
 
 if __name__ == "__main__":

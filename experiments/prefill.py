@@ -13,14 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from experiments import correlated
-from experiments.environment import environment
+from experiments.environment import gpu_arguments, save
 from nosa_jax.config import AttentionConfig
 from pallas_kernels import block_attention, select_blocks
 from pallas_kernels.bench import peers, timing
@@ -203,23 +202,12 @@ PARTS: dict[str, Callable[[Table], None]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="where the JSON goes")
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
-    args = parser.parse_args()
-    if jax.default_backend() != "gpu":
-        parser.error(f"it needs an NVIDIA GPU, the default device is {jax.default_backend()!r}")
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
+    args = gpu_arguments(parser)
     table = Table()
     for part in args.parts:
         PARTS[part](table)
-        result = {
-            "environment": environment(),
-            "shape": "N/K/D = 32/2/128, bfloat16, batch 1",
-            "entries": table.entries,
-        }
-        if args.output:
-            args.output.write_text(json.dumps(result, indent=1) + "\n")
+        save(args.output, shape="N/K/D = 32/2/128, bfloat16, batch 1", entries=table.entries)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from experiments.environment import environment
+from experiments.environment import gpu_arguments, save
 from nosa_jax import NosaLM, presets
 from nosa_jax.train.optim import OptimizerConfig
 from nosa_jax.train.step import init_state, train_step
@@ -95,19 +95,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--output", type=Path, help="where the JSON goes")
-    args = parser.parse_args()
-    if jax.default_backend() != "gpu":
-        parser.error(f"it needs an NVIDIA GPU, the default device is {jax.default_backend()!r}")
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = {"environment": environment(), "shape": "1B, batch 1, remat", "steps": []}
+    args = gpu_arguments(parser)
+    steps = []
     for variant in ("nosa", "full"):
-        result["steps"].append(measure(variant, args.tokens, args.steps))
-        print(json.dumps(result["steps"][-1]), flush=True)
+        steps.append(measure(variant, args.tokens, args.steps))
+        print(json.dumps(steps[-1]), flush=True)
         jax.clear_caches()
-    if args.output:
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
+    save(args.output, shape="1B, batch 1, remat", steps=steps)
 
 
 if __name__ == "__main__":

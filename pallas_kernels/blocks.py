@@ -23,7 +23,7 @@ def num_windows(num_tokens: int, stride: int) -> int:
     return max(0, num_tokens // stride - 1)
 
 
-def query_blocks(positions: Int32[Array, "B T"], block_size: int) -> Int32[Array, "B T"]:
+def query_blocks(positions: Int32[Array, "*queries"], block_size: int) -> Int32[Array, "*queries"]:
     """The block of each query; -1 for padding (position -1)."""
     return jnp.where(positions >= 0, positions // block_size, -1)
 
@@ -70,8 +70,8 @@ def pool_windows_to_blocks(
 
 
 def forced_and_visible(
-    query_block: Int32[Array, "B T"], query_first: Int32[Array, "B T"], blocks: int, *, sink: int, local: int
-) -> tuple[Bool[Array, "B T M"], Bool[Array, "B T M"]]:
+    query_block: Int32[Array, "*queries"], query_first: Int32[Array, "*queries"], blocks: int, *, sink: int, local: int
+) -> tuple[Bool[Array, "*queries M"], Bool[Array, "*queries M"]]:
     """(forced, visible) blocks of each query: sink and local window are forced; later blocks are invisible."""
     m = jnp.arange(blocks, dtype=jnp.int32)
     q, first = query_block[..., None], query_first[..., None]

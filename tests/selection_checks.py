@@ -34,3 +34,14 @@ def drawn_inputs(draw):
         "positions": draw(hnp.arrays(np.int32, (ROWS, QUERIES), elements=st.integers(-1, 4 * BLOCKS - 1))),
         "first_block": np.maximum.accumulate(np.where(starts, np.arange(BLOCKS), 0), axis=1).astype(np.int32),
     }
+
+
+def unneeded_scores_as_nan(case, inputs):
+    """NaN for the blocks that are forced or later: what the cache has not written yet, or what is selected anyway."""
+    own = inputs["positions"] // case.block_size
+    block = np.arange(case.num_blocks)
+    never = (block < case.num_sink_blocks) | (block > own[..., None] - case.num_local_blocks)
+    return inputs | {
+        "query_scores": np.where(never[:, None], np.nan, inputs["query_scores"]),
+        "importance_scores": np.where(never.all(1)[:, None], np.nan, inputs["importance_scores"]),
+    }

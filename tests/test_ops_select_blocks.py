@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from selection_checks import STATIC, counts, drawn_inputs
+from selection_checks import STATIC, counts, drawn_inputs, unneeded_scores_as_nan
 
 from pallas_kernels import blocks, pool_keys, select_blocks
 from pallas_kernels.select_blocks import reference
@@ -63,16 +63,9 @@ def test_matches_the_rule_when_scores_tie(inputs, budget):
 
 
 def test_forced_and_later_blocks_need_no_score():
-    """What the cache has not written yet, or what is selected anyway, may hold anything."""
     case = SMALL["k2_g8_chunk"]
     inputs = jax.tree.map(np.asarray, make_inputs(case, jax.random.key(2)))
-    own = inputs["positions"] // case.block_size
-    block = np.arange(case.num_blocks)
-    never = (block < case.num_sink_blocks) | (block > own[..., None] - case.num_local_blocks)
-    dirty = inputs | {
-        "query_scores": np.where(never[:, None], np.nan, inputs["query_scores"]),
-        "importance_scores": np.where(never.all(1)[:, None], np.nan, inputs["importance_scores"]),
-    }
+    dirty = unneeded_scores_as_nan(case, inputs)
     assert np.isnan(dirty["importance_scores"]).sum(-1).min() >= 2
     np.testing.assert_array_equal(run(dirty, **options(case)), run(inputs, **options(case)))
 

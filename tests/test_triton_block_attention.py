@@ -178,7 +178,7 @@ def test_gradients_summed_in_segments(monkeypatch, name, length):
     inputs, cotangents, size = case_of(name)
     ids = inputs["block_ids"]
     assert (ids == 0).any(-1).sum(-1).max() > 2 * length
-    monkeypatch.setattr(kernels, "_SEGMENT", length)
+    monkeypatch.setattr(kernels, "SEGMENT", length)
     anew = functools.partial(triton)  # compiled with this length
     outputs, grads = run(inputs, cotangents, anew, **size)
     assert_values_close(outputs, truth(name)[0])

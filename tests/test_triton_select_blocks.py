@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from selection_checks import STATIC, counts, drawn_inputs
+from selection_checks import STATIC, counts, drawn_inputs, unneeded_scores_as_nan
 
 from pallas_kernels import _backend, select_blocks
 from pallas_kernels.select_blocks import reference
@@ -70,11 +70,5 @@ def test_scores_of_any_size(kind, spread):
 def test_forced_and_later_blocks_need_no_score():
     case = SMALL["k2_g8_chunk"]
     inputs = jax.tree.map(np.asarray, make_inputs(case, jax.random.key(2)))
-    own = inputs["positions"] // case.block_size
-    block = np.arange(case.num_blocks)
-    never = (block < case.num_sink_blocks) | (block > own[..., None] - case.num_local_blocks)
-    dirty = inputs | {
-        "query_scores": np.where(never[:, None], np.nan, inputs["query_scores"]),
-        "importance_scores": np.where(never.all(1)[:, None], np.nan, inputs["importance_scores"]),
-    }
+    dirty = unneeded_scores_as_nan(case, inputs)
     np.testing.assert_array_equal(run(dirty, **options(case)), run(inputs, **options(case)))

@@ -200,9 +200,9 @@ def tune_kernels(items: Sequence[Item], repeats: int, folder: Path) -> list[dict
             done.add((kernel, shape))
             current, match = tune.asked(works[cases[0]])[kernel]
             times = []
-            milliseconds = lambda work: _milliseconds(work, repeats)
+            milliseconds = lambda work, run: _milliseconds(work, run, repeats)
             chosen = [works[case] for case in cases]
-            for launch, ms in tune.try_out(kernel, tune.candidates(kernel, current), chosen, milliseconds):
+            for launch, ms in tune.search(kernel, current, chosen, milliseconds):
                 times.append((launch, ms))
                 text = str(ms).strip().split("\n")[0][:100] if isinstance(ms, Exception) else f"{ms:.4g} ms"
                 note(f"{kernel}  {match}  {tuple(launch)}  {text}")
@@ -216,8 +216,7 @@ def tune_kernels(items: Sequence[Item], repeats: int, folder: Path) -> list[dict
     return results
 
 
-def _milliseconds(work: Work, repeats: int) -> float:
-    run = jax.jit(functools.partial(work.call, implementation="triton"), donate_argnames=work.updates)
+def _milliseconds(work: Work, run: Callable[..., Any], repeats: int) -> float:
     sets = timing.copies(work.inputs, timing.num_copies(work.inputs, work.floor.bytes + work.floor.link_bytes))
     return timing.measure(timing.sampler(run, sets, work.updates), repeats).median
 

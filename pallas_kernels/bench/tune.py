@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
-import itertools
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,25 +41,62 @@ def asked(work: Work) -> dict[str, Asked]:
     return found
 
 
-def candidates(kernel: str, current: Launch) -> list[Launch]:
-    """`current` first, then half, as many and twice the rows (and keys), 4 or 8 warps, 1 to 3 stages."""
-    around = lambda n: (n, max(1, n // 2), 2 * n)
-    keys = around(current.keys) if kernel in _KEYED else (current.keys,)
-    grid = itertools.product(around(current.rows), (4, 8), (1, 2, 3), keys)
-    return list(dict.fromkeys([current, *(Launch(*parameters) for parameters in grid)]))
+def neighbours(kernel: str, launch: Launch) -> list[Launch]:
+    """`launch` first, then half or twice its rows (or keys), 4 or 8 warps, 1 to 3 stages: one change each."""
+    around = lambda n: (max(1, n // 2), 2 * n)
+    values = {"rows": around(launch.rows), "num_warps": (4, 8), "num_stages": (1, 2, 3)}
+    if kernel in _KEYED:
+        values["keys"] = around(launch.keys)
+    changed = [launch._replace(**{name: value}) for name, tried in values.items() for value in tried]
+    return list(dict.fromkeys([launch, *changed]))
 
 
-def try_out(
-    kernel: str, launches: list[Launch], works: list[Work], milliseconds: Callable[[Work], float]
+def search(
+    kernel: str, current: Launch, works: list[Work], milliseconds: Callable[[Work, Callable[..., Any]], float]
 ) -> Iterator[tuple[Launch, float | Exception]]:
-    """The sum of the works' times under each launch, or why it does not run."""
-    for launch in launches:
-        yield launch, _try_one(kernel, launch, works, milliseconds)
+    """Tries the neighbours of the fastest launch so far until it has none that is faster, from `current` on.
+
+    Yields the sum of the works' times under each, or why it does not run.
+    """
+    times: dict[Launch, float] = {}
+    best, tried = current, set()
+    while new := [launch for launch in neighbours(kernel, best) if launch not in tried]:
+        tried.update(new)
+        for launch, result in _try_out(kernel, new, works, milliseconds):
+            if not isinstance(result, Exception):
+                times[launch] = result
+            yield launch, result
+        best = min(times, key=times.__getitem__, default=current)
 
 
-def _try_one(
-    kernel: str, launch: Launch, works: list[Work], milliseconds: Callable[[Work], float]
-) -> float | Exception:
+def _try_out(
+    kernel: str, launches: list[Launch], works: list[Work], milliseconds: Callable[[Work, Callable[..., Any]], float]
+) -> Iterator[tuple[Launch, float | Exception]]:
+    """Compiles all at once, then times one by one."""
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        programs = [_submitted(pool, kernel, launch, works) for launch in launches]
+    for launch, compiled in zip(launches, programs, strict=True):
+        try:
+            result: float | Exception = sum(map(milliseconds, works, (program.result() for program in compiled)))
+        except Exception as error:
+            result = error
+        yield launch, result
+
+
+def _submitted(
+    pool: concurrent.futures.Executor, kernel: str, launch: Launch, works: list[Work]
+) -> list[concurrent.futures.Future[Any]]:
+    """The work's compiled programs, or one exception for all of them."""
+    try:
+        return [pool.submit(_traced(kernel, launch, work).lower().compile) for work in works]
+    except Exception as error:
+        failed: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        failed.set_exception(error)
+        return [failed] * len(works)
+
+
+def _traced(kernel: str, launch: Launch, work: Work) -> jax.stages.Traced:
+    """The work with `launch` for this kernel."""
     used = False
 
     def choose(name: str, other: Launch, match: dict[str, Any]) -> Launch:
@@ -67,13 +105,11 @@ def _try_one(
         return launch if name == kernel else other
 
     jax.clear_caches()  # launches are settled by tracing
-    try:
-        with _tuning.chosen_by(choose):
-            total = sum(milliseconds(work) for work in works)
-    except Exception as error:
-        return error
+    run = functools.partial(work.call, implementation=_IMPLEMENTATION)
+    with _tuning.chosen_by(choose):
+        traced = jax.jit(run, donate_argnames=work.updates).trace(**work.inputs)
     assert used, f"{kernel} was not traced again"
-    return total
+    return traced
 
 
 def entry(match: dict[str, Any], cases: list[str], times: list[tuple[Launch, float | Exception]]) -> dict[str, Any]:

@@ -97,6 +97,10 @@ def _kernel(refs: Any, scoped: Any, *, tokens: int, group: int, dim: int, scale:
                 empty = plgpu.ACC((_ROWS, _BLOCK), jnp.float32)
                 logits = list(_backend.run_scoped(logits_of, *(empty,) * _PAIR))
                 new_top, is_member = top, []
+                if causal:
+                    mine = row_positions.at[row, _backend.ds(first * group, _ROWS)]
+                    position = plgpu.load(mine, layout=_ROW_VECTOR, optimized=False)
+                    token = plgpu.broadcasted_iota(jnp.int32, (_ROWS, _BLOCK), 1, layout=plgpu.Layout.WGMMA)
                 for i in range(_PAIR):
                     logits[i] = logits[i] * (scale * LOG2_E)
                     if bias is not None:
@@ -105,12 +109,6 @@ def _kernel(refs: Any, scoped: Any, *, tokens: int, group: int, dim: int, scale:
                     is_member.append(((jnp.full((_ROWS,), 0, jnp.int32) + chosen[i]) >> bit) & 1 != 0)
                     if causal:
                         start = entry(block_ids, _PAIR * pair + i) * _BLOCK
-                        position = plgpu.load(
-                            row_positions.at[row, _backend.ds(first * group, _ROWS)],
-                            layout=_ROW_VECTOR,
-                            optimized=False,
-                        )
-                        token = plgpu.broadcasted_iota(jnp.int32, (_ROWS, _BLOCK), 1, layout=plgpu.Layout.WGMMA)
                         last = jnp.where(is_member[i], position, -1)
                         seen = token + start <= lax.broadcast_in_dim(last, logits[i].shape, [0])
                         logits[i] = jnp.where(seen, logits[i], -jnp.inf)

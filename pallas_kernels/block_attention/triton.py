@@ -5,6 +5,7 @@ Any group size runs, padded to a power of two.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +21,7 @@ from pallas_kernels.block_attention._forward import forward_kernel
 from pallas_kernels.block_attention.xla import Settings
 
 _BLOCK_BYTES = 32 * 2**10  # of the keys of one block, the largest that was thought of
-_SEGMENT = 1024  # queries whose gradients one program of the key pass adds up
+SEGMENT = 1024  # queries whose gradients one program of the key pass adds up
 
 
 # Defaults, measured on an H200 with 16 query heads per KV head of 128 in bfloat16.
@@ -91,36 +92,43 @@ def make_lists(
     return Lists(tile, positions, table, _lists.unions(table, positions, tile=tile, width=width, block_size=size))
 
 
-def attend(settings: Settings, launch: Launch, q: Array, keys: Keys, lists: Lists) -> tuple[Array, Array]:
-    """(out [B, T', K, G', D], lse [B, T', K, G']) of grouped queries."""
+def _over_tiles(
+    kernel: Callable[..., None],
+    name: str,
+    settings: Settings,
+    launch: Launch,
+    lists: Lists,
+    operands: tuple[Any, ...],
+    out_shape: Any,
+) -> Any:
+    """Runs `kernel` once per tile of the grouped queries, operands[0]."""
+    batch, padded, kv_heads = operands[0].shape[:3]
 
-    def kernel(*refs: Any) -> None:
-        forward_kernel(*refs, tile=lists.tile, block_size=settings.block_size, scale=settings.scale)
+    def run(*refs: Any) -> None:
+        kernel(*refs, tile=lists.tile, block_size=settings.block_size, scale=settings.scale)
 
     return _backend.triton_call(
-        kernel,
-        name="block_attention_forward",
-        grid=(q.shape[1] // lists.tile, q.shape[2], q.shape[0]),
-        out_shape=(jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32)),
+        run,
+        name=name,
+        grid=(padded // lists.tile, kv_heads, batch),
+        out_shape=out_shape,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
-    )(q, *keys, lists.positions, *lists.union)
+    )(*operands)
+
+
+def attend(settings: Settings, launch: Launch, q: Array, keys: Keys, lists: Lists) -> tuple[Array, Array]:
+    """(out [B, T', K, G', D], lse [B, T', K, G']) of grouped queries."""
+    shapes = (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32))
+    operands = (q, *keys, lists.positions, *lists.union)
+    return _over_tiles(forward_kernel, "block_attention_forward", settings, launch, lists, operands, shapes)
 
 
 def query_gradients(settings: Settings, launch: Launch, q: Array, keys: Keys, lists: Lists, rows: Rows) -> Array:
     """dq, grouped as q."""
-
-    def kernel(*refs: Any) -> None:
-        query_kernel(*refs, tile=lists.tile, block_size=settings.block_size, scale=settings.scale)
-
-    return _backend.triton_call(
-        kernel,
-        name="block_attention_dq",
-        grid=(q.shape[1] // lists.tile, q.shape[2], q.shape[0]),
-        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
-    )(q, *keys, lists.positions, *lists.union, *rows)
+    operands = (q, *keys, lists.positions, *lists.union, *rows)
+    shape = jax.ShapeDtypeStruct(q.shape, q.dtype)
+    return _over_tiles(query_kernel, "block_attention_dq", settings, launch, lists, operands, shape)
 
 
 def key_gradients(
@@ -171,8 +179,8 @@ def unsupported(
     if block_ids.shape[-1] == 0 or q.shape[1] == 0:
         return "there is nothing to do"
     size = settings.block_size
-    if not _backend.is_power_of_two(size) or not 16 <= size <= _SEGMENT:
-        return f"block_size must be a power of two in [16, {_SEGMENT}], got {size}"
+    if not _backend.is_power_of_two(size) or not 16 <= size <= SEGMENT:
+        return f"block_size must be a power of two in [16, {SEGMENT}], got {size}"
     if size * q.shape[-1] * q.dtype.itemsize > _BLOCK_BYTES:
         return f"the keys of a block must fit {_BLOCK_BYTES} bytes, got {size} x {q.shape[-1]} {q.dtype}"
     words = -(-q.shape[1] // 32)
@@ -227,7 +235,7 @@ def backward(
     block_ids = jnp.where(jnp.moveaxis(blind, 2, 1)[..., None], -1, block_ids)
     lists = make_lists(settings, by_query.rows, group, tokens, block_ids, positions, first_block)
     entries = length * min(lists.table.shape[2], block_ids.shape[-1])
-    segments = _lists.segments(lists.table, entries=entries, length=_SEGMENT)
+    segments = _lists.segments(lists.table, entries=entries, length=SEGMENT)
     # softmax backward: dlogit = p * (dp - delta).
     delta = (out.astype(jnp.float32) * dout.astype(jnp.float32)).sum(-1) - dlse
     grouped = group_heads(q, kv_heads, lists.tile)

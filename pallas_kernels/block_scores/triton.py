@@ -142,7 +142,9 @@ def unsupported(
         return "it reads the pooled keys of one layer, not a stacked cache"
     if q.dtype != pooled_keys.dtype:
         return f"q and pooled_keys must have one dtype, got {q.dtype} and {pooled_keys.dtype}"
-    if not _backend.is_power_of_two(block_size // stride) or block_size // stride > _MOST_RATIO or q.shape[1] == 0:
+    if q.shape[1] == 0:
+        return "there is nothing to do"
+    if not _backend.is_power_of_two(block_size // stride) or block_size // stride > _MOST_RATIO:
         return f"block_size / stride must be a power of two up to {_MOST_RATIO}, got {block_size} / {stride}"
     return _backend.unsupported_operand("q", q)
 

@@ -59,9 +59,9 @@ def _kernel(
     block = jnp.arange(_backend.next_power_of_two(width), dtype=jnp.int32)
     inside = block < width
     position, first = positions[row, query], first_blocks[row, query]
-    own = jnp.where(position >= 0, position // block_size, -1)
-    visible = (block <= own) & (block >= first) & inside
-    chosen = visible & ((block - first < sink) | (block > own - local))
+    own = blocks.query_blocks(position, block_size)
+    forced, visible = blocks.forced_and_visible(own, first, block.size, sink=sink, local=local)
+    chosen, visible = forced & inside, visible & inside
 
     def load(scores, *index):
         return _backend.load(scores.at[(*index, jnp.where(inside, block, 0))], mask=inside, other=0)
