@@ -7,9 +7,13 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels._checks import bad_value, require_shape
 from pallas_kernels._dispatch import Op
-from pallas_kernels.decode_attention import xla
+from pallas_kernels.decode_attention import triton, xla
 
-DECODE_ATTENTION = Op("decode_attention", {"xla": xla.decode_attention})
+DECODE_ATTENTION = Op(
+    "decode_attention",
+    {"xla": xla.decode_attention, "triton": triton.decode_attention},
+    {"triton": triton.unsupported},
+)
 
 
 def decode_attention(

@@ -7,10 +7,16 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels._checks import require_shape
 from pallas_kernels._dispatch import Op
-from pallas_kernels.fetch_blocks import xla
+from pallas_kernels.fetch_blocks import triton, xla
 
-FETCH_BLOCKS = Op("fetch_blocks", {"xla": xla.fetch_blocks})
-WRITE_BACK_BLOCKS = Op("write_back_blocks", {"xla": xla.write_back_blocks})
+FETCH_BLOCKS = Op(
+    "fetch_blocks", {"xla": xla.fetch_blocks, "triton": triton.fetch_blocks}, {"triton": triton.unsupported}
+)
+WRITE_BACK_BLOCKS = Op(
+    "write_back_blocks",
+    {"xla": xla.write_back_blocks, "triton": triton.write_back_blocks},
+    {"triton": triton.unsupported},
+)
 
 
 def _check(pool: Array, host: Array, block_ids: Array, slots: Array) -> None:

@@ -1,0 +1,79 @@
+"""Transport by a Pallas-Triton kernel that reads and writes pinned host memory itself: one launch per layer and direction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels import _backend
+
+_PROGRAMS = 8  # per row and KV head; few, since a layer moves few blocks, and enough to fill the link at any batch
+_WARPS = 8
+
+
+def _move_kernel(layer, sources, targets, source, _, target, *, width, programs):
+    """target[layer, b, k, targets[x]] = source[layer, b, k, sources[x]]; every program takes each `programs`-th x."""
+    program, head, row = (_backend.program_id(axis) for axis in range(3))
+    layer = layer[0]
+
+    def body(trip, carry):
+        entry = (row, head, trip * programs + program)
+        from_, to = sources[entry], targets[entry]
+
+        @_backend.when((from_ >= 0) & (from_ < source.shape[3]) & (to >= 0) & (to < target.shape[3]))
+        def _():
+            target[layer, row, head, to] = source[layer, row, head, from_]
+
+        return carry
+
+    jax.lax.fori_loop(0, width // programs, body, 0)
+
+
+def _move(source: Array, target: Array, sources: Array, targets: Array, layer: Array) -> Array:
+    """The target with the blocks that move, in place where the target is donated."""
+    programs = min(_PROGRAMS, _backend.next_power_of_two(sources.shape[-1]))
+    sources, targets = (_backend.pad_to_multiple(x, 2, programs, -1) for x in (sources, targets))
+
+    def kernel(*refs: Any) -> None:
+        _move_kernel(*refs, width=sources.shape[-1], programs=programs)
+
+    return _backend.triton_call(
+        kernel,
+        name="move_blocks",
+        grid=(programs, *sources.shape[1::-1]),
+        out_shape=jax.ShapeDtypeStruct(target.shape, target.dtype),
+        num_warps=_WARPS,
+        aliases={4: 0},
+    )(layer[None], sources, targets, source, target)
+
+
+def unsupported(target: Array, source: Array, *ids: Any) -> str | None:
+    """Why these arguments cannot take the kernel; None where they can."""
+    for size in source.shape[5:]:
+        if not _backend.is_power_of_two(size):
+            return f"tokens per block and head dim must be powers of two, got {list(source.shape[5:])}"
+    return None
+
+
+def fetch_blocks(
+    pool: Float[Array, "L B K slots 2 P D"],
+    host: Float[Array, "L B K M 2 P D"],
+    block_ids: Int32[Array, "B K X"],
+    slots: Int32[Array, "B K X"],
+    layer: Int32[Array, ""],
+) -> Float[Array, "L B K slots 2 P D"]:
+    return _move(host, pool, block_ids, slots, layer)
+
+
+def write_back_blocks(
+    host: Float[Array, "L B K M 2 P D"],
+    pool: Float[Array, "L B K slots 2 P D"],
+    block_ids: Int32[Array, "B K X"],
+    slots: Int32[Array, "B K X"],
+    layer: Int32[Array, ""],
+) -> Float[Array, "L B K M 2 P D"]:
+    # Moves nothing: it gives the result back the type of an array in host memory.
+    return jax.device_put(_move(pool, host, slots, block_ids, layer), jax.memory.Space.Host)
