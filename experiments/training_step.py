@@ -15,13 +15,13 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import jax
 from flax import nnx
 
 from experiments.environment import gpu_arguments, save
+from experiments.profiling import kernel_times
 from nosa_jax import NosaLM, presets
 from nosa_jax.train.optim import OptimizerConfig
 from nosa_jax.train.step import init_state, train_step
@@ -38,20 +38,6 @@ PARTS = {
 
 def part_of(kernel: str) -> str:
     return next((part for part, words in PARTS.items() if any(word in kernel.lower() for word in words)), "the rest")
-
-
-def kernel_times(directory: str) -> dict[str, float]:
-    """Device time in milliseconds by kernel name."""
-    times: dict[str, float] = defaultdict(float)
-    for file in Path(directory).rglob("*.xplane.pb"):
-        for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
-            if "GPU" not in plane.name:
-                continue
-            for line in plane.lines:
-                if "Stream" in line.name:
-                    for event in line.events:
-                        times[event.name] += event.duration_ns / 1e6
-    return dict(times)
 
 
 def measure(variant: Any, tokens: int, steps: int) -> dict[str, Any]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int32
 
+from nosa_jax import rope
 from nosa_jax._pytree import pytree_dataclass
 from nosa_jax.attention import layout
 from nosa_jax.attention.layer import Attention
@@ -21,8 +23,29 @@ from nosa_jax.cache.plan import plan
 from nosa_jax.cache.state import DecodeState, empty_state
 from nosa_jax.config import CacheConfig, ModelConfig
 from nosa_jax.model import Layers, NosaLM, layer_at, rms_norm
-from pallas_kernels import block_attention, decode_attention
+from pallas_kernels import block_attention
 from pallas_kernels._checks import bad_value, is_concrete, require_type
+
+# For whoever jits `decode_step`: without it XLA copies every layer's weights at every step on a GPU, since its own
+# matrix products cannot read a slice of the stack where it lies. `generate` and `stream` pass it themselves.
+COMPILER_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
+
+
+def program[**P, R](**options: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorator: `jax.jit` with COMPILER_OPTIONS, or without them where the caller is being traced itself."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        inner = jax.jit(function, **options)
+        outer = jax.jit(function, compiler_options=COMPILER_OPTIONS, **options)
+
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            is_traced = isinstance(jnp.zeros(()), jax.core.Tracer)
+            return (inner if is_traced else outer)(*args, **kwargs)
+
+        return call
+
+    return decorate
 
 
 @pytree_dataclass
@@ -219,7 +242,7 @@ def _extend_layer(
     fresh: bool,
 ) -> tuple[Float[Array, "B n H"], DecodeState, Int32[Array, "B K J"] | None]:
     """Attention of many new tokens over a staged copy of the layer's cache; the last query's ids are returned."""
-    q, k, v, importance = attention.project(config, x, place)
+    q, k, v, importance = attention.project(config, x, *rope.of_positions(config, place))
     count = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
     state = kv.append_summaries(config.attention, state, k, importance, count, layer)
     staged = kv.write_staged(state, kv.stage_layer(state, layer, fresh=fresh), k, v, count)
@@ -262,6 +285,26 @@ def _select(
     )
 
 
+class Shared(NamedTuple):
+    """What the layers of a step have in common. positions, own: of the new token and its block, -1 where a row has none;
+    count: new tokens; filled: the block that the token fills, -1 for none; cos_sin: of the positions."""
+
+    positions: Int32[Array, " B"]
+    count: Int32[Array, " B"]
+    own: Int32[Array, " B"]
+    filled: Int32[Array, "B K 1"]
+    cos_sin: tuple[Float[Array, "B 1 half"], Float[Array, "B 1 half"]]
+
+
+def _shared(config: ModelConfig, state: DecodeState, positions: Int32[Array, " B"]) -> Shared:
+    size = config.attention.block_size
+    own = jnp.where(positions >= 0, positions // size, -1)
+    filled = jnp.where(positions % size == size - 1, own, -1)
+    filled = jnp.broadcast_to(filled[:, None, None], (*state.pool.shape[1:3], 1))
+    cos_sin = rope.of_positions(config, jnp.maximum(positions, 0)[:, None])
+    return Shared(positions, (positions >= 0).astype(jnp.int32), own, filled, cos_sin)
+
+
 @jax.jit
 def step(
     model: NosaLM,
@@ -270,26 +313,31 @@ def step(
     active: Bool[Array, " B"] | None = None,
     forced_ids: Int32[Array, "L B K J"] | None = None,
 ) -> tuple[DecodeState, StepOutput]:
-    """One token for every active row; the others stay as they are. forced_ids replace the selection."""
+    """One token for every active row; the others stay as they are. forced_ids replace the selection; a row of -2
+    replaces nothing."""
     config = model.config
     room = state.lengths < state.max_length
     active = room if active is None else room & active
-    positions = jnp.where(active, state.lengths, -1)
+    shared = _shared(config, state, jnp.where(active, state.lengths, -1))
 
-    def body(carry: tuple[Array, DecodeState], inputs: tuple[Array, Array | None]) -> tuple[Any, Any]:
-        x, state = carry
-        index, forced = inputs
+    def body(index: Array, carry: tuple[Array, DecodeState, Any]) -> tuple[Array, DecodeState, Any]:
+        x, state, recorded = carry
+        forced = None if forced_ids is None else forced_ids[index]
         attention, x = layer_at(model.layers.attention, index, x)
         normed = rms_norm(x, model.layers.attention_norm[...][index], config.rms_norm_eps)
-        out, state, ids, fetched = _step_layer(config, attention, state, normed, positions, forced, index)
+        out, state, of_layer = _step_layer(config, attention, state, normed, shared, forced, index)
         mlp, x = layer_at(model.layers.mlp, index, x + out)
         x = x + mlp(rms_norm(x, model.layers.mlp_norm[...][index], config.rms_norm_eps))
-        return (x, state), (ids, fetched)
+        return x, state, jax.tree.map(lambda whole, part: whole.at[index].set(part), recorded, of_layer)
 
-    indices = jnp.arange(config.num_layers, dtype=jnp.int32)
+    recorded = None
+    if config.attention.is_sparse:
+        lead = (config.num_layers, tokens.shape[0], config.num_kv_heads)
+        recorded = jnp.zeros((*lead, config.attention.num_selected_blocks), jnp.int32), jnp.zeros(lead, jnp.int32)
     x = model.embed[...][tokens][:, None]
-    (x, state), (ids, fetched) = jax.lax.scan(body, (x, state), (indices, forced_ids))
+    x, state, recorded = jax.lax.fori_loop(0, config.num_layers, body, (x, state, recorded))
     state = dataclasses.replace(state, lengths=state.lengths + active)
+    ids, fetched = (None, None) if recorded is None else recorded
     return state, StepOutput(model.logits(model.final_norm(x[:, 0])), ids, fetched)
 
 
@@ -298,28 +346,29 @@ def _step_layer(
     attention: Attention,
     state: DecodeState,
     x: Float[Array, "B 1 H"],
-    positions: Int32[Array, " B"],
+    shared: Shared,
     forced: Int32[Array, "B K J"] | None,
     layer: Int32[Array, ""],
-) -> tuple[Float[Array, "B 1 H"], DecodeState, Array | None, Array | None]:
+) -> tuple[Float[Array, "B 1 H"], DecodeState, tuple[Int32[Array, "B K J"], Int32[Array, "B K"]] | None]:
     """Attention of one new token per row: select, make resident, write the token, attend, write back."""
-    size = config.attention.block_size
-    q, k, v, importance = attention.project(config, x, jnp.maximum(positions, 0)[:, None])
-    count = (positions >= 0).astype(jnp.int32)
-    state = kv.append_summaries(config.attention, state, k, importance, count, layer)
-    own = jnp.where(positions >= 0, positions // size, -1)
+    positions, own = shared.positions, shared.own
+    q, k, v, importance = attention.project(config, x, *shared.cos_sin)
+    state = kv.append_summaries(config.attention, state, k, importance, shared.count, layer)
     if config.attention.is_sparse:
         ids = _select(config, state, q, positions[:, None], layer)[:, :, 0]
         if forced is not None:
-            ids = jnp.where((positions >= 0)[:, None, None], forced, -1)
+            ids = jnp.where((forced[:, :, :1] > -2) & (positions >= 0)[:, None, None], forced, ids)
     else:
         every = jnp.arange(state.num_blocks, dtype=jnp.int32)
         every = jnp.where(every <= own[:, None], every, -1)[:, None]
         ids = jnp.broadcast_to(every, (x.shape[0], config.num_kv_heads, state.num_blocks))
-    state, slot_ids, fetched = kv.admit(state, ids, positions, layer)
-    own_slot = kv.own_slots(ids, slot_ids, own)
+    state, residence = kv.admit(state, ids, positions, layer)
+    own_slot = kv.own_slots(ids, residence.slots, own)
     state = kv.write_token(state, k, v, own_slot, positions, layer)
-    out = decode_attention(q[:, 0], state.pool, state.importance, slot_ids, ids, positions, layer)
-    state = kv.write_back_full(state, own_slot, positions, layer)
-    recorded = (ids, fetched) if config.attention.is_sparse else (None, None)
-    return attention.merge(out[:, None]), state, *recorded
+    state, out = kv.attend(state, q[:, 0], residence, ids, positions, layer)
+    state = kv.write_back(state, shared.filled, own_slot, layer)
+    recorded = None
+    if config.attention.is_sparse:
+        loads = residence.loads
+        recorded = ids, jnp.zeros(ids.shape[:2], jnp.int32) if loads is None else jnp.sum(loads >= 0, -1, jnp.int32)
+    return attention.merge(out[:, None]), state, recorded

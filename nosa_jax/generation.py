@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -132,7 +131,7 @@ def _stream(
         yield np.asarray(jax.device_get(token))
 
 
-@functools.partial(jax.jit, static_argnames="sampling", donate_argnames="state")
+@decode.program(static_argnames="sampling", donate_argnames="state")
 def _stream_step(
     model: NosaLM,
     state: DecodeState,
@@ -164,7 +163,7 @@ def _next_token(
     return token, done | (token[:, None] == stop).any(-1)
 
 
-@functools.partial(jax.jit, static_argnames=("max_new_tokens", "cache", "sampling", "names", "chunk"))
+@decode.program(static_argnames=("max_new_tokens", "cache", "sampling", "names", "chunk"))
 def _generate(
     model: NosaLM,
     tokens: Int32[Array, "B T"],

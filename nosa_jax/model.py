@@ -15,6 +15,7 @@ from nosa_jax.attention import layout
 from nosa_jax.attention.importance import Importance
 from nosa_jax.attention.layer import SELECTION, Attention
 from nosa_jax.config import ModelConfig
+from pallas_kernels import _backend
 from pallas_kernels._checks import bad_value, is_concrete, require_integers, require_shape, require_type
 
 Logits = Literal["all", "last", "none"]
@@ -181,8 +182,13 @@ def as_block_ids(
 
 
 def layer_at[Stack: nnx.Module](stack: Stack, index: Int32[Array, ""], x: Array) -> tuple[Stack, Array]:
-    """One layer of stacked parameters, sliced only once `x` is computed: a step then keeps one slice at a time."""
-    index, x = jax.lax.optimization_barrier((index, x))
+    """One layer of stacked parameters, at the index of a loop.
+
+    On a GPU the matrix products read the stack itself, where they see the loop's own index. Elsewhere the layer is
+    sliced only once `x` is computed: a step then keeps one slice at a time.
+    """
+    if _backend.device()[0] != "gpu":
+        index, x = jax.lax.optimization_barrier((index, x))
     return jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, index, keepdims=False), stack), x
 
 

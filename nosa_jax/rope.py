@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
-from nosa_jax.config import RopeConfig
+from nosa_jax.config import ModelConfig, RopeConfig
 
 
 @functools.cache
@@ -49,6 +49,13 @@ def cos_sin(
     angles = positions.astype(jnp.float32)[..., None] * inverse_frequencies(rope, head_dim, max_context)
     factor = np.float32(attention_factor(rope, max_context))
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def of_positions(
+    config: ModelConfig, positions: Int32[Array, "B T"]
+) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
+    """`cos_sin` of a model."""
+    return cos_sin(positions, config.rope, config.head_dim, config.max_context)
 
 
 def rotate(

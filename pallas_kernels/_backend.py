@@ -109,6 +109,12 @@ def exp2(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     )[0]
 
 
+def barrier() -> None:
+    """What the threads of this program wrote before, all of them see after."""
+    if not _interpreted.get():
+        plt.debug_barrier()
+
+
 def next_power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 

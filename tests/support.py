@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 import nosa_jax
-from nosa_jax import AttentionConfig, ModelConfig, NosaLM
+from nosa_jax import AttentionConfig, ModelConfig, NosaLM, rope
 from nosa_jax.attention.layout import row_layout
 from nosa_jax.model import rms_norm
 from pallas_kernels import blocks, pool_keys
@@ -89,7 +89,7 @@ def _selection_scores(model: NosaLM, tokens: jax.Array, block_ids: jax.Array) ->
     for index in range(config.num_layers):
         layer = jax.tree.map(lambda p, index=index: p[index], model.layers)
         normed = rms_norm(x, layer.attention_norm[...], config.rms_norm_eps)
-        q, k, _, importance = layer.attention.project(config, normed, layout.rope_positions)
+        q, k, _, importance = layer.attention.project(config, normed, *rope.of_positions(config, layout.rope_positions))
         query = block_scores(
             q, pool_keys(k, stride=stride), layout.positions, num_blocks=num_blocks, block_size=size, stride=stride
         )

@@ -64,7 +64,7 @@ def first_layer(request):
     positions = jnp.arange(1500, dtype=jnp.int32)[None]
     x = model.embed[...][jnp.asarray(arrays["input_ids"])]
     x = rms_norm(x, layer.attention_norm[...], model.config.rms_norm_eps)
-    return arrays, layer.attention.project(model.config, x, positions), positions
+    return arrays, layer.attention.project(model.config, x, *rope.of_positions(model.config, positions)), positions
 
 
 def test_importance(first_layer):

@@ -22,5 +22,8 @@ class Importance(nnx.Module):
     def __call__(self, v: Float[Array, "B T K D"]) -> Float[Array, "B K T"]:
         """Importance of one layer's tokens in float32; `v` is the value before any rotation."""
         flat = v.astype(jnp.float32).reshape(*v.shape[:2], -1)
-        importance = self.A[...] * jax.nn.softplus(flat @ self.delta[...])
-        return jnp.moveaxis(importance, -1, 1)
+        if v.shape[1] == 1:  # a decode step: sums are one small kernel, a matrix product three
+            change = jnp.sum(flat[..., None] * self.delta[...], axis=2)
+        else:
+            change = jnp.matmul(flat, self.delta[...], precision="highest")
+        return jnp.moveaxis(self.A[...] * jax.nn.softplus(change), -1, 1)

@@ -51,12 +51,16 @@ class Attention(nnx.Module):
         )
 
     def project(
-        self, config: ModelConfig, x: Float[Array, "B T H"], rope_positions: Int32[Array, "B T"]
+        self,
+        config: ModelConfig,
+        x: Float[Array, "B T H"],
+        cos: Float[Array, "B T half"],
+        sin: Float[Array, "B T half"],
     ) -> Projections:
+        """cos, sin: of the tokens' positions, see `rope.cos_sin`."""
         heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
         qkv = (x @ self.qkv[...]).reshape(*x.shape[:2], heads + 2 * kv_heads, dim)
         q, k, v = jnp.split(qkv, (heads, heads + kv_heads), axis=2)
-        cos, sin = rope.cos_sin(rope_positions, config.rope, dim, config.max_context)
         importance = None
         if config.attention.uses_importance:
             assert self.importance is not None
@@ -76,7 +80,7 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T H"], Int32[Array, "B K T J"] | None]:
         """Whole rows at once. Given `block_ids` replace the selection. Returns (output, ids used; None for `full`)."""
         attention = config.attention
-        q, k, v, importance = self.project(config, x, layout.rope_positions)
+        q, k, v, importance = self.project(config, x, *rope.of_positions(config, layout.rope_positions))
         if not attention.is_sparse:
             return self.merge(dense_attention(q, k, v, layout, attention.block_size)), None
         if block_ids is None:

@@ -6,15 +6,17 @@ Slices of the pool or the host store would be copies; only small tables are slic
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from nosa_jax.cache import host_store, slots, transport
+from nosa_jax.cache.slots import SlotTable
 from nosa_jax.cache.state import DecodeState, PooledCache, put_table, table_at
 from nosa_jax.config import AttentionConfig
-from pallas_kernels import append_pooled_keys
+from pallas_kernels import append_pooled_keys, decode_attention, resolve_slots
 
 
 def append_summaries(
@@ -55,29 +57,45 @@ def _places(
     return place, jnp.arange(start.shape[0])[:, None, None], jnp.arange(kv_heads)[None, :, None]
 
 
+class Residence(NamedTuple):
+    """slots [B, K, J] of the selected blocks; loads [B, K, J] the blocks that must be fetched into them, -1 for none."""
+
+    slots: Int32[Array, "B K J"]
+    loads: Int32[Array, "B K J"] | None
+
+
 def admit(
     state: DecodeState, block_ids: Int32[Array, "B K J"], positions: Int32[Array, " B"], layer: Int32[Array, ""]
-) -> tuple[DecodeState, Int32[Array, "B K J"], Int32[Array, "B K"]]:
-    """Makes the selected blocks resident. Returns the state, the slot of each block and how many were fetched.
+) -> tuple[DecodeState, Residence]:
+    """Gives every selected block a slot. `attend` fetches what is missing.
 
     The query's own block takes a slot but is not fetched when it starts with this very token.
     """
     if state.host is None:
-        return state, block_ids, jnp.zeros(block_ids.shape[:2], jnp.int32)
+        return state, Residence(block_ids, None)
     size = state.pool.shape[5]
-    kept = table_at(state, layer)
-    table, slot_ids, missing = slots.resolve(kept, block_ids, jnp.broadcast_to(positions[:, None], block_ids.shape[:2]))
+    blocks, last_used, slot_ids, missing = resolve_slots(*state.table, block_ids, positions, layer)
     starts_now = (positions % size == 0)[:, None, None] & (block_ids == (positions // size)[:, None, None])
-    wanted = jnp.where(missing & ~starts_now, block_ids, -1)
-    return (
-        dataclasses.replace(
-            state,
-            pool=transport.fetch(state.transport, state.pool, state.host, wanted, slot_ids, layer),
-            table=put_table(state, table, layer),
-        ),
-        slot_ids,
-        jnp.sum(wanted >= 0, axis=-1, dtype=jnp.int32),
+    loads = jnp.where(missing & ~starts_now, block_ids, -1)
+    return dataclasses.replace(state, table=SlotTable(blocks, last_used)), Residence(slot_ids, loads)
+
+
+def attend(
+    state: DecodeState,
+    q: Float[Array, "B N D"],
+    residence: Residence,
+    block_ids: Int32[Array, "B K J"],
+    positions: Int32[Array, " B"],
+    layer: Int32[Array, ""],
+) -> tuple[DecodeState, Float[Array, "B N D"]]:
+    """Attention of one query per row over its selected blocks, after fetching the missing ones."""
+    slot_ids, loads = residence
+    if loads is None:
+        return state, decode_attention(q, state.pool, state.importance, slot_ids, block_ids, positions, layer)
+    out, pool = transport.fetch_and_attend(
+        state.transport, q, state.pool, state.host, state.importance, loads, slot_ids, block_ids, positions, layer
     )
+    return dataclasses.replace(state, pool=pool), out
 
 
 def own_slots(
@@ -105,15 +123,12 @@ def write_token(
     return dataclasses.replace(state, pool=pool)
 
 
-def write_back_full(
-    state: DecodeState, slot: Int32[Array, "B K"], positions: Int32[Array, " B"], layer: Int32[Array, ""]
+def write_back(
+    state: DecodeState, block_ids: Int32[Array, "B K 1"], slot: Int32[Array, "B K"], layer: Int32[Array, ""]
 ) -> DecodeState:
-    """Copies the row's own block to the host store when this token filled it."""
+    """Copies the blocks that this token filled (id -1: none) from their slots to the host store."""
     if state.host is None:
         return state
-    size = state.pool.shape[5]
-    filled = jnp.where((positions >= 0) & (positions % size == size - 1), positions // size, -1)
-    block_ids = jnp.broadcast_to(filled[:, None, None], (*slot.shape, 1))
     host = transport.write_back(state.transport, state.host, state.pool, block_ids, slot[..., None], layer)
     return dataclasses.replace(state, host=host)
 
@@ -181,7 +196,7 @@ def unstage_layer(
     last = state.lengths + count - 1
     table = slots.filled_table(last_ids, jnp.broadcast_to(last[:, None], last_ids.shape[:2]), num_slots)
     old = table_at(state, layer)
-    table = slots.SlotTable(*(jnp.where(grows[:, None, None], x, y) for x, y in zip(table, old, strict=True)))
+    table = SlotTable(*(jnp.where(grows[:, None, None], x, y) for x, y in zip(table, old, strict=True)))
     return dataclasses.replace(
         state,
         host=host,

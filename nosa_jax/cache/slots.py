@@ -1,19 +1,18 @@
 """The slot table of one layer: which block lies in which slot of the device pool, and who must leave.
 
-Pure functions over int32 arrays; no K or V is touched here. Eviction is least-recently-used, ties to the lowest
-block id: empty slots go first, then the block whose last use is oldest.
+Pure functions over int32 arrays of any leading shape; no K or V is touched here. The decode step runs the op
+`resolve_slots` on the stacked tables, which is the same rule.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32
 
-EMPTY = -1
-_IN_USE = jnp.iinfo(jnp.int32).max
+from pallas_kernels.resolve_slots import xla
+from pallas_kernels.resolve_slots.xla import EMPTY
 
 
 class SlotTable(NamedTuple):
@@ -51,24 +50,5 @@ def resolve(table: SlotTable, wanted: Int32[Array, "... J"], step: Int32[Array, 
     wanted: distinct block ids, -1 for padding; at most `slots` of them may be valid.
     step: a number that grows from call to call (the query's position).
     """
-    num_slots = table.blocks.shape[-1]
-    valid = wanted >= 0
-    match = (wanted[..., :, None] == table.blocks[..., None, :]) & valid[..., :, None]  # [..., J, slots]
-    resident = match.any(-1)
-    in_use = match.any(-2)
-    missing = valid & ~resident
-
-    age = jnp.where(in_use, _IN_USE, table.last_used)
-    slot_ids = jnp.broadcast_to(jnp.arange(num_slots, dtype=jnp.int32), age.shape)
-    _, _, victims = jax.lax.sort((age, table.blocks, slot_ids), num_keys=2, dimension=-1)
-    rank = jnp.cumsum(missing, axis=-1) - 1  # the r-th missing block takes the r-th victim
-    taken = jnp.take_along_axis(victims, jnp.clip(rank, 0, num_slots - 1), axis=-1)
-
-    found = jnp.argmax(match, axis=-1).astype(jnp.int32)
-    slots = jnp.where(valid, jnp.where(resident, found, taken), EMPTY)
-
-    placed = (slots[..., :, None] == slot_ids[..., None, :]) & valid[..., :, None]  # [..., J, slots]
-    filled = placed.any(-2)
-    blocks = jnp.where(filled, jnp.max(jnp.where(placed, wanted[..., :, None], EMPTY), axis=-2), table.blocks)
-    last_used = jnp.where(filled, step[..., None], table.last_used)
-    return Resolution(SlotTable(blocks.astype(jnp.int32), last_used.astype(jnp.int32)), slots, missing)
+    blocks, last_used, slots, missing = xla.resolve(*table, wanted, step)
+    return Resolution(SlotTable(blocks, last_used), slots, missing)

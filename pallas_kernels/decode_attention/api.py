@@ -15,6 +15,12 @@ DECODE_ATTENTION = Op(
     {"triton": triton.unsupported},
 )
 
+FETCH_AND_ATTEND = Op(
+    "fetch_and_attend",
+    {"xla": xla.fetch_and_attend, "triton": triton.fetch_and_attend},
+    {"triton": triton.fetch_unsupported},
+)
+
 
 def decode_attention(
     q: Float[Array, "B N D"],
@@ -35,6 +41,42 @@ def decode_attention(
     tokens are masked. layer: which of the L layers. scale: default 1/sqrt(D). Returns the dtype of q; accumulates in
     float32.
     """
+    _check(q, pool, bias, slots, block_ids, positions)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    with jax.named_scope("decode_attention"):
+        return DECODE_ATTENTION(implementation, q, pool, bias, slots, block_ids, positions, layer, scale=scale)
+
+
+def fetch_and_attend(
+    q: Float[Array, "B N D"],
+    pool: Float[Array, "L B K slots 2 P D"],
+    host: Float[Array, "L B K M 2 P D"],
+    bias: Float[Array, "L B K M P"] | None,
+    loads: Int32[Array, "B K J"],
+    slots: Int32[Array, "B K J"],
+    block_ids: Int32[Array, "B K J"],
+    positions: Int32[Array, " B"],
+    layer: Int32[Array, ""],
+    *,
+    scale: float | None = None,
+    implementation: str = "auto",
+) -> tuple[Float[Array, "B N D"], Float[Array, "L B K slots 2 P D"]]:
+    """`fetch_blocks(pool, host, loads, slots, layer)`, then `decode_attention` over that pool: the same bits, in one go.
+
+    loads: the blocks to fetch, -1 for none; slots[b, k, j] gets loads[b, k, j]. Returns (output, pool).
+    """
+    _check(q, pool, bias, slots, block_ids, positions)
+    layers, batch, kv_heads, _, two, size, dim = pool.shape
+    require_shape("host", host, (layers, batch, kv_heads, None, two, size, dim), "[L, B, K, M, 2, P, D]")
+    require_shape("loads", loads, block_ids.shape, "[B, K, J]")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    with jax.named_scope("fetch_and_attend"):
+        return FETCH_AND_ATTEND(
+            implementation, q, pool, host, bias, loads, slots, block_ids, positions, layer, scale=scale
+        )
+
+
+def _check(q: Array, pool: Array, bias: Array | None, slots: Array, block_ids: Array, positions: Array) -> None:
     require_shape("q", q, (None,) * 3, "[B, N, D]")
     require_shape("pool", pool, (None,) * 7, "[L, B, K, slots, 2, P, D]")
     batch, heads, dim = q.shape
@@ -47,15 +89,3 @@ def decode_attention(
         raise bad_value("q", "must have a multiple of K heads", f"N={heads}, K={kv_heads}", "Check the head axis.")
     if bias is not None:
         require_shape("bias", bias, (layers, batch, kv_heads, None, size), "[L, B, K, M, P]")
-    with jax.named_scope("decode_attention"):
-        return DECODE_ATTENTION(
-            implementation,
-            q,
-            pool,
-            bias,
-            slots,
-            block_ids,
-            positions,
-            layer,
-            scale=dim**-0.5 if scale is None else scale,
-        )

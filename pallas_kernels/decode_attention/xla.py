@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.fetch_blocks.xla import fetch_blocks
+
 _CHUNK = 4  # blocks gathered at once
 
 
@@ -69,3 +71,20 @@ def decode_attention(
     out, _, total = jax.lax.fori_loop(0, trips, body, init)
     out = out / jnp.where(total > 0, total, 1)[..., None]
     return out.reshape(batch, heads, dim).astype(q.dtype)
+
+
+def fetch_and_attend(
+    q: Float[Array, "B N D"],
+    pool: Float[Array, "L B K slots 2 P D"],
+    host: Float[Array, "L B K M 2 P D"],
+    bias: Float[Array, "L B K M P"] | None,
+    loads: Int32[Array, "B K J"],
+    slots: Int32[Array, "B K J"],
+    block_ids: Int32[Array, "B K J"],
+    positions: Int32[Array, " B"],
+    layer: Int32[Array, ""],
+    *,
+    scale: float,
+) -> tuple[Float[Array, "B N D"], Float[Array, "L B K slots 2 P D"]]:
+    pool = fetch_blocks(pool, host, loads, slots, layer)
+    return decode_attention(q, pool, bias, slots, block_ids, positions, layer, scale=scale), pool

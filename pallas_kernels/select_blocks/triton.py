@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels import _backend, blocks
 
 _BLOCKS_PER_WARP = 512
+_RANKED_QUERIES = 16  # that share importance, from which on ranks pay
 
 
 def _ordered(scores):
@@ -51,14 +52,13 @@ def _best(keys, count, bits):
     return jax.lax.cond(found == count, lambda t: keys >= t, ties, threshold)
 
 
-def _kernel(
-    query_scores, importance_ranks, positions, first_blocks, ids, *, width, block_size, sink, local, query_picks
-):
+def _kernel(query_scores, importance, positions, first_blocks, ids, *, width, block_size, sink, local, query_picks):
     query, head, row = (_backend.program_id(axis) for axis in range(3))
     num_selected = ids.shape[-1]
     block = jnp.arange(_backend.next_power_of_two(width), dtype=jnp.int32)
     inside = block < width
-    position, first = positions[row, query], first_blocks[row, query]
+    position = positions[row, query]
+    first = jnp.int32(0) if first_blocks is None else first_blocks[row, query]
     own = blocks.query_blocks(position, block_size)
     forced, visible = blocks.forced_and_visible(own, first, block.size, sink=sink, local=local)
     chosen, visible = forced & inside, visible & inside
@@ -70,14 +70,16 @@ def _kernel(
         keys = _ordered(load(query_scores, row, head, query))
         return _best(jnp.where(visible & ~chosen, keys, jnp.iinfo(jnp.int32).min), count, 32)
 
-    if query_scores is not None and importance_ranks is not None and query_picks > 0:
+    if query_scores is not None and importance is not None and query_picks > 0:
         chosen |= best_by_query(query_picks)
     count = num_selected - _count(chosen)
-    if importance_ranks is None:
+    if importance is None:
         chosen |= best_by_query(count)
     else:
-        ranks = jnp.where(visible & ~chosen, load(importance_ranks, row, head), 0)
-        chosen |= _best(ranks, count, width.bit_length())
+        importance, bits, lowest = load(importance, row, head), width.bit_length(), 0
+        if importance.dtype != jnp.int32:
+            importance, bits, lowest = _ordered(importance), 32, jnp.iinfo(jnp.int32).min
+        chosen |= _best(jnp.where(visible & ~chosen, importance, lowest), count, bits)
 
     rank = _backend.running_count(chosen)
     # Lanes that store nothing still get an address of their own.
@@ -119,7 +121,11 @@ def select_blocks(
     batch, length = positions.shape
     kv_heads, width = scores.shape[1], scores.shape[-1]
 
-    ranks = None if importance_scores is None else _ranks(importance_scores)
+    importance = importance_scores  # or its ranks
+    if importance_scores is not None and length >= _RANKED_QUERIES:
+        importance = _ranks(importance_scores)
+
+    first = None if first_block is None else blocks.query_first_blocks(positions, first_block, block_size)
 
     def kernel(*refs: Any) -> None:
         _kernel(
@@ -133,4 +139,4 @@ def select_blocks(
         grid=(length, kv_heads, batch),
         out_shape=jax.ShapeDtypeStruct((batch, kv_heads, length, num_selected_blocks), jnp.int32),
         num_warps=min(16, _backend.next_power_of_two(width // _BLOCKS_PER_WARP)),
-    )(query_scores, ranks, positions, blocks.query_first_blocks(positions, first_block, block_size))
+    )(query_scores, importance, positions, first)

@@ -1,0 +1,225 @@
+"""Tokens per second of batched decoding on a GPU, what bounds them, and the rivals on the same engine.
+
+python -m experiments.decode_throughput --runs nosa:16384:16:80 --output experiments/results/decode_h200.json
+
+A run is variant:context:batch:slots[:trace]; slots "device" keeps the cache on the device. With "trace" the selection
+of every step is replaced, after it was computed, by one whose locality is the published one (`experiments.traces`);
+without, it is what random weights select. Weights, keys and values are random; rows start `context` tokens long, all
+loops are one jitted `lax.fori_loop` of `decode.step` with the state donated. Medians, synchronised.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import re
+import statistics
+import tempfile
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Int32
+
+from experiments import traces
+from experiments.environment import gpu_arguments, save
+from experiments.profiling import kernel_times
+from nosa_jax import CacheConfig, ModelConfig, NosaLM, decode, presets
+from nosa_jax.cache import host_store, slots
+from nosa_jax.cache.plan import plan
+from nosa_jax.cache.state import DecodeState, empty_state
+from nosa_jax.model import with_attention
+from pallas_kernels import blocks
+
+TRACED_HEADS = 8  # independent traces per row; layers beyond repeat them
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    variant: Any
+    context: int
+    batch: int
+    cache: CacheConfig
+    traced: bool
+
+    @staticmethod
+    def parse(text: str) -> Run:
+        variant, context, batch, where, *rest = text.split(":")
+        cache = CacheConfig(offload=False) if where == "device" else CacheConfig(slots=int(where))
+        if rest not in ([], ["trace"]):
+            raise ValueError(f"--runs: must be variant:context:batch:slots[:trace], got {text!r}")
+        return Run(variant, int(context), int(batch), cache, bool(rest))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "run", "max_length"))
+def make_state(config: ModelConfig, run: Run, max_length: int, ids: Array | None, key: Array) -> DecodeState:
+    """Rows of `context` tokens of random content; the slots hold the first selection."""
+    state = empty_state(config, run.batch, max_length, run.cache, jnp.bfloat16)
+    normal = lambda shape, dtype: jax.random.normal(key, shape, dtype)
+    fill = lambda whole: jax.lax.fori_loop(
+        0, config.num_layers, lambda i, x: x.at[i].set(normal(x.shape[1:], x.dtype)), whole
+    )
+    lengths = jnp.full((run.batch,), run.context, jnp.int32)
+    state = dataclasses.replace(state, pool=fill(state.pool), lengths=lengths)
+    if state.host is not None:
+        layer = normal(state.host.shape[1:], state.host.dtype)
+        host = jax.lax.fori_loop(0, config.num_layers, lambda i, h: host_store.store_layer(h, layer, i), state.host)
+        assert ids is not None
+        step = jnp.full(ids.shape[:-1], run.context - 1, jnp.int32)
+        state = dataclasses.replace(state, host=host, table=slots.filled_table(ids, step, state.pool.shape[3]))
+    if state.keys is not None:
+        state = dataclasses.replace(state, keys=state.keys._replace(pooled=fill(state.keys.pooled)))
+    if state.importance is not None:
+        pooled = state.pooled_importance._replace(pooled=jnp.abs(fill(state.pooled_importance.pooled)))
+        state = dataclasses.replace(state, importance=jnp.abs(fill(state.importance)), pooled_importance=pooled)
+    return state
+
+
+def loop(
+    model: NosaLM, state: DecodeState, token: Int32[Array, " B"], ids: Int32[Array, "new Z B K J"] | None, steps: int
+) -> tuple[DecodeState, Array, Array]:
+    """Greedy decoding. Returns the state, the last tokens and how many blocks were fetched."""
+
+    def body(i: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        state, token, fetched = carry
+        forced = None
+        if ids is not None:
+            repeats = -(-model.config.num_layers // ids.shape[1])
+            forced = jnp.concatenate([ids[i]] * repeats)[: model.config.num_layers]
+        state, out = decode.step(model, state, token, None, forced)
+        if out.fetched is not None:
+            fetched += jnp.sum(out.fetched)
+        return state, jnp.argmax(out.logits, axis=-1).astype(jnp.int32), fetched
+
+    return jax.lax.fori_loop(0, steps, body, (state, token, jnp.int32(0)))
+
+
+def launches(text: str) -> int:
+    """Kernels per layer: fusions, calls and copies in the body of the loop over layers, the one that holds most."""
+    bodies: dict[str, int] = {}
+    name = ""
+    for line in text.splitlines():
+        if match := re.match(r"^%?([\w.\-]+) .*\{$", line):
+            name = match[1]
+        elif re.match(r"\s+%?[\w.\-]+ = .*? (fusion|custom-call|copy|sort|scatter)\(", line):
+            bodies[name] = bodies.get(name, 0) + 1
+    return max((n for name, n in bodies.items() if name.startswith("region")), default=0)
+
+
+def link_bandwidth() -> tuple[float, float]:
+    """Bytes per second of `device_put` from pinned memory, and of reading device memory."""
+    size = 2**30
+    host = jax.device_put(jnp.ones((size // 2,), jnp.bfloat16), jax.memory.Space.Host)
+    device = jax.memory.Space.Device
+    put = functools.partial(jax.device_put, host, device)
+    x = put()
+    total = jax.jit(lambda x: jnp.sum(x.astype(jnp.float32)))
+
+    def seconds(call: Any) -> float:
+        samples = []
+        for _ in range(6):
+            start = time.perf_counter()
+            jax.block_until_ready([call() for _ in range(5)])
+            samples.append((time.perf_counter() - start) / 5)
+        return statistics.median(samples[1:])
+
+    return size / seconds(put), size / seconds(lambda: total(x))
+
+
+def measure(model: NosaLM, run: Run, steps: int, repeats: int, link: float, hbm: float) -> dict[str, Any]:
+    model = with_attention(model, variant=run.variant)
+    config = model.config
+    attention = config.attention
+    max_length = run.context + steps * (repeats + 2)
+    plan(config, run.batch, max_length, run.cache).require_memory(allocated=("weights",))
+    num_blocks = blocks.num_blocks(max_length, attention.block_size)
+    traced = None
+    if attention.is_sparse:
+        heads = min(TRACED_HEADS, config.num_layers) * config.num_kv_heads
+        ids = traces.make_trace(
+            attention, np.full(run.batch, run.context - 1), 1 + steps * (repeats + 2), heads, num_blocks
+        )
+        # [steps, B, heads, J] -> [steps, layers with a trace of their own, B, K, J]
+        ids = ids.reshape(*ids.shape[:2], -1, config.num_kv_heads, ids.shape[-1]).transpose(0, 2, 1, 3, 4)
+        traced = jnp.asarray(ids)
+        first = jnp.concatenate([traced[0]] * config.num_layers)[: config.num_layers]
+    state = make_state(config, run, max_length, first if traced is not None else None, jax.random.key(0))
+    token = jnp.zeros((run.batch,), jnp.int32)
+    start = time.perf_counter()
+    given = (
+        (lambda i: traced[1 + i * steps : 1 + (i + 1) * steps]) if run.traced and traced is not None else lambda i: None
+    )
+    compiled = (
+        jax.jit(functools.partial(loop, steps=steps), donate_argnums=1)
+        .lower(model, state, token, given(0))
+        .compile(compiler_options=decode.COMPILER_OPTIONS)
+    )
+    compile_seconds = time.perf_counter() - start
+    seconds, fetched = [], []
+    for i in range(repeats + 1):
+        arguments = jax.block_until_ready((model, state, token, given(i)))
+        start = time.perf_counter()
+        state, token, count = jax.block_until_ready(compiled(*arguments))
+        seconds.append((time.perf_counter() - start) / steps)
+        fetched.append(int(count) / steps)
+    step_seconds = statistics.median(seconds[1:])
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = jax.block_until_ready((model, state, token, given(repeats + 1)))
+        with jax.profiler.trace(folder):
+            jax.block_until_ready(compiled(*arguments))
+        kernels = {name: ms / steps for name, ms in kernel_times(folder).items()}
+    tables = config.num_layers * run.batch * config.num_kv_heads
+    block_bytes = 2 * attention.block_size * config.head_dim * 2
+    moved = statistics.mean(fetched[1:])
+    written = 0.0 if state.host is None else tables / attention.block_size
+    weights = sum(x.nbytes for x in jax.tree.leaves(model)) - model.embed[...].nbytes
+    selected = attention.num_selected_blocks if attention.is_sparse else num_blocks
+    read = selected * (block_bytes + (4 * attention.block_size if attention.uses_importance else 0))
+    if attention.uses_query_scores:
+        read += run.context // attention.pooling_stride * config.head_dim * 2
+    hbm_bytes, link_bytes = weights + tables * read, (moved + written) * block_bytes
+    hbm_ms, link_ms = 1e3 * hbm_bytes / hbm, 1e3 * link_bytes / link
+    memory = compiled.memory_analysis()
+    return {
+        "run": dataclasses.asdict(run), "steps": steps, "tokens_per_second": round(run.batch / step_seconds, 1),
+        "step_ms": round(1e3 * step_seconds, 3), "samples_ms": [round(1e3 * s, 3) for s in seconds[1:]],
+        "fetched_per_table": round(moved / tables, 3), "hbm_gb": round(hbm_bytes / 1e9, 3),
+        "link_gb": round(link_bytes / 1e9, 4), "hbm_ms": round(hbm_ms, 3), "link_ms": round(link_ms, 3),
+        "share_of_sum": round((hbm_ms + link_ms) / (1e3 * step_seconds), 3),
+        "share_of_larger": round(max(hbm_ms, link_ms) / (1e3 * step_seconds), 3),
+        "kernel_ms": {name: round(ms, 4) for name, ms in sorted(kernels.items(), key=lambda x: -x[1])[:40]},
+        "launches_per_layer": launches(compiled.as_text()),
+        "temporary_mib": round(memory.temp_size_in_bytes / 2**20, 1), "compile_s": round(compile_seconds, 1),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--runs", nargs="+", required=True, type=Run.parse, metavar="VARIANT:CONTEXT:BATCH:SLOTS[:trace]"
+    )
+    parser.add_argument("--preset", choices=("nosa_1b", "nosa_3b", "nosa_8b"), default="nosa_8b")
+    parser.add_argument("--steps", type=int, default=64, help="decode steps per sample")
+    parser.add_argument("--repeats", type=int, default=3)
+    args = gpu_arguments(parser)
+    config = getattr(presets, args.preset)()
+    model = jax.jit(lambda: NosaLM(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))()
+    link, hbm = link_bandwidth()
+    print(f"link {link / 1e9:.1f} GB/s, device memory {hbm / 1e9:.0f} GB/s", flush=True)
+    entries = []
+    for run in args.runs:
+        try:
+            entries.append(measure(model, run, args.steps, args.repeats, link, hbm))
+        except Exception as error:  # one failure must not lose the rest of the run
+            entries.append({"run": dataclasses.asdict(run), "failed": f"{type(error).__name__}: {error}"[:300]})
+        print(json.dumps(entries[-1]), flush=True)
+        save(args.output, preset=args.preset, link_bytes_per_second=link, hbm_bytes_per_second=hbm, entries=entries)
+
+
+if __name__ == "__main__":
+    main()

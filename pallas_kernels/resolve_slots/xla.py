@@ -1,0 +1,53 @@
+"""Slots by sorting them by age."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int32
+
+EMPTY = -1
+_IN_USE = jnp.iinfo(jnp.int32).max
+
+
+def resolve(
+    blocks: Int32[Array, "... slots"],
+    last_used: Int32[Array, "... slots"],
+    wanted: Int32[Array, "... J"],
+    step: Int32[Array, "..."],
+) -> tuple[Int32[Array, "... slots"], Int32[Array, "... slots"], Int32[Array, "... J"], Bool[Array, "... J"]]:
+    """The op on one table of any leading shape, each with its own step."""
+    num_slots = blocks.shape[-1]
+    valid = wanted >= 0
+    match = (wanted[..., :, None] == blocks[..., None, :]) & valid[..., :, None]  # [..., J, slots]
+    resident = match.any(-1)
+    in_use = match.any(-2)
+    missing = valid & ~resident
+
+    age = jnp.where(in_use, _IN_USE, last_used)
+    slot_ids = jnp.broadcast_to(jnp.arange(num_slots, dtype=jnp.int32), age.shape)
+    _, _, victims = jax.lax.sort((age, blocks, slot_ids), num_keys=2, dimension=-1)
+    rank = jnp.cumsum(missing, axis=-1) - 1  # the r-th missing block takes the r-th victim
+    taken = jnp.take_along_axis(victims, jnp.clip(rank, 0, num_slots - 1), axis=-1)
+
+    found = jnp.argmax(match, axis=-1).astype(jnp.int32)
+    slots = jnp.where(valid, jnp.where(resident, found, taken), EMPTY)
+
+    placed = (slots[..., :, None] == slot_ids[..., None, :]) & valid[..., :, None]  # [..., J, slots]
+    filled = placed.any(-2)
+    blocks = jnp.where(filled, jnp.max(jnp.where(placed, wanted[..., :, None], EMPTY), axis=-2), blocks)
+    last_used = jnp.where(filled, step[..., None], last_used)
+    return blocks.astype(jnp.int32), last_used.astype(jnp.int32), slots, missing
+
+
+def resolve_slots(
+    blocks: Int32[Array, "L B K slots"],
+    last_used: Int32[Array, "L B K slots"],
+    wanted: Int32[Array, "B K J"],
+    step: Int32[Array, " B"],
+    layer: Int32[Array, ""],
+) -> tuple[Int32[Array, "L B K slots"], Int32[Array, "L B K slots"], Int32[Array, "B K J"], Bool[Array, "B K J"]]:
+    steps = jnp.broadcast_to(step[:, None], wanted.shape[:2])
+    new_blocks, new_used, slots, missing = resolve(blocks[layer], last_used[layer], wanted, steps)
+    put = lambda whole, part: jax.lax.dynamic_update_index_in_dim(whole, part, layer, 0)
+    return put(blocks, new_blocks), put(last_used, new_used), slots, missing
