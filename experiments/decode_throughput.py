@@ -33,6 +33,7 @@ from nosa_jax import CacheConfig, ModelConfig, NosaLM, decode, presets
 from nosa_jax.cache import host_store, slots
 from nosa_jax.cache.plan import plan
 from nosa_jax.cache.state import DecodeState, empty_state
+from nosa_jax.locality import replay_misses
 from nosa_jax.model import with_attention
 from pallas_kernels import blocks
 
@@ -138,22 +139,29 @@ def measure(model: NosaLM, run: Run, steps: int, repeats: int, link: float, hbm:
     max_length = run.context + steps * (repeats + 2)
     plan(config, run.batch, max_length, run.cache).require_memory(allocated=("weights",))
     num_blocks = blocks.num_blocks(max_length, attention.block_size)
-    traced = None
+    traced = first = replayed = None
+    total = 1 + steps * (repeats + 2)
     if attention.is_sparse:
         heads = min(TRACED_HEADS, config.num_layers) * config.num_kv_heads
-        ids = traces.make_trace(
-            attention, np.full(run.batch, run.context - 1), 1 + steps * (repeats + 2), heads, num_blocks
-        )
+        ids = traces.make_trace(attention, np.full(run.batch, run.context - 1), total, heads, num_blocks)
+        if run.cache.slots is not None:
+            listed = jnp.asarray(ids.transpose(1, 2, 0, 3))  # [B, heads, steps, J]
+            at = jnp.broadcast_to(run.context - 1 + jnp.arange(total), listed.shape[:-1])
+            misses = replay_misses(listed, at, attention, run.cache.slots)
+            replayed = round(float(misses[..., 1 + steps : 1 + steps * (repeats + 1)].mean()), 3)
         # [steps, B, heads, J] -> [steps, layers with a trace of their own, B, K, J]
-        ids = ids.reshape(*ids.shape[:2], -1, config.num_kv_heads, ids.shape[-1]).transpose(0, 2, 1, 3, 4)
-        traced = jnp.asarray(ids)
-        first = jnp.concatenate([traced[0]] * config.num_layers)[: config.num_layers]
-    state = make_state(config, run, max_length, first if traced is not None else None, jax.random.key(0))
+        traced = ids.reshape(*ids.shape[:2], -1, config.num_kv_heads, ids.shape[-1]).transpose(0, 2, 1, 3, 4)
+        first = jnp.concatenate([jnp.asarray(traced[0])] * config.num_layers)[: config.num_layers]
+    state = make_state(config, run, max_length, first, jax.random.key(0))
     token = jnp.zeros((run.batch,), jnp.int32)
     start = time.perf_counter()
-    given = (
-        (lambda i: traced[1 + i * steps : 1 + (i + 1) * steps]) if run.traced and traced is not None else lambda i: None
-    )
+
+    def given(sample: int) -> Array | None:
+        """Selections of a sample's steps, where they are replaced."""
+        if traced is None or not run.traced:
+            return None
+        return jnp.asarray(traced[1 + sample * steps : 1 + (sample + 1) * steps])
+
     compiled = (
         jax.jit(functools.partial(loop, steps=steps), donate_argnums=1)
         .lower(model, state, token, given(0))
@@ -188,7 +196,8 @@ def measure(model: NosaLM, run: Run, steps: int, repeats: int, link: float, hbm:
     return {
         "run": dataclasses.asdict(run), "steps": steps, "tokens_per_second": round(run.batch / step_seconds, 1),
         "step_ms": round(1e3 * step_seconds, 3), "samples_ms": [round(1e3 * s, 3) for s in seconds[1:]],
-        "fetched_per_table": round(moved / tables, 3), "hbm_gb": round(hbm_bytes / 1e9, 3),
+        "fetched_per_table": round(moved / tables, 3), "replayed_per_table": replayed,
+        "hbm_gb": round(hbm_bytes / 1e9, 3),
         "link_gb": round(link_bytes / 1e9, 4), "hbm_ms": round(hbm_ms, 3), "link_ms": round(link_ms, 3),
         "share_of_sum": round((hbm_ms + link_ms) / (1e3 * step_seconds), 3),
         "share_of_larger": round(max(hbm_ms, link_ms) / (1e3 * step_seconds), 3),

@@ -39,6 +39,7 @@ def make_trace(
     places = (*SLOTS, None)
     weights = np.array(MISSES[config.variant], np.float64)
     rates = weights - np.append(weights[1:], 0.0)  # returns per step from each stretch of the stack
+    stretches = list(zip(places[:-1], places[1:], rates, strict=True))
     offset = selected - free
 
     trace = np.empty((steps, *shape, selected), np.int32)
@@ -53,7 +54,7 @@ def make_trace(
         # Deepest first; neither what just left comes back nor what just came leaves.
         leave = np.argsort(rng.random((*shape, free)), axis=-1)
         left = np.zeros(shape, np.int64)
-        for start, stop, rate in list(zip(places, places[1:], rates))[::-1]:
+        for start, stop, rate in reversed(stretches):
             for _ in range(int(np.ceil(rate))):
                 low = np.maximum(start - offset, free + left)
                 high = np.minimum(count if stop is None else stop - offset, count)[:, None]
@@ -77,7 +78,7 @@ def make_trace(
 def _exchange(
     stack: np.ndarray, row: np.ndarray, head: np.ndarray, come: np.ndarray, go: np.ndarray, free: int
 ) -> None:
-    """The block at place `come` takes the place `go`, whose block becomes the first of those that are not selected."""
+    """The block at place `come` takes the place `go`, whose block becomes the first that is not selected."""
     comes, goes = stack[row, head, come], stack[row, head, go]
     place = np.arange(stack.shape[-1])
     lines = stack[row, head]
@@ -86,23 +87,3 @@ def _exchange(
     lines[:, free] = goes
     lines[np.arange(len(row)), go] = comes
     stack[row, head] = lines
-
-
-def replayed_misses(trace: Int32[np.ndarray, "steps B heads J"], slots: int) -> float:
-    """Blocks that a least-recently-used pool fetches per step, row and head; the first selection is resident.
-
-    A block that starts at this very step is not fetched, so that a step whose window moved counts one less.
-    """
-    steps, batch, heads, _ = trace.shape
-    missed = 0
-    for b, head in np.ndindex(batch, heads):
-        last = {int(block): 0 for block in trace[0, b, head]}
-        newest = int(trace[0, b, head, -1])
-        for step in range(1, steps):
-            wanted = [int(block) for block in trace[step, b, head]]
-            missed += sum(block not in last and block <= newest for block in wanted)
-            newest = wanted[-1]
-            last |= dict.fromkeys(wanted, step)
-            for block in sorted(set(last) - set(wanted), key=lambda x: (last[x], x))[: max(0, len(last) - slots)]:
-                del last[block]
-    return missed / ((steps - 1) * batch * heads)

@@ -1,6 +1,7 @@
 """Native and offloadable sparse attention (NOSA, arXiv 2510.13602) in JAX."""
 
 from nosa_jax import locality, ops, presets
+from nosa_jax.cache.memory import set_host_memory_limit
 from nosa_jax.cache.plan import CacheTooLargeError, Plan, plan
 from nosa_jax.cache.state import DecodeState
 from nosa_jax.config import AttentionConfig, CacheConfig, ModelConfig, RopeConfig
@@ -41,6 +42,7 @@ __all__ = [
     "prefill",
     "presets",
     "save_pretrained",
+    "set_host_memory_limit",
     "stream",
     "with_attention",
 ]

@@ -286,23 +286,20 @@ def _select(
 
 
 class Shared(NamedTuple):
-    """What the layers of a step have in common. positions, own: of the new token and its block, -1 where a row has none;
-    count: new tokens; filled: the block that the token fills, -1 for none; cos_sin: of the positions."""
+    """What the layers of a step have in common. positions, own: of the new token and its block, -1 where a row has
+    none; num_new: new tokens; cos_sin: of the positions."""
 
     positions: Int32[Array, " B"]
-    count: Int32[Array, " B"]
+    num_new: Int32[Array, " B"]
     own: Int32[Array, " B"]
-    filled: Int32[Array, "B K 1"]
     cos_sin: tuple[Float[Array, "B 1 half"], Float[Array, "B 1 half"]]
 
 
 def _shared(config: ModelConfig, state: DecodeState, positions: Int32[Array, " B"]) -> Shared:
     size = config.attention.block_size
     own = jnp.where(positions >= 0, positions // size, -1)
-    filled = jnp.where(positions % size == size - 1, own, -1)
-    filled = jnp.broadcast_to(filled[:, None, None], (*state.pool.shape[1:3], 1))
     cos_sin = rope.of_positions(config, jnp.maximum(positions, 0)[:, None])
-    return Shared(positions, (positions >= 0).astype(jnp.int32), own, filled, cos_sin)
+    return Shared(positions, (positions >= 0).astype(jnp.int32), own, cos_sin)
 
 
 @jax.jit
@@ -353,7 +350,7 @@ def _step_layer(
     """Attention of one new token per row: select, make resident, write the token, attend, write back."""
     positions, own = shared.positions, shared.own
     q, k, v, importance = attention.project(config, x, *shared.cos_sin)
-    state = kv.append_summaries(config.attention, state, k, importance, shared.count, layer)
+    state = kv.append_summaries(config.attention, state, k, importance, shared.num_new, layer)
     if config.attention.is_sparse:
         ids = _select(config, state, q, positions[:, None], layer)[:, :, 0]
         if forced is not None:
@@ -363,10 +360,7 @@ def _step_layer(
         every = jnp.where(every <= own[:, None], every, -1)[:, None]
         ids = jnp.broadcast_to(every, (x.shape[0], config.num_kv_heads, state.num_blocks))
     state, residence = kv.admit(state, ids, positions, layer)
-    own_slot = kv.own_slots(ids, residence.slots, own)
-    state = kv.write_token(state, k, v, own_slot, positions, layer)
-    state, out = kv.attend(state, q[:, 0], residence, ids, positions, layer)
-    state = kv.write_back(state, shared.filled, own_slot, layer)
+    state, out = kv.attend(state, q[:, 0], k[:, :, 0], v[:, :, 0], residence, ids, positions, layer)
     recorded = None
     if config.attention.is_sparse:
         loads = residence.loads

@@ -3,7 +3,7 @@
 from pallas_kernels._dispatch import KernelUnsupportedError
 from pallas_kernels.block_attention import block_attention
 from pallas_kernels.block_scores import block_scores
-from pallas_kernels.decode_attention import decode_attention, fetch_and_attend
+from pallas_kernels.decode_attention import decode_attention, update_and_attend
 from pallas_kernels.fetch_blocks import fetch_blocks, write_back_blocks
 from pallas_kernels.pooled_keys import append_pooled_keys, pool_keys
 from pallas_kernels.resolve_slots import resolve_slots
@@ -15,10 +15,10 @@ __all__ = [
     "block_attention",
     "block_scores",
     "decode_attention",
-    "fetch_and_attend",
     "fetch_blocks",
     "pool_keys",
     "resolve_slots",
     "select_blocks",
+    "update_and_attend",
     "write_back_blocks",
 ]

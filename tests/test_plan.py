@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,3 +76,23 @@ def test_default_slots_and_clamping():
     state, _ = nosa_jax.prefill(lively_model(small_config()), random_tokens(1, 20), max_length=30)
     assert state.pool.shape[3] == state.num_blocks == 2
     np.testing.assert_array_equal(state.table.blocks[0, 0, 0], [0, 1])
+
+
+_SET_LIMIT = """
+import os, jax, nosa_jax
+nosa_jax.set_host_memory_limit(200)
+assert os.environ["XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"] == "200"
+jax.devices()
+try:
+    nosa_jax.set_host_memory_limit(300)
+except RuntimeError as error:
+    assert "before JAX first uses a device" in str(error)
+    print("refused")
+"""
+
+
+def test_host_memory_limit():
+    done = subprocess.run([sys.executable, "-c", _SET_LIMIT], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "refused\n", done.stderr
+    with pytest.raises(ValueError, match="gib: must be >= 1, got 0"):
+        nosa_jax.set_host_memory_limit(0)

@@ -50,20 +50,26 @@ def numbers(rng, spread, *shape):
 
 
 @pytest.mark.parametrize("kind", ["both", "query_scores", "importance_scores"])
-@pytest.mark.parametrize("spread", [0, 38])
-def test_scores_of_any_size(kind, spread):
-    """37 blocks, no power of two; from the smallest to the largest float32 (-inf counts as the lowest finite one)."""
+@pytest.mark.parametrize("queries, spread", [(20, 0), (20, 38), (5, 38)])
+def test_scores_of_any_size(kind, queries, spread):
+    """Found bit by bit for many queries, digit by digit for few.
+
+    37 blocks, no power of two; from the smallest to the largest float32 (-inf counts as the lowest finite one).
+    """
     rng = np.random.default_rng(spread)
     tiny, huge = np.finfo(np.float32).tiny, np.finfo(np.float32).max
     extremes = np.array(
         [tiny, -tiny, huge, -huge / 2, np.inf, np.nextafter(np.float32(1), np.float32(2)), 1], np.float32
     )
-    scores = {"query_scores": numbers(rng, spread, 2, 1, 20, 37), "importance_scores": numbers(rng, spread, 2, 1, 37)}
+    scores = {
+        "query_scores": numbers(rng, spread, 2, 1, queries, 37),
+        "importance_scores": numbers(rng, spread, 2, 1, 37),
+    }
     for x in scores.values():
         x[..., 3 : 3 + len(extremes)] = extremes
     scores = {name: x if kind in ("both", name) else None for name, x in scores.items()}
     defaults = {"query_scores": None, "importance_scores": None, "first_block": None}
-    positions = rng.integers(-1, 4 * 37, (2, 20)).astype(np.int32)
+    positions = rng.integers(-1, 4 * 37, (2, queries)).astype(np.int32)
     assert_same_as_python(defaults | scores | {"positions": positions}, **counts(9, 1, 2, 3))
 
 

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from nosa_jax.cache import host_store, slots, transport
+from nosa_jax.cache import host_store, slots
 from nosa_jax.cache.slots import SlotTable
 from nosa_jax.cache.state import DecodeState, PooledCache, put_table, table_at
 from nosa_jax.config import AttentionConfig
-from pallas_kernels import append_pooled_keys, decode_attention, resolve_slots
+from pallas_kernels import append_pooled_keys, resolve_slots, update_and_attend
 
 
 def append_summaries(
@@ -58,7 +58,7 @@ def _places(
 
 
 class Residence(NamedTuple):
-    """slots [B, K, J] of the selected blocks; loads [B, K, J] the blocks that must be fetched into them, -1 for none."""
+    """slots of the selected blocks, and loads: the blocks that must be fetched into them, -1 for none."""
 
     slots: Int32[Array, "B K J"]
     loads: Int32[Array, "B K J"] | None
@@ -74,7 +74,8 @@ def admit(
     if state.host is None:
         return state, Residence(block_ids, None)
     size = state.pool.shape[5]
-    blocks, last_used, slot_ids, missing = resolve_slots(*state.table, block_ids, positions, layer)
+    table = state.table
+    blocks, last_used, slot_ids, missing = resolve_slots(table.blocks, table.last_used, block_ids, positions, layer)
     starts_now = (positions % size == 0)[:, None, None] & (block_ids == (positions // size)[:, None, None])
     loads = jnp.where(missing & ~starts_now, block_ids, -1)
     return dataclasses.replace(state, table=SlotTable(blocks, last_used)), Residence(slot_ids, loads)
@@ -83,54 +84,19 @@ def admit(
 def attend(
     state: DecodeState,
     q: Float[Array, "B N D"],
+    k: Float[Array, "B K D"],
+    v: Float[Array, "B K D"],
     residence: Residence,
     block_ids: Int32[Array, "B K J"],
     positions: Int32[Array, " B"],
     layer: Int32[Array, ""],
 ) -> tuple[DecodeState, Float[Array, "B N D"]]:
-    """Attention of one query per row over its selected blocks, after fetching the missing ones."""
-    slot_ids, loads = residence
-    if loads is None:
-        return state, decode_attention(q, state.pool, state.importance, slot_ids, block_ids, positions, layer)
-    out, pool = transport.fetch_and_attend(
-        state.transport, q, state.pool, state.host, state.importance, loads, slot_ids, block_ids, positions, layer
-    )
-    return dataclasses.replace(state, pool=pool), out
-
-
-def own_slots(
-    block_ids: Int32[Array, "B K J"], slot_ids: Int32[Array, "B K J"], own: Int32[Array, " B"]
-) -> Int32[Array, "B K"]:
-    """The slot of each row's own block; -1 where it is not selected (padding rows)."""
-    return jnp.max(jnp.where(block_ids == own[:, None, None], slot_ids, -1), axis=-1)
-
-
-def write_token(
-    state: DecodeState,
-    k: Float[Array, "B K 1 D"],
-    v: Float[Array, "B K 1 D"],
-    slot: Int32[Array, "B K"],
-    positions: Int32[Array, " B"],
-    layer: Int32[Array, ""],
-) -> DecodeState:
-    """Writes one token per row into its block's slot; nowhere for slot -1."""
-    batch, kv_heads = slot.shape
-    num_slots, size = state.pool.shape[3], state.pool.shape[5]
-    row, head = jnp.arange(batch)[:, None], jnp.arange(kv_heads)[None, :]
-    target = jnp.where(slot >= 0, slot, num_slots)
-    kv = jnp.stack([k[:, :, 0], v[:, :, 0]], axis=2).astype(state.pool.dtype)
-    pool = state.pool.at[layer, row, head, target, :, (positions % size)[:, None]].set(kv, mode="drop")
-    return dataclasses.replace(state, pool=pool)
-
-
-def write_back(
-    state: DecodeState, block_ids: Int32[Array, "B K 1"], slot: Int32[Array, "B K"], layer: Int32[Array, ""]
-) -> DecodeState:
-    """Copies the blocks that this token filled (id -1: none) from their slots to the host store."""
-    if state.host is None:
-        return state
-    host = transport.write_back(state.transport, state.host, state.pool, block_ids, slot[..., None], layer)
-    return dataclasses.replace(state, host=host)
+    """Adds one token per row, fetches the missing blocks and attends; a block that the token filled is written back."""
+    out, pool, host = update_and_attend(
+        q, k, v, state.pool, state.host, state.importance, residence.loads, residence.slots, block_ids, positions,
+        layer, zero_copy=state.transport == "auto",
+    )  # fmt: skip
+    return dataclasses.replace(state, pool=pool, host=host), out
 
 
 def stage_layer(state: DecodeState, layer: Int32[Array, ""], *, fresh: bool) -> Float[Array, "B K M 2 P D"]:

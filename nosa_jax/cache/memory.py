@@ -6,9 +6,29 @@ import os
 from pathlib import Path
 
 import jax
+from jax._src import xla_bridge  # nothing public says whether JAX has a device yet
+
+from pallas_kernels._checks import bad_value, require_type
 
 _PINNED_LIMIT_VARIABLE = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
-_PINNED_LIMIT_DEFAULT_GB = 64  # XLA's own default for pinned host memory
+_PINNED_LIMIT_DEFAULT_GIB = 64  # XLA's own default for pinned host memory; it counts in GiB whatever the name says
+
+
+def set_host_memory_limit(gib: int) -> None:
+    """How many GiB of pinned host memory JAX may take for all host stores of the process; 64 without it.
+
+    Only on a GPU: elsewhere there is no such limit. Raises RuntimeError where JAX has a device already, whose limit
+    cannot be changed any more, and ValueError for a limit below 1.
+    """
+    require_type("gib", gib, int, "Pass a whole number.")
+    if gib < 1:
+        raise bad_value("gib", "must be >= 1", gib, "64 is the default.")
+    if xla_bridge.backends_are_initialized():
+        raise RuntimeError(
+            "set_host_memory_limit: must be called before JAX first uses a device, and it has used one; "
+            "call it right after the imports."
+        )
+    os.environ[_PINNED_LIMIT_VARIABLE] = str(gib)
 
 
 def host_limit() -> tuple[int, str]:
@@ -17,8 +37,8 @@ def host_limit() -> tuple[int, str]:
     On a GPU this is XLA's pool of pinned memory. Physical memory is not asked there: virtual machines grow theirs.
     """
     if jax.default_backend() == "gpu":
-        limit = int(os.environ.get(_PINNED_LIMIT_VARIABLE, _PINNED_LIMIT_DEFAULT_GB))
-        return limit * 10**9, f"XLA's pinned memory pool; set {_PINNED_LIMIT_VARIABLE} before JAX starts to raise it"
+        limit = int(os.environ.get(_PINNED_LIMIT_VARIABLE, _PINNED_LIMIT_DEFAULT_GIB))
+        return limit * 2**30, "XLA's pinned memory pool; nosa_jax.set_host_memory_limit, called first, raises it"
     return _physical_memory(), "the machine's memory"
 
 

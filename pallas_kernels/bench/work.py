@@ -32,6 +32,9 @@ from pallas_kernels.fetch_blocks.api import FETCH_BLOCKS, WRITE_BACK_BLOCKS
 from pallas_kernels.pooled_keys import cases as pooled_cases
 from pallas_kernels.pooled_keys import reference as pooled_reference
 from pallas_kernels.pooled_keys.api import APPEND_POOLED_KEYS, POOL_KEYS
+from pallas_kernels.resolve_slots import cases as resolve_cases
+from pallas_kernels.resolve_slots import reference as resolve_reference
+from pallas_kernels.resolve_slots.api import RESOLVE_SLOTS
 from pallas_kernels.select_blocks import cases as select_cases
 from pallas_kernels.select_blocks import reference as select_reference
 from pallas_kernels.select_blocks.api import SELECT_BLOCKS
@@ -258,6 +261,21 @@ def _decode_attention(case: decode_cases.Case, inputs: dict[str, Any]) -> Work:
     )
 
 
+def _resolve_slots(case: resolve_cases.Case, inputs: dict[str, Any]) -> Work:
+    arrays: Callable[[], dict[str, Any]] = lambda: {
+        name: int(x) if name == "layer" else np.asarray(x) for name, x in inputs.items()
+    }
+    names = ("blocks", "last_used", "slots", "missing")
+    listed = nbytes(*(inputs[name][0] for name in ("blocks", "last_used"))) * 2 + 3 * nbytes(inputs["wanted"])
+    return Work(
+        inputs,
+        ops.resolve_slots,
+        Floor(listed),
+        lambda: dict(zip(names, resolve_reference.resolve_slots(**arrays()), strict=True)),
+        lambda output: dict(zip(names, output, strict=True)),
+    )
+
+
 def _transport(call: Callable[..., Any], slow: Callable[..., Any], updated: str) -> Callable[[Any, Any], Work]:
     def build(case: fetch_cases.Case, inputs: dict[str, Any]) -> Work:
         arrays = lambda: {name: int(x) if name == "layer" else np.asarray(x) for name, x in inputs.items()}
@@ -275,6 +293,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "block_attention": Benchmark(BLOCK_ATTENTION, attention_cases, _attention(gradient=False)),
     "block_attention_grad": Benchmark(BLOCK_ATTENTION, attention_cases, _attention(gradient=True)),
     "decode_attention": Benchmark(DECODE_ATTENTION, decode_cases, _decode_attention),
+    "resolve_slots": Benchmark(RESOLVE_SLOTS, resolve_cases, _resolve_slots),
     "fetch_blocks": Benchmark(
         FETCH_BLOCKS, fetch_cases, _transport(ops.fetch_blocks, fetch_reference.fetch_blocks, "pool")
     ),

@@ -2,9 +2,10 @@
 
 Contract: blocks are visited in ascending id, in chunks that depend on J only, so the result does not depend, to the
 bit, on the number of slots or on where a block lies. Slots and ids outside their range are ignored; memory never
-written may hold NaN. With `fetch_and_attend` the missing blocks cross from the host store on the way.
+written may hold NaN. `update_and_attend` first brings
+the cache up to date: the missing blocks cross from the host store, the new token takes its place.
 """
 
-from pallas_kernels.decode_attention.api import decode_attention, fetch_and_attend
+from pallas_kernels.decode_attention.api import decode_attention, update_and_attend
 
-__all__ = ["decode_attention", "fetch_and_attend"]
+__all__ = ["decode_attention", "update_and_attend"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 from jaxtyping import Array, Float, Int32
 
@@ -15,10 +17,10 @@ DECODE_ATTENTION = Op(
     {"triton": triton.unsupported},
 )
 
-FETCH_AND_ATTEND = Op(
-    "fetch_and_attend",
-    {"xla": xla.fetch_and_attend, "triton": triton.fetch_and_attend},
-    {"triton": triton.fetch_unsupported},
+UPDATE_AND_ATTEND = Op(
+    "update_and_attend",
+    {"xla": xla.update_and_attend, "triton": triton.update_and_attend},
+    {"triton": triton.update_unsupported},
 )
 
 
@@ -47,33 +49,45 @@ def decode_attention(
         return DECODE_ATTENTION(implementation, q, pool, bias, slots, block_ids, positions, layer, scale=scale)
 
 
-def fetch_and_attend(
+def update_and_attend(
     q: Float[Array, "B N D"],
+    k: Float[Array, "B K D"],
+    v: Float[Array, "B K D"],
     pool: Float[Array, "L B K slots 2 P D"],
-    host: Float[Array, "L B K M 2 P D"],
+    host: Float[Array, "L B K M 2 P D"] | None,
     bias: Float[Array, "L B K M P"] | None,
-    loads: Int32[Array, "B K J"],
+    loads: Int32[Array, "B K J"] | None,
     slots: Int32[Array, "B K J"],
     block_ids: Int32[Array, "B K J"],
     positions: Int32[Array, " B"],
     layer: Int32[Array, ""],
     *,
     scale: float | None = None,
+    zero_copy: bool = True,
     implementation: str = "auto",
-) -> tuple[Float[Array, "B N D"], Float[Array, "L B K slots 2 P D"]]:
-    """`fetch_blocks(pool, host, loads, slots, layer)`, then `decode_attention` over that pool: the same bits, in one go.
+) -> tuple[Float[Array, "B N D"], Float[Array, "L B K slots 2 P D"], Float[Array, "L B K M 2 P D"] | None]:
+    """What a decode step does to one layer's cache, and its attention: returns (output, pool, host).
 
-    loads: the blocks to fetch, -1 for none; slots[b, k, j] gets loads[b, k, j]. Returns (output, pool).
+    Blocks that are missing cross from the host store (slots[b, k, j] gets block loads[b, k, j], -1 for none), k and v
+    of the new token go to their place in the slot of its block, `decode_attention` runs over the pool, and a block
+    that the token filled is copied to the host store. host: in `pinned_host` memory, None (and loads None) without one.
+    positions: of the new token, -1 for rows without one. zero_copy: False moves blocks by `device_put` whatever
+    implementation attends. The output has the bits of `decode_attention` over the same pool.
     """
     _check(q, pool, bias, slots, block_ids, positions)
     layers, batch, kv_heads, _, two, size, dim = pool.shape
-    require_shape("host", host, (layers, batch, kv_heads, None, two, size, dim), "[L, B, K, M, 2, P, D]")
-    require_shape("loads", loads, block_ids.shape, "[B, K, J]")
+    require_shape("k", k, (batch, kv_heads, dim), "[B, K, D]")
+    require_shape("v", v, k.shape, "[B, K, D]")
+    if host is not None:
+        require_shape("host", host, (layers, batch, kv_heads, None, two, size, dim), "[L, B, K, M, 2, P, D]")
+        require_shape("loads", loads, block_ids.shape, "[B, K, J]")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    with jax.named_scope("fetch_and_attend"):
-        return FETCH_AND_ATTEND(
-            implementation, q, pool, host, bias, loads, slots, block_ids, positions, layer, scale=scale
-        )
+    arguments = (q, k, v, pool, host, bias, loads, slots, block_ids, positions, layer)
+    with jax.named_scope("update_and_attend"):
+        if zero_copy:
+            return UPDATE_AND_ATTEND(implementation, *arguments, scale=scale)
+        attend = functools.partial(DECODE_ATTENTION, implementation)
+        return xla.update_and_attend(*arguments, scale=scale, attend=attend)
 
 
 def _check(q: Array, pool: Array, bias: Array | None, slots: Array, block_ids: Array, positions: Array) -> None:

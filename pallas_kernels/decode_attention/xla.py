@@ -6,11 +6,13 @@ bits.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.fetch_blocks.xla import fetch_blocks
+from pallas_kernels.fetch_blocks.xla import fetch_blocks, write_back_blocks
 
 _CHUNK = 4  # blocks gathered at once
 
@@ -73,18 +75,57 @@ def decode_attention(
     return out.reshape(batch, heads, dim).astype(q.dtype)
 
 
-def fetch_and_attend(
-    q: Float[Array, "B N D"],
+def blocks_of_tokens(
+    block_ids: Int32[Array, "B K J"], slots: Int32[Array, "B K J"], positions: Int32[Array, " B"], size: int
+) -> tuple[Int32[Array, "B K"], Int32[Array, "B K 1"]]:
+    """(slot of the block that each row's new token belongs to, its id where the token fills it); -1 for none."""
+    own = jnp.where(positions >= 0, positions // size, -1)
+    is_own = (block_ids == own[:, None, None]) & (block_ids >= 0)
+    filled = jnp.where(positions % size == size - 1, own, -1)
+    return jnp.max(jnp.where(is_own, slots, -1), axis=-1), jnp.broadcast_to(
+        filled[:, None, None], (*block_ids.shape[:2], 1)
+    )
+
+
+def write_token(
     pool: Float[Array, "L B K slots 2 P D"],
-    host: Float[Array, "L B K M 2 P D"],
+    k: Float[Array, "B K D"],
+    v: Float[Array, "B K D"],
+    slots: Int32[Array, "B K"],
+    positions: Int32[Array, " B"],
+    layer: Int32[Array, ""],
+) -> Float[Array, "L B K slots 2 P D"]:
+    """Writes one token per row into its block's slot; nowhere for slot -1."""
+    batch, kv_heads = slots.shape
+    row, head = jnp.arange(batch)[:, None], jnp.arange(kv_heads)[None, :]
+    target = jnp.where(slots >= 0, slots, pool.shape[3])
+    token = (positions % pool.shape[5])[:, None]
+    return pool.at[layer, row, head, target, :, token].set(jnp.stack([k, v], axis=2).astype(pool.dtype), mode="drop")
+
+
+def update_and_attend(
+    q: Float[Array, "B N D"],
+    k: Float[Array, "B K D"],
+    v: Float[Array, "B K D"],
+    pool: Float[Array, "L B K slots 2 P D"],
+    host: Float[Array, "L B K M 2 P D"] | None,
     bias: Float[Array, "L B K M P"] | None,
-    loads: Int32[Array, "B K J"],
+    loads: Int32[Array, "B K J"] | None,
     slots: Int32[Array, "B K J"],
     block_ids: Int32[Array, "B K J"],
     positions: Int32[Array, " B"],
     layer: Int32[Array, ""],
     *,
     scale: float,
-) -> tuple[Float[Array, "B N D"], Float[Array, "L B K slots 2 P D"]]:
-    pool = fetch_blocks(pool, host, loads, slots, layer)
-    return decode_attention(q, pool, bias, slots, block_ids, positions, layer, scale=scale), pool
+    attend: Callable[..., Array] = decode_attention,
+) -> tuple[Float[Array, "B N D"], Float[Array, "L B K slots 2 P D"], Float[Array, "L B K M 2 P D"] | None]:
+    """attend: what runs as `decode_attention`."""
+    own_slots, filled = blocks_of_tokens(block_ids, slots, positions, pool.shape[5])
+    if host is not None:
+        assert loads is not None
+        pool = fetch_blocks(pool, host, loads, slots, layer)
+    pool = write_token(pool, k, v, own_slots, positions, layer)
+    out = attend(q, pool, bias, slots, block_ids, positions, layer, scale=scale)
+    if host is not None:
+        host = write_back_blocks(host, pool, filled, own_slots[..., None], layer)
+    return out, pool, host

@@ -1,4 +1,4 @@
-"""Transport by a Pallas-Triton kernel that reads and writes pinned host memory itself: one launch per layer and direction."""
+"""Transport by a Pallas-Triton kernel that reads and writes pinned host memory itself: one launch per direction."""
 
 from __future__ import annotations
 

@@ -23,12 +23,12 @@ def resolve_slots(
     *,
     implementation: str = "auto",
 ) -> tuple[Int32[Array, "L B K slots"], Int32[Array, "L B K slots"], Int32[Array, "B K J"], Bool[Array, "B K J"]]:
-    """Returns (blocks, last_used, slot of each wanted block, whether it was missing), one layer's table brought up to date.
+    """Returns (blocks, last_used, slot of each wanted block, whether it was missing), one layer's table up to date.
 
     blocks: block id in each slot, -1 where it is empty. last_used: step of its last use, -1 where it is empty.
     wanted: distinct block ids, -1 for padding, whose slots are -1. step: grows from call to call.
     """
-    layers, batch, kv_heads, num_slots = blocks.shape
+    _, batch, kv_heads, _ = blocks.shape
     require_shape("last_used", last_used, blocks.shape, "[L, B, K, slots]")
     require_shape("wanted", wanted, (batch, kv_heads, None), "[B, K, J]")
     require_shape("step", step, (batch,), "[B]")

@@ -11,7 +11,7 @@ def resolve_slots(
     blocks, last_used = blocks.copy(), last_used.copy()
     slots, missing = np.full(wanted.shape, -1, np.int32), np.zeros(wanted.shape, bool)
     for b, k in np.ndindex(*wanted.shape[:2]):
-        table, used = blocks[int(layer), b, k], last_used[int(layer), b, k]
+        table, used = blocks[layer, b, k], last_used[layer, b, k]
         asked = [block for block in wanted[b, k] if block >= 0]
         free = [slot for slot in range(table.size) if table[slot] not in asked or table[slot] < 0]
         leaving = iter(sorted(free, key=lambda slot: (used[slot], table[slot], slot)))
@@ -21,6 +21,6 @@ def resolve_slots(
             where = np.flatnonzero(table == block)
             missing[b, k, j] = where.size == 0
             slots[b, k, j] = where[0] if where.size else next(leaving)
-        for j in np.flatnonzero(wanted[b, k] >= 0):
-            table[slots[b, k, j]], used[slots[b, k, j]] = wanted[b, k, j], step[b]
+        taken = wanted[b, k] >= 0
+        table[slots[b, k, taken]], used[slots[b, k, taken]] = wanted[b, k, taken], step[b]
     return blocks, last_used, slots, missing

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Int32
 from pallas_kernels import _backend
 
 _MOST = 1024  # slots, and wanted blocks
-_CHUNK = int(__import__('os').environ.get('CHUNK','16'))  # slots that all others are compared with at once
+_CHUNK = 16  # slots that all others are compared with at once
 
 
 def _kernel(layer, wanted, step, blocks_in, last_used_in, blocks, last_used, slots, missing, *, width, num_slots):

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels import _backend, blocks
 
 _BLOCKS_PER_WARP = 512
-_RANKED_QUERIES = 16  # that share importance, from which on ranks pay
+_FEW_QUERIES = 16  # of a row: fewer wait for each count, and do not pay for ranks
 
 
 def _ordered(scores):
@@ -25,34 +25,49 @@ def _count(mask):
     return jnp.sum(mask, dtype=jnp.int32)
 
 
-def _best(keys, count, bits):
+def _best(keys, count, bits, digit_bits):
     """Mask of the `count` largest keys, ties to the lowest index; the lowest possible key is never taken.
 
-    bits: how many low bits of the keys vary. The threshold is found from the highest bit down, by counting.
+    bits: how many low bits of the keys vary. The threshold is found from the highest bit down, by counting,
+    `digit_bits` at a time: one where many queries share the machine, more where few wait for each count.
     """
     lowest = jnp.int32(0 if bits < 32 else jnp.iinfo(jnp.int32).min)
+    digits = jnp.arange(1 << digit_bits, dtype=jnp.int32)
 
     def unsettled(state):
-        bit, _, found = state
-        return (bit >= 0) & (found != count)
+        shift, _, found = state
+        return (shift >= 0) & (found != count)
 
-    def settle(state):
+    def settle_bit(state):
         bit, threshold, found = state
         candidate = threshold + jnp.left_shift(jnp.int32(1), bit)  # wraps from the lowest integer up
         above = _count(keys >= candidate)
         taken = above >= count
         return bit - 1, jnp.where(taken, candidate, threshold), jnp.where(taken, above, found)
 
+    def settle_digit(state):
+        shift, threshold, found = state
+        candidates = threshold + jnp.left_shift(digits, shift)
+        above = jnp.sum((keys[:, None] >= candidates[None]).astype(jnp.int32), axis=0)
+        taken = (above >= count) & (digits > 0)
+        digit = _count(taken)  # counts fall as candidates rise
+        fewest = jnp.min(jnp.where(taken, above, keys.size))
+        threshold += jnp.left_shift(digit, shift)
+        return shift - digit_bits, threshold, jnp.where(digit > 0, fewest, found)
+
     def ties(threshold):
         above, equal = keys > threshold, (keys == threshold) & (threshold > lowest)
         return above | (equal & (_backend.running_count(equal) <= count - _count(above)))
 
-    start = (jnp.int32(bits - 1), lowest, jnp.int32(-1))
-    _, threshold, found = jax.lax.while_loop(unsettled, settle, start)
+    first = jnp.int32((bits - 1) // digit_bits * digit_bits)
+    settle = settle_bit if digit_bits == 1 else settle_digit
+    _, threshold, found = jax.lax.while_loop(unsettled, settle, (first, lowest, jnp.int32(-1)))
     return jax.lax.cond(found == count, lambda t: keys >= t, ties, threshold)
 
 
-def _kernel(query_scores, importance, positions, first_blocks, ids, *, width, block_size, sink, local, query_picks):
+def _kernel(
+    query_scores, importance, positions, first_blocks, ids, *, width, block_size, sink, local, query_picks, digit_bits
+):
     query, head, row = (_backend.program_id(axis) for axis in range(3))
     num_selected = ids.shape[-1]
     block = jnp.arange(_backend.next_power_of_two(width), dtype=jnp.int32)
@@ -68,7 +83,7 @@ def _kernel(query_scores, importance, positions, first_blocks, ids, *, width, bl
 
     def best_by_query(count):
         keys = _ordered(load(query_scores, row, head, query))
-        return _best(jnp.where(visible & ~chosen, keys, jnp.iinfo(jnp.int32).min), count, 32)
+        return _best(jnp.where(visible & ~chosen, keys, jnp.iinfo(jnp.int32).min), count, 32, digit_bits)
 
     if query_scores is not None and importance is not None and query_picks > 0:
         chosen |= best_by_query(query_picks)
@@ -79,7 +94,7 @@ def _kernel(query_scores, importance, positions, first_blocks, ids, *, width, bl
         importance, bits, lowest = load(importance, row, head), width.bit_length(), 0
         if importance.dtype != jnp.int32:
             importance, bits, lowest = _ordered(importance), 32, jnp.iinfo(jnp.int32).min
-        chosen |= _best(jnp.where(visible & ~chosen, importance, lowest), count, bits)
+        chosen |= _best(jnp.where(visible & ~chosen, importance, lowest), count, bits, digit_bits)
 
     rank = _backend.running_count(chosen)
     # Lanes that store nothing still get an address of their own.
@@ -121,8 +136,9 @@ def select_blocks(
     batch, length = positions.shape
     kv_heads, width = scores.shape[1], scores.shape[-1]
 
+    few = length < _FEW_QUERIES
     importance = importance_scores  # or its ranks
-    if importance_scores is not None and length >= _RANKED_QUERIES:
+    if importance_scores is not None and not few:
         importance = _ranks(importance_scores)
 
     first = None if first_block is None else blocks.query_first_blocks(positions, first_block, block_size)
@@ -130,7 +146,7 @@ def select_blocks(
     def kernel(*refs: Any) -> None:
         _kernel(
             *refs, width=width, block_size=block_size, sink=num_sink_blocks, local=num_local_blocks,
-            query_picks=num_query_blocks,
+            query_picks=num_query_blocks, digit_bits=4 if few else 1,
         )  # fmt: skip
 
     return _backend.triton_call(
@@ -138,5 +154,5 @@ def select_blocks(
         name="select_blocks",
         grid=(length, kv_heads, batch),
         out_shape=jax.ShapeDtypeStruct((batch, kv_heads, length, num_selected_blocks), jnp.int32),
-        num_warps=min(16, _backend.next_power_of_two(width // _BLOCKS_PER_WARP)),
+        num_warps=min(16, max(8 if few else 1, _backend.next_power_of_two(width // (64 if few else _BLOCKS_PER_WARP)))),
     )(query_scores, importance, positions, first)
