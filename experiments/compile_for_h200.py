@@ -9,6 +9,7 @@ two cores), hence not a test.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 import time
@@ -17,9 +18,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
+from nosa_jax import CacheConfig, ModelConfig, NosaLM, decode, presets
+from nosa_jax.cache.state import empty_state
 from pallas_kernels import block_attention, select_blocks
 from pallas_kernels.block_scores import block_scores
 
@@ -68,6 +72,25 @@ def selection(group: int, dim: int, dtype: Any, num_blocks: int) -> Iterator[Pro
     yield f"selection M={num_blocks}", select, (*both, shape(tokens, kind=jnp.int32))
 
 
+def decode_step(config: ModelConfig, batch: int, max_length: int, slots: int) -> Iterator[Program]:
+    """Sixteen steps of a loop over the whole model; its temporaries hold the pool, but no layer's weights."""
+    model = jax.eval_shape(lambda: NosaLM(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
+    rows = jax.ShapeDtypeStruct((batch,), jnp.int32)
+
+    def steps(model: NosaLM, tokens: Any, lengths: Any) -> Any:
+        state = empty_state(config, batch, max_length, CacheConfig(slots=slots), jnp.bfloat16)
+        state = dataclasses.replace(state, lengths=lengths)
+
+        def body(_: Any, carry: Any) -> Any:
+            state, tokens = carry
+            state, out = decode.step(model, state, tokens)
+            return state, jnp.argmax(out.logits, axis=-1).astype(jnp.int32)
+
+        return jax.lax.fori_loop(0, 16, body, (state, tokens))[1]
+
+    yield f"decode, {batch} rows of {max_length}, {slots} slots", steps, (model, rows, rows)
+
+
 def programs() -> Iterator[Program]:
     for group, dim in ((16, 128), (8, 128), (4, 128), (1, 128), (16, 64), (3, 64)):
         yield from attention(group, dim, jnp.bfloat16)
@@ -81,6 +104,9 @@ def programs() -> Iterator[Program]:
         (16, 128, jnp.float32, 64),
     ):
         yield from selection(group, dim, dtype, num_blocks)
+    few_layers = dataclasses.replace(presets.nosa_8b(), num_layers=4)
+    for batch, max_length, slots in ((16, 16384, 80), (128, 16384, 64), (8, 98304, 128)):
+        yield from decode_step(few_layers, batch, max_length, slots)
 
 
 def main() -> None:
@@ -94,7 +120,8 @@ def main() -> None:
         start = time.perf_counter()
         try:
             with jax.sharding.use_abstract_mesh(mesh):
-                compiled = jax.jit(function).trace(*placed).lower(lowering_platforms=("cuda",)).compile()
+                lowered = jax.jit(function).trace(*placed).lower(lowering_platforms=("cuda",))
+                compiled = lowered.compile(compiler_options=decode.COMPILER_OPTIONS)
             result = f"{compiled.memory_analysis().temp_size_in_bytes / 2**20:8.1f} MiB"
         except Exception as error:  # the next one may still compile
             failed += 1

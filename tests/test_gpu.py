@@ -27,10 +27,26 @@ from selection_checks import counts
 from support import lively_model, random_tokens, small_config
 
 import nosa_jax
-from nosa_jax import CacheConfig
-from pallas_kernels import _inputs, block_attention, block_scores, blocks, select_blocks
+from nosa_jax import CacheConfig, ModelConfig, cast
+from nosa_jax.cache import host_store
+from pallas_kernels import (
+    _inputs,
+    append_pooled_keys,
+    block_attention,
+    block_scores,
+    blocks,
+    decode_attention,
+    fetch_blocks,
+    resolve_slots,
+    select_blocks,
+    update_and_attend,
+    write_back_blocks,
+)
 from pallas_kernels.block_attention.cases import Case
 from pallas_kernels.block_scores import cases as score_cases
+from pallas_kernels.decode_attention import cases as decode_cases
+from pallas_kernels.resolve_slots import cases as slot_cases
+from pallas_kernels.resolve_slots import reference as slot_reference
 
 pytestmark = pytest.mark.gpu
 
@@ -177,3 +193,104 @@ def test_selections_are_those_of_xla(num_blocks, kind):
         for implementation in ("triton", "xla")
     )
     np.testing.assert_array_equal(ours, xla)
+
+
+# ---- decoding ----
+
+WILD = np.array([-(2**31), -1, 2**31 - 1], np.int32)
+
+
+def compiled(op, inputs, implementation="triton", **options):
+    run = jax.jit(functools.partial(op, implementation=implementation, **options))
+    return jax.tree.map(np.asarray, run(**inputs))
+
+
+def test_decoding_512_steps_gives_the_same_bits_from_any_cache():
+    """Eight rows of different lengths, 64 selected blocks: on the device, few and many slots, both transports."""
+    shape = {"num_layers": 2, "hidden_size": 256, "intermediate_size": 512, "num_heads": 8, "num_kv_heads": 2}
+    model = cast(lively_model(ModelConfig(vocab_size=512, head_dim=64, **shape)), jnp.bfloat16)
+    lengths = np.array([6500, 6001, 5200, 4500, 4097, 4096, 700, 33])
+    tokens = random_tokens(8, lengths.max(), seed=2, vocab=512)
+    run = functools.partial(nosa_jax.generate, model, tokens, lengths, max_new_tokens=512, record=True, chunk=1024)
+    expected = jax.device_get(run(cache=CacheConfig(offload=False)))
+    assert np.isfinite(expected.logits).all()
+    caches = [CacheConfig(slots=slots) for slots in (64, 80, 128)] + [CacheConfig(slots=80, transport="device_put")]
+    for cache in caches:
+        ours = jax.device_get(run(cache=cache))
+        np.testing.assert_array_equal(ours.logits, expected.logits)
+        assert (ours.fetched > 0).any() == (cache.slots < 128)
+
+
+def test_transport_above_4_gib():
+    """The last blocks of a host store of 5 GB, there and back, beside ids and slots that mean nothing."""
+    shape, rng = (2, 2, 2, 20000, 2, 64, 128), np.random.default_rng(0)
+    host = jax.jit(lambda: host_store.allocate(shape, jnp.bfloat16))()
+    pool = jnp.asarray(rng.standard_normal((*shape[:3], 8, *shape[4:]), np.float32), jnp.bfloat16)
+    everywhere = lambda *numbers: jnp.broadcast_to(jnp.asarray(numbers, jnp.int32), (2, 2, len(numbers)))
+    ids, layer = everywhere(19999, 3, 10007, *WILD, 20000, 5, 6), jnp.int32(1)
+    slots = everywhere(0, 1, 2, 3, 3, 3, 3, WILD[0], 8)
+    back = everywhere(4, 5, 6, 7, 7, 7, 7, WILD[2], 8)
+    write = jax.jit(functools.partial(write_back_blocks, implementation="triton"), donate_argnums=0)
+    host = write(host, pool, ids, slots, layer)
+    before = np.asarray(pool, np.float32)
+    fetch = jax.jit(functools.partial(fetch_blocks, implementation="triton"))
+    after = np.array(fetch(pool, host, ids, back, layer), np.float32)
+    np.testing.assert_array_equal(after[1, :, :, 4:7], before[1, :, :, :3])
+    after[1, :, :, 4:7] = before[1, :, :, 4:7]
+    np.testing.assert_array_equal(after, before)
+
+
+def test_one_step_of_the_cache():
+    """Pool and host store to the bit as XLA composes them, the output to the bit as attention alone."""
+    case = decode_cases.Case((5000, 4160, 300), 100, 2, 16, 128, 2, 64, 64, dtype="bfloat16")
+    inputs = decode_cases.make_inputs(case, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    ids, slots = (np.array(inputs[name]) for name in ("block_ids", "slots"))
+    loads = np.where((rng.random(ids.shape) < 0.2) & (ids >= 0), ids, -1)
+    ids[0, :, :3], slots[0, :, 3:6], loads[0, :, 6:9] = WILD, WILD, WILD
+    shape = (*inputs["pool"].shape[:3], case.num_blocks, *inputs["pool"].shape[4:])
+    host = jnp.asarray(rng.standard_normal(shape, np.float32), jnp.bfloat16)
+    token = jnp.asarray(rng.standard_normal((2, 3, 2, 128), np.float32), jnp.bfloat16)
+    given = inputs | {"k": token[0], "v": token[1], "host": jax.device_put(host, jax.memory.Space.Host)}
+    given |= {"block_ids": jnp.asarray(ids), "slots": jnp.asarray(slots), "loads": jnp.asarray(loads)}
+    out, pool, host = compiled(update_and_attend, given)
+    xla_out, xla_pool, xla_host = compiled(update_and_attend, given, "xla")
+    for ours, xla in ((pool, xla_pool), (host, xla_host)):
+        np.testing.assert_array_equal(ours.astype(np.float32), xla.astype(np.float32))
+    np.testing.assert_allclose(out.astype(np.float32), xla_out.astype(np.float32), rtol=0.02, atol=0.02)
+    alone = {name: given[name] for name in ("q", "bias", "slots", "block_ids", "positions", "layer")}
+    np.testing.assert_array_equal(compiled(decode_attention, alone | {"pool": jnp.asarray(pool)}), out)
+
+
+def test_the_rest_of_a_decode_step():
+    """Slots as the Python loop finds them, appended means as XLA's to the bit, scores of one query as XLA's."""
+    inputs = slot_cases.make_inputs(slot_cases.REAL["8b_16k"], jax.random.key(0))
+    plain = {name: int(x) if name == "layer" else np.asarray(x) for name, x in inputs.items()}
+    for x, y in zip(compiled(resolve_slots, inputs), slot_reference.resolve_slots(**plain), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+    keys = jax.random.normal(jax.random.key(1), (3, 2, 40, 128), jnp.bfloat16)
+
+    def appended(implementation):
+        def body(step, state):
+            new = jax.lax.dynamic_slice_in_dim(keys, step, 1, axis=2)
+            start, count = jnp.full((3,), step), jnp.ones((3,), jnp.int32)
+            return append_pooled_keys(*state, new, start, count, jnp.int32(1), stride=8, implementation=implementation)
+
+        state = jnp.zeros((2, 3, 2, 4, 128), jnp.bfloat16), jnp.zeros((2, 3, 2, 2, 128), jnp.float32)
+        return jax.jit(lambda: jax.lax.fori_loop(0, 40, body, state))()
+
+    for x, y in zip(appended("triton"), appended("xla"), strict=True):
+        np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
+
+    scored = {
+        "q": jax.random.normal(jax.random.key(2), (3, 1, 32, 128), jnp.bfloat16),
+        "pooled_keys": jax.random.normal(jax.random.key(3), (2, 3, 2, 1023, 128), jnp.bfloat16),
+        "positions": jnp.array([[16383], [5000], [20]], jnp.int32),
+        "layer": jnp.int32(1),
+    }
+    sizes = {"num_blocks": 256, "block_size": 64, "stride": 16}
+    ours, xla = (compiled(block_scores, scored, implementation, **sizes) for implementation in ("triton", "xla"))
+    np.testing.assert_array_equal(np.isneginf(ours), np.isneginf(xla))
+    real = np.isfinite(xla)
+    np.testing.assert_allclose(ours[real], xla[real], rtol=1e-4, atol=1e-7)

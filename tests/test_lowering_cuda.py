@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import NamedTuple
 
@@ -11,7 +12,18 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from nosa_jax import AttentionConfig, ModelConfig, presets
-from pallas_kernels import block_attention, block_scores, blocks, select_blocks
+from pallas_kernels import (
+    append_pooled_keys,
+    block_attention,
+    block_scores,
+    blocks,
+    decode_attention,
+    fetch_blocks,
+    resolve_slots,
+    select_blocks,
+    update_and_attend,
+    write_back_blocks,
+)
 
 H200 = AbstractMesh(
     (1,),
@@ -54,7 +66,8 @@ def kernels(function, *arguments) -> list[str]:
     """The kernels that `function` calls when lowered for CUDA: Triton's by name, or "mosaic"."""
     with jax.sharding.use_abstract_mesh(H200):
         text = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
-    names = re.findall(r'custom_call @(mosaic)_gpu|name = "((?:block|select)_\w+)"', text)
+    ours = "block|select|append|resolve|move|decode|update"
+    names = re.findall(rf'custom_call @(mosaic)_gpu|name = "((?:{ours})_\w+)"', text)
     names = ["".join(name) for name in names]
     assert text.count("@__gpu$xla.gpu.triton") == len(names) - names.count("mosaic")
     return names
@@ -144,6 +157,82 @@ def test_block_scores(shape):
 
 def test_select_blocks(shape):
     assert selection_kernels(shape) == ["select_blocks"]
+
+
+def decode_arguments(shape, slots=80):
+    """Arguments by name of a decode step: two layers, two rows."""
+    kv_heads, group, dim, tokens, dtype, attention = shape
+    size, selected = attention.block_size, attention.num_selected_blocks
+    m = max(selected, blocks.num_blocks(tokens, size))
+    row = lambda dtype, *sizes: jax.ShapeDtypeStruct((2, *sizes), dtype)
+    cache = lambda dtype, *sizes: jax.ShapeDtypeStruct((2, 2, kv_heads, *sizes), dtype)
+    return {
+        "q": row(dtype, kv_heads * group, dim),
+        "k": row(dtype, kv_heads, dim),
+        "v": row(dtype, kv_heads, dim),
+        "pool": cache(dtype, slots, 2, size, dim),
+        "host": cache(dtype, m, 2, size, dim),
+        "bias": cache("float32", m, size),
+        "table": cache("int32", slots),
+        "pooled": cache(dtype, blocks.num_windows(m * size, attention.pooling_stride), dim),
+        "sums": cache("float32", 2, dim),
+        "ids": row("int32", kv_heads, selected),
+        "positions": row("int32"),
+        "layer": jax.ShapeDtypeStruct((), "int32"),
+    }
+
+
+def in_host_memory(op, place):
+    """`op` with the argument at `place` taken from pinned host memory."""
+
+    def call(*arguments):
+        host = jax.device_put(arguments[place], jax.memory.Space.Host)
+        return op(*arguments[:place], host, *arguments[place + 1 :])
+
+    return call
+
+
+def decode_kernels(shape, op, *names, **static):
+    given = decode_arguments(shape)
+    call = functools.partial(op, **static)
+    if "host" in names:
+        call = in_host_memory(call, names.index("host"))
+    return kernels(call, *(given[name] for name in names))
+
+
+def test_decode_attention(shape):
+    names = ("q", "pool", "bias", "ids", "ids", "positions", "layer")
+    assert decode_kernels(shape, decode_attention, *names) == ["decode_attention", "decode_attention_sum"]
+
+
+def test_update_and_attend(shape):
+    names = ("q", "k", "v", "pool", "host", "bias", "ids", "ids", "ids", "positions", "layer")
+    expected = ["update_and_attend", "move_blocks", "decode_attention_sum"]
+    assert sorted(decode_kernels(shape, update_and_attend, *names)) == sorted(expected)
+
+
+def test_transport(shape):
+    assert decode_kernels(shape, fetch_blocks, "pool", "host", "ids", "ids", "layer") == ["move_blocks"]
+    assert decode_kernels(shape, write_back_blocks, "host", "pool", "ids", "ids", "layer") == ["move_blocks"]
+
+
+def test_the_rest_of_a_decode_step(shape):
+    size, stride = shape.attention.block_size, shape.attention.pooling_stride
+    names = ("table", "table", "ids", "positions", "layer")
+    assert decode_kernels(shape, resolve_slots, *names) == ["resolve_slots"]
+
+    def append(pooled, sums, k, positions, layer):
+        return append_pooled_keys(pooled, sums, k[:, :, None], positions, positions, layer, stride=stride)
+
+    assert decode_kernels(shape, append, "pooled", "sums", "k", "positions", "layer") == ["append_pooled_keys"]
+
+    def scores(q, pooled, positions, layer):
+        num_blocks = decode_arguments(shape)["host"].shape[3]
+        options = {"num_blocks": num_blocks, "block_size": size, "stride": stride}
+        return block_scores(q[:, None], pooled, positions[:, None], layer=layer, **options)
+
+    expected = ["block_scores_logits", "block_scores_of_one_query"]
+    assert decode_kernels(shape, scores, "q", "pooled", "positions", "layer") == expected
 
 
 def test_arguments_that_may_be_missing():

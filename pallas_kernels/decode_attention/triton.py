@@ -48,6 +48,7 @@ def _update_kernel(
     at, begin, own = (layer[0], row, head), split * width, own_slots[row, head]
     if host is not None:
         _fetch(host, pool, loads, slots, at, begin, width)
+        _backend.barrier()
     lane = jnp.arange(_backend.next_power_of_two(width), dtype=jnp.int32)
     listed = slots[row, head, begin + jnp.where(lane < width, lane, 0)]
     is_here = jnp.max(jnp.where((lane < width) & (listed == own), 1, 0)) > 0
