@@ -218,7 +218,7 @@ def test_decoding_512_steps_gives_the_same_bits_from_any_cache():
     for cache in caches:
         ours = jax.device_get(run(cache=cache))
         np.testing.assert_array_equal(ours.logits, expected.logits)
-        assert (ours.fetched > 0).any() == (cache.slots < 128)
+        assert (ours.fetched > 0).any()
 
 
 def test_transport_above_4_gib():
