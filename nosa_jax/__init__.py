@@ -5,7 +5,7 @@ from nosa_jax.cache.memory import set_host_memory_limit
 from nosa_jax.cache.plan import CacheTooLargeError, Plan, plan
 from nosa_jax.cache.state import DecodeState
 from nosa_jax.config import AttentionConfig, CacheConfig, ModelConfig, RopeConfig
-from nosa_jax.decode import decode_step, extend, prefill
+from nosa_jax.decode import COMPILER_OPTIONS, decode_step, extend, prefill
 from nosa_jax.generation import Generation, generate, stream
 from nosa_jax.hf import from_pretrained, save_pretrained
 from nosa_jax.model import ForwardOutput, NosaLM, cast, forward, num_parameters, with_attention
@@ -16,6 +16,7 @@ from pallas_kernels import KernelUnsupportedError
 __version__ = "0.1.0"
 
 __all__ = [
+    "COMPILER_OPTIONS",
     "AttentionConfig",
     "CacheConfig",
     "CacheTooLargeError",

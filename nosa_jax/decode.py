@@ -104,8 +104,9 @@ def extend(
 def decode_step(model: NosaLM, state: DecodeState, tokens: ArrayLike) -> tuple[DecodeState, Float[Array, "B V"]]:
     """Feeds one token to every row. Returns the new state and the float32 logits of what follows.
 
-    A plain function: jit it with the state donated (`jax.jit(decode_step, donate_argnums=1)`) for a loop of your own;
-    a donated state is gone, go on with the new one. Under jit, where values cannot be checked, a row that is already
+    A plain function: jit it with the state donated for a loop of your own,
+    `jax.jit(decode_step, donate_argnums=1, compiler_options=nosa_jax.COMPILER_OPTIONS)`; a donated state is gone, go on
+    with the new one. Under jit, where values cannot be checked, a row that is already
     `max_length` long stays as it is and its logits mean nothing: watch `state.lengths`.
     """
     require_type("model", model, NosaLM, "Build one with NosaLM(...) or from_pretrained(...).")

@@ -82,7 +82,7 @@ def triton_call(
 ) -> Callable[..., Any]:
     """`pl.pallas_call` with both compiler parameters always given: their defaults change between versions."""
     kernel.__name__ = name  # what profilers show
-    return pl.pallas_call(
+    call = pl.pallas_call(
         kernel,
         grid=grid,
         out_shape=out_shape,
@@ -91,6 +91,8 @@ def triton_call(
         input_output_aliases=aliases or {},
         compiler_params=plt.CompilerParams(num_warps=num_warps, num_stages=num_stages),
     )
+    # Inside a kernel the lowering takes constants beside weakly typed numbers for booleans.
+    return lambda *operands: call(*jax.tree.map(lambda x: x.astype(x.dtype) if x.weak_type else x, operands))
 
 
 def dot(a: Float[Array, "m k"], b: Float[Array, "k n"]) -> Float[Array, "m n"]:

@@ -235,6 +235,20 @@ def test_the_rest_of_a_decode_step(shape):
     assert decode_kernels(shape, scores, "q", "pooled", "positions", "layer") == expected
 
 
+def test_weakly_typed_numbers():
+    """As a loop's own index makes them."""
+    given = decode_arguments(SHAPES["nosa_8b"])
+
+    def append(pooled, sums, k, layer):
+        def body(step, state):
+            start, count = jnp.full((2,), step), jnp.ones((2,), jnp.int32)
+            return append_pooled_keys(*state, k[:, :, None], start, count, layer, stride=16)
+
+        return jax.lax.fori_loop(0, 4, body, (pooled, sums))
+
+    assert kernels(append, *(given[name] for name in ("pooled", "sums", "k", "layer"))) == ["append_pooled_keys"]
+
+
 def test_arguments_that_may_be_missing():
     shape = SHAPES["nosa_8b"]
     for implementation in ("triton", "mosaic"):
