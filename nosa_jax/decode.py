@@ -117,8 +117,13 @@ def decode_step(model: NosaLM, state: DecodeState, tokens: ArrayLike) -> tuple[D
     return state, out.logits
 
 
-def check_prompt(model: NosaLM, tokens: Any, lengths: Any, max_length: int, cache: CacheConfig) -> tuple[Array, Array]:
-    """Checked tokens [B, T] and lengths [B] of a prompt that fits into a cache that fits into memory."""
+def check_prompt(
+    model: NosaLM, tokens: Any, lengths: Any, max_length: int, cache: CacheConfig, devices: int = 1
+) -> tuple[Array, Array]:
+    """Checked tokens [B, T] and lengths [B] of a prompt that fits into a cache that fits into memory.
+
+    devices: how many share the rows.
+    """
     require_type("model", model, NosaLM, "Build one with NosaLM(...) or from_pretrained(...).")
     require_type("cache", cache, CacheConfig, "Pass CacheConfig(...).")
     tokens = layout.as_tokens(tokens, model.config.vocab_size)
@@ -130,7 +135,8 @@ def check_prompt(model: NosaLM, tokens: Any, lengths: Any, max_length: int, cach
     lengths = layout.as_lengths(lengths, batch, width)
     if lengths is None:
         lengths = jnp.full((batch,), width, jnp.int32)
-    plan(model.config, batch, max_length, cache, dtype=model.embed.dtype).require_memory(allocated=("weights",))
+    one_device = plan(model.config, batch // devices, max_length, cache, dtype=model.embed.dtype)
+    one_device.require_memory(allocated=("weights",), devices=devices)
     return tokens, lengths
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int32
 
@@ -56,6 +57,7 @@ def generate(
     forced_tokens: ArrayLike | None = None,
     forced_block_ids: ArrayLike | None = None,
     chunk: int | None = None,
+    mesh: Mesh | None = None,
 ) -> Generation:
     """Continues the prompts: prefill, then one `lax.while_loop` that ends when all rows stopped.
 
@@ -63,9 +65,14 @@ def generate(
     record: True, or some of "logits", "block_ids", "fetched". forced_tokens: int [B, new], taken instead of sampled
     ones. forced_block_ids: int [L, B, K, new, J] as recorded, used instead of selecting.
     chunk: prompt tokens read at once, see `prefill`.
+    mesh: devices of this host that share the rows, each with its own part of the host store; B must be a multiple of
+    their number. Every device holds all weights: place them once, `jax.device_put(model, NamedSharding(mesh, P()))`.
     Raises ValueError or TypeError for bad input, CacheTooLargeError before anything is allocated.
     """
-    arguments = _check(model, tokens, lengths, max_new_tokens, cache, sampling, key, stop_tokens, pad_token, chunk)
+    devices = 1 if mesh is None else _check_mesh(mesh, tokens)
+    arguments = _check(
+        model, tokens, lengths, max_new_tokens, cache, sampling, key, stop_tokens, pad_token, chunk, devices
+    )
     names = _record_names(record)
     batch = arguments["tokens"].shape[0]
     if forced_tokens is not None:
@@ -73,17 +80,9 @@ def generate(
         require_shape("forced_tokens", forced_tokens, (batch, max_new_tokens), "[B, max_new_tokens]")
     if forced_block_ids is not None:
         forced_block_ids = _check_forced_ids(model, forced_block_ids, arguments["lengths"], max_new_tokens)
-    return _generate(
-        model,
-        **arguments,
-        forced_tokens=forced_tokens,
-        forced_ids=forced_block_ids,
-        max_new_tokens=max_new_tokens,
-        cache=cache,
-        sampling=sampling,
-        names=names,
-        chunk=chunk,
-    )
+    arguments |= {"forced_tokens": forced_tokens, "forced_ids": forced_block_ids}
+    options = _Options(max_new_tokens, cache, sampling, names, chunk)
+    return _generate(model, arguments, options=options, mesh=mesh)
 
 
 def stream(
@@ -163,8 +162,39 @@ def _next_token(
     return token, done | (token[:, None] == stop).any(-1)
 
 
-@decode.program(static_argnames=("max_new_tokens", "cache", "sampling", "names", "chunk"))
-def _generate(
+class _Options(NamedTuple):
+    """What a generation is compiled for."""
+
+    max_new_tokens: int
+    cache: CacheConfig
+    sampling: Sampling
+    names: tuple[str, ...]
+    chunk: int | None
+
+
+@decode.program(static_argnames=("options", "mesh"))
+def _generate(model: NosaLM, arguments: dict[str, Any], *, options: _Options, mesh: Mesh | None) -> Generation:
+    """arguments: those of `_generate_rows`."""
+    if mesh is None:
+        return _generate_rows(model, **arguments, options=options)
+    rows, every_row, of_layers = (PartitionSpec(*axes) for axes in ((mesh.axis_names,), (), (None, mesh.axis_names)))
+    specs = dict.fromkeys(arguments, rows) | {"stop": every_row, "pad": every_row, "forced_ids": of_layers}
+    recorded = {"logits": rows, "block_ids": of_layers, "fetched": of_layers}
+    if not model.config.attention.is_sparse:
+        recorded = {"logits": rows}
+    kept = {name: recorded.get(name) for name in options.names}
+    # Devices never talk to each other: each stops when its own rows have stopped.
+    run = jax.shard_map(
+        lambda model, arguments: _generate_rows(model, **arguments, options=options),
+        mesh=mesh,
+        in_specs=(every_row, specs),
+        out_specs=Generation(tokens=rows, lengths=rows, **kept),
+        check_vma=False,
+    )
+    return run(model, arguments)
+
+
+def _generate_rows(
     model: NosaLM,
     tokens: Int32[Array, "B T"],
     lengths: Int32[Array, " B"],
@@ -174,12 +204,10 @@ def _generate(
     forced_tokens: Int32[Array, "B new"] | None,
     forced_ids: Int32[Array, "L B K new J"] | None,
     *,
-    max_new_tokens: int,
-    cache: CacheConfig,
-    sampling: Sampling,
-    names: tuple[str, ...],
-    chunk: int | None,
+    options: _Options,
 ) -> Generation:
+    max_new_tokens, cache, sampling, names, chunk = options
+
     def forced(step: Any) -> tuple[Array | None, Array | None]:
         at = lambda x, axis: None if x is None else jax.lax.dynamic_index_in_dim(x, step, axis, keepdims=False)
         return at(forced_tokens, 1), at(forced_ids, 3)
@@ -231,6 +259,7 @@ def _check(
     stop_tokens: Iterable[int],
     pad_token: int,
     chunk: int | None,
+    devices: int = 1,
 ) -> dict[str, Any]:
     """The checked arguments that generate and stream share."""
     require_type("model", model, NosaLM, "Build one with NosaLM(...) or from_pretrained(...).")
@@ -250,7 +279,7 @@ def _check(
         if ((values < 0) | (values >= vocab)).any():
             raise bad_value(name, f"ids must be in [0, vocab_size = {vocab})", values.tolist(), "Check the tokenizer.")
     width = np.shape(tokens)[1] if np.ndim(tokens) == 2 else 1
-    tokens, lengths = decode.check_prompt(model, tokens, lengths, width + max_new_tokens, cache)
+    tokens, lengths = decode.check_prompt(model, tokens, lengths, width + max_new_tokens, cache, devices)
     return {
         "tokens": tokens,
         "lengths": lengths,
@@ -258,6 +287,15 @@ def _check(
         "stop": jnp.asarray(stop, jnp.int32),
         "pad": jnp.int32(pad_token),
     }
+
+
+def _check_mesh(mesh: Any, tokens: Any) -> int:
+    """How many devices share the rows."""
+    require_type("mesh", mesh, Mesh, "Make one with jax.make_mesh.")
+    rows = np.shape(tokens)[0] if np.ndim(tokens) == 2 else mesh.size
+    if rows % mesh.size:
+        raise bad_value("mesh", f"must have a number of devices that divides B = {rows}", mesh.size, "Add rows.")
+    return mesh.size
 
 
 def _record_names(record: bool | Iterable[str]) -> tuple[str, ...]:

@@ -61,15 +61,19 @@ class Plan:
     def tokens_per_second(self) -> float:
         return self.batch / self.seconds_per_step
 
-    def require_memory(self, allocated: tuple[str, ...] = ()) -> None:
-        """Raises CacheTooLargeError unless host and device bytes fit. `allocated`: device parts that exist already."""
+    def require_memory(self, allocated: tuple[str, ...] = (), devices: int = 1) -> None:
+        """Raises CacheTooLargeError unless host and device bytes fit. `allocated`: device parts that exist already.
+
+        devices: how many run such a batch each, over one host memory.
+        """
         remedy = f"Lower batch ({self.batch}), max_length ({self.max_length}) or slots ({self.slots})"
         if self.slots is None:
             remedy = f"Lower batch ({self.batch}) or max_length ({self.max_length}), or offload the cache"
         host, host_source = memory.host_limit()
-        if self.host_bytes > host:
+        needed = devices * self.host_bytes
+        if needed > host:
             raise CacheTooLargeError(
-                f"cache: the host store must fit in host memory, got {self.host_bytes / GB:.2f} GB needed and "
+                f"cache: the host store must fit in host memory, got {needed / GB:.2f} GB needed and "
                 f"{host / GB:.2f} GB available ({host_source}). {remedy}."
             )
         needed = sum(size for part, size in self.device.items() if part not in allocated)
