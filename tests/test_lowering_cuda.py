@@ -159,6 +159,11 @@ def test_select_blocks(shape):
     assert selection_kernels(shape) == ["select_blocks"]
 
 
+@pytest.fixture(params=["tiny_float32", "nosa_1b", "nosa_8b_long", "group_of_3"])
+def decoding(request) -> Shape:
+    return SHAPES[request.param]
+
+
 def decode_arguments(shape, slots=80):
     """Arguments by name of a decode step: two layers, two rows."""
     kv_heads, group, dim, tokens, dtype, attention = shape
@@ -200,39 +205,39 @@ def decode_kernels(shape, op, *names, **static):
     return kernels(call, *(given[name] for name in names))
 
 
-def test_decode_attention(shape):
+def test_decode_attention(decoding):
     names = ("q", "pool", "bias", "ids", "ids", "positions", "layer")
-    assert decode_kernels(shape, decode_attention, *names) == ["decode_attention", "decode_attention_sum"]
+    assert decode_kernels(decoding, decode_attention, *names) == ["decode_attention", "decode_attention_sum"]
 
 
-def test_update_and_attend(shape):
+def test_update_and_attend(decoding):
     names = ("q", "k", "v", "pool", "host", "bias", "ids", "ids", "ids", "positions", "layer")
     expected = ["update_and_attend", "move_blocks", "decode_attention_sum"]
-    assert sorted(decode_kernels(shape, update_and_attend, *names)) == sorted(expected)
+    assert sorted(decode_kernels(decoding, update_and_attend, *names)) == sorted(expected)
 
 
-def test_transport(shape):
-    assert decode_kernels(shape, fetch_blocks, "pool", "host", "ids", "ids", "layer") == ["move_blocks"]
-    assert decode_kernels(shape, write_back_blocks, "host", "pool", "ids", "ids", "layer") == ["move_blocks"]
+def test_transport(decoding):
+    assert decode_kernels(decoding, fetch_blocks, "pool", "host", "ids", "ids", "layer") == ["move_blocks"]
+    assert decode_kernels(decoding, write_back_blocks, "host", "pool", "ids", "ids", "layer") == ["move_blocks"]
 
 
-def test_the_rest_of_a_decode_step(shape):
-    size, stride = shape.attention.block_size, shape.attention.pooling_stride
+def test_the_rest_of_a_decode_step(decoding):
+    size, stride = decoding.attention.block_size, decoding.attention.pooling_stride
     names = ("table", "table", "ids", "positions", "layer")
-    assert decode_kernels(shape, resolve_slots, *names) == ["resolve_slots"]
+    assert decode_kernels(decoding, resolve_slots, *names) == ["resolve_slots"]
 
     def append(pooled, sums, k, positions, layer):
         return append_pooled_keys(pooled, sums, k[:, :, None], positions, positions, layer, stride=stride)
 
-    assert decode_kernels(shape, append, "pooled", "sums", "k", "positions", "layer") == ["append_pooled_keys"]
+    assert decode_kernels(decoding, append, "pooled", "sums", "k", "positions", "layer") == ["append_pooled_keys"]
 
     def scores(q, pooled, positions, layer):
-        num_blocks = decode_arguments(shape)["host"].shape[3]
+        num_blocks = decode_arguments(decoding)["host"].shape[3]
         options = {"num_blocks": num_blocks, "block_size": size, "stride": stride}
         return block_scores(q[:, None], pooled, positions[:, None], layer=layer, **options)
 
     expected = ["block_scores_logits", "block_scores_of_one_query"]
-    assert decode_kernels(shape, scores, "q", "pooled", "positions", "layer") == expected
+    assert decode_kernels(decoding, scores, "q", "pooled", "positions", "layer") == expected
 
 
 def test_weakly_typed_numbers():

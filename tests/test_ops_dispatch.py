@@ -15,9 +15,10 @@ from pallas_kernels import KernelUnsupportedError, _backend, _dispatch
 from pallas_kernels._dispatch import PREFERENCE, Op
 from pallas_kernels.block_attention.api import BLOCK_ATTENTION
 from pallas_kernels.block_scores.api import BLOCK_SCORES
-from pallas_kernels.decode_attention.api import DECODE_ATTENTION
+from pallas_kernels.decode_attention.api import DECODE_ATTENTION, UPDATE_AND_ATTEND
 from pallas_kernels.fetch_blocks.api import FETCH_BLOCKS, WRITE_BACK_BLOCKS
 from pallas_kernels.pooled_keys.api import APPEND_POOLED_KEYS, POOL_KEYS
+from pallas_kernels.resolve_slots.api import RESOLVE_SLOTS
 from pallas_kernels.select_blocks.api import SELECT_BLOCKS
 
 # Sizes that every kernel takes.
@@ -69,6 +70,23 @@ CALLS = {
         {
             "q": floats(B, N, D), "pool": floats(L, B, K, J, 2, P, D), "bias": floats(L, B, K, M, P),
             "slots": ints(B, K, J), "block_ids": ints(B, K, J), "positions": ints(B), "layer": LAYER,
+        },
+        {},
+    ),
+    "update_and_attend": (
+        UPDATE_AND_ATTEND,
+        {
+            "q": floats(B, N, D), "k": floats(B, K, D), "v": floats(B, K, D), "pool": floats(L, B, K, J, 2, P, D),
+            "host": HOST, "bias": floats(L, B, K, M, P), "loads": ints(B, K, J), "slots": ints(B, K, J),
+            "block_ids": ints(B, K, J), "positions": ints(B), "layer": LAYER,
+        },
+        {},
+    ),
+    "resolve_slots": (
+        RESOLVE_SLOTS,
+        {
+            "blocks": ints(L, B, K, J), "last_used": ints(L, B, K, J), "wanted": ints(B, K, J), "step": ints(B),
+            "layer": LAYER,
         },
         {},
     ),
@@ -158,6 +176,18 @@ def heads_of(dim):
 
 # op, what changes, why the kernel does not take it
 UNSUPPORTED = [
+    ("append_pooled_keys", {"new": floats(B, K, 2, D)}, "it appends one token per row, got 2"),
+    (
+        "resolve_slots",
+        {"blocks": ints(L, B, K, 2000), "last_used": ints(L, B, K, 2000)},
+        f"it takes 1 to 1024 blocks and slots, got {J} and 2000",
+    ),
+    (
+        "decode_attention",
+        {"pool": floats(L, B, K, J, 2, 8, D), "bias": None},
+        "blocks must hold a power of two of at least 16 tokens, got 8",
+    ),
+    ("decode_attention", {"q": floats(B, N, D).astype(jnp.bfloat16)}, "q and pool must have one dtype"),
     ("block_attention", {"block_ids": None}, r"dense attention \(block_ids=None\) has no kernel here"),
     ("block_attention", {"block_size": 8}, r"block_size must be a power of two in \[16, 1024\], got 8"),
     ("block_attention", {"block_size": 24}, r"block_size must be a power of two in \[16, 1024\], got 24"),
@@ -178,7 +208,7 @@ UNSUPPORTED = [
     (
         "block_scores",
         {"pooled_keys": floats(L, B, K, C, D), "layer": LAYER},
-        "it reads the pooled keys of one layer, not a stacked cache",
+        "from a stacked cache it takes one query per row, unpacked rows and at least one window",
     ),
     (
         "block_scores",
