@@ -1,11 +1,12 @@
 """Tokens per second of batched decoding on a GPU, what bounds them, and the rivals on the same engine.
 
-python -m experiments.decode_throughput --runs nosa:16384:16:80 --output experiments/results/decode_h200.json
+python -m experiments.decode_throughput --runs nosa:16384:16:80:trace --output experiments/results/decode_16k_h200.json
 
 A run is variant:context:batch:slots[:trace]; slots "device" keeps the cache on the device. With "trace" the selection
 of every step is replaced, after it was computed, by one whose locality is the published one (`experiments.traces`);
 without, it is what random weights select. Weights, keys and values are random; rows start `context` tokens long, all
-loops are one jitted `lax.fori_loop` of `decode.step` with the state donated. Medians, synchronised.
+loops are one jitted `lax.fori_loop` of `decode.step` with the state donated. Medians, synchronised. Shares compare the
+step with its bytes, weights and blocks and pooled keys at HBM and link bytes at the measured rate of `device_put`.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from nosa_jax.locality import replay_misses
 from nosa_jax.model import with_attention
 from pallas_kernels import blocks
 
+HBM = 4.3e12  # bytes per second of device memory, as large reads and matrix products reach on an H200
 TRACED_HEADS = 8  # independent traces per row; layers beyond repeat them
 
 
@@ -112,27 +114,21 @@ def launches(text: str) -> int:
     return max((n for name, n in bodies.items() if name.startswith("region")), default=0)
 
 
-def link_bandwidth() -> tuple[float, float]:
-    """Bytes per second of `device_put` from pinned memory, and of reading device memory."""
+def link_bandwidth() -> float:
+    """Bytes per second of `device_put` from pinned memory."""
     size = 2**30
     host = jax.device_put(jnp.ones((size // 2,), jnp.bfloat16), jax.memory.Space.Host)
     device = jax.memory.Space.Device
     put = functools.partial(jax.device_put, host, device)
-    x = put()
-    total = jax.jit(lambda x: jnp.sum(x.astype(jnp.float32)))
-
-    def seconds(call: Any) -> float:
-        samples = []
-        for _ in range(6):
-            start = time.perf_counter()
-            jax.block_until_ready([call() for _ in range(5)])
-            samples.append((time.perf_counter() - start) / 5)
-        return statistics.median(samples[1:])
-
-    return size / seconds(put), size / seconds(lambda: total(x))
+    samples = []
+    for _ in range(6):
+        start = time.perf_counter()
+        jax.block_until_ready([put() for _ in range(5)])
+        samples.append((time.perf_counter() - start) / 5)
+    return size / statistics.median(samples[1:])
 
 
-def measure(model: NosaLM, run: Run, steps: int, repeats: int, link: float, hbm: float) -> dict[str, Any]:
+def measure(model: NosaLM, run: Run, steps: int, repeats: int, link: float) -> dict[str, Any]:
     model = with_attention(model, variant=run.variant)
     config = model.config
     attention = config.attention
@@ -191,7 +187,7 @@ def measure(model: NosaLM, run: Run, steps: int, repeats: int, link: float, hbm:
     if attention.uses_query_scores:
         read += run.context // attention.pooling_stride * config.head_dim * 2
     hbm_bytes, link_bytes = weights + tables * read, (moved + written) * block_bytes
-    hbm_ms, link_ms = 1e3 * hbm_bytes / hbm, 1e3 * link_bytes / link
+    hbm_ms, link_ms = 1e3 * hbm_bytes / HBM, 1e3 * link_bytes / link
     memory = compiled.memory_analysis()
     return {
         "run": dataclasses.asdict(run), "steps": steps, "tokens_per_second": round(run.batch / step_seconds, 1),
@@ -218,16 +214,23 @@ def main() -> None:
     args = gpu_arguments(parser)
     config = getattr(presets, args.preset)()
     model = jax.jit(lambda: NosaLM(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))()
-    link, hbm = link_bandwidth()
-    print(f"link {link / 1e9:.1f} GB/s, device memory {hbm / 1e9:.0f} GB/s", flush=True)
+    link = link_bandwidth()
+    print(f"link {link / 1e9:.1f} GB/s", flush=True)
     entries = []
     for run in args.runs:
         try:
-            entries.append(measure(model, run, args.steps, args.repeats, link, hbm))
+            entries.append(measure(model, run, args.steps, args.repeats, link))
         except Exception as error:  # one failure must not lose the rest of the run
             entries.append({"run": dataclasses.asdict(run), "failed": f"{type(error).__name__}: {error}"[:300]})
         print(json.dumps(entries[-1]), flush=True)
-        save(args.output, preset=args.preset, link_bytes_per_second=link, hbm_bytes_per_second=hbm, entries=entries)
+        save(
+            args.output,
+            preset=args.preset,
+            link_bytes_per_second=link,
+            hbm_bytes_per_second=HBM,
+            repeats=args.repeats,
+            entries=entries,
+        )
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ FILE = "decode_16k_h200.json"
 
 def main() -> None:
     entries: list[dict[str, Any]] = json.loads((RESULTS / FILE).read_text())["entries"]
+    entries = [e for e in entries if "failed" not in e and e["run"]["cache"]["slots"] is not None]
     nosa = sorted((e for e in entries if e["run"]["variant"] == "nosa"), key=lambda e: e["run"]["cache"]["slots"])
     slots = [e["run"]["cache"]["slots"] for e in nosa]
     figure, (speed, moved) = plt.subplots(1, 2, figsize=(8.4, 3.6))

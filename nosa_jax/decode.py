@@ -23,7 +23,7 @@ from nosa_jax.cache.plan import plan
 from nosa_jax.cache.state import DecodeState, empty_state
 from nosa_jax.config import CacheConfig, ModelConfig
 from nosa_jax.model import Layers, NosaLM, layer_at, rms_norm
-from pallas_kernels import block_attention
+from pallas_kernels import block_attention, blocks
 from pallas_kernels._checks import bad_value, is_concrete, require_type
 
 # For whoever jits `decode_step`: without it XLA copies every layer's weights at every step on a GPU, since its own
@@ -161,7 +161,7 @@ def check_room(state: DecodeState, count: Any) -> None:
         )
 
 
-@functools.partial(jax.jit, static_argnames=("max_length", "cache", "chunk"))
+@program(static_argnames=("max_length", "cache", "chunk"))
 def _prefill(
     model: NosaLM,
     tokens: Int32[Array, "B T"],
@@ -304,7 +304,7 @@ class Shared(NamedTuple):
 
 def _shared(config: ModelConfig, state: DecodeState, positions: Int32[Array, " B"]) -> Shared:
     size = config.attention.block_size
-    own = jnp.where(positions >= 0, positions // size, -1)
+    own = blocks.query_blocks(positions, size)
     cos_sin = rope.of_positions(config, jnp.maximum(positions, 0)[:, None])
     return Shared(positions, (positions >= 0).astype(jnp.int32), own, cos_sin)
 

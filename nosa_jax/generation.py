@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int32
 
@@ -69,7 +70,8 @@ def generate(
     their number. Every device holds all weights: place them once, `jax.device_put(model, NamedSharding(mesh, P()))`.
     Raises ValueError or TypeError for bad input, CacheTooLargeError before anything is allocated.
     """
-    devices = 1 if mesh is None else _check_mesh(mesh, tokens)
+    mesh = None if mesh is None else _checked_mesh(mesh, model, tokens)
+    devices = 1 if mesh is None else mesh.size
     arguments = _check(
         model, tokens, lengths, max_new_tokens, cache, sampling, key, stop_tokens, pad_token, chunk, devices
     )
@@ -82,6 +84,9 @@ def generate(
         forced_block_ids = _check_forced_ids(model, forced_block_ids, arguments["lengths"], max_new_tokens)
     arguments |= {"forced_tokens": forced_tokens, "forced_ids": forced_block_ids}
     options = _Options(max_new_tokens, cache, sampling, names, chunk)
+    if mesh is not None and is_concrete(*arguments.values()):
+        for name, spec in _specs(mesh, arguments).items():
+            arguments[name] = jax.device_put(arguments[name], NamedSharding(mesh, spec))
     return _generate(model, arguments, options=options, mesh=mesh)
 
 
@@ -130,7 +135,9 @@ def _stream(
         yield np.asarray(jax.device_get(token))
 
 
-@decode.program(static_argnames="sampling", donate_argnames="state")
+@functools.partial(
+    jax.jit, static_argnames="sampling", donate_argnames="state", compiler_options=decode.COMPILER_OPTIONS
+)
 def _stream_step(
     model: NosaLM,
     state: DecodeState,
@@ -172,13 +179,19 @@ class _Options(NamedTuple):
     chunk: int | None
 
 
+def _specs(mesh: Mesh, arguments: dict[str, Any]) -> dict[str, PartitionSpec]:
+    """How the arguments of `_generate_rows` are split over the mesh."""
+    rows, every_row = PartitionSpec(mesh.axis_names), PartitionSpec()
+    of_layers = PartitionSpec(None, mesh.axis_names)
+    return dict.fromkeys(arguments, rows) | {"stop": every_row, "pad": every_row, "forced_ids": of_layers}
+
+
 @decode.program(static_argnames=("options", "mesh"))
 def _generate(model: NosaLM, arguments: dict[str, Any], *, options: _Options, mesh: Mesh | None) -> Generation:
     """arguments: those of `_generate_rows`."""
     if mesh is None:
         return _generate_rows(model, **arguments, options=options)
     rows, every_row, of_layers = (PartitionSpec(*axes) for axes in ((mesh.axis_names,), (), (None, mesh.axis_names)))
-    specs = dict.fromkeys(arguments, rows) | {"stop": every_row, "pad": every_row, "forced_ids": of_layers}
     recorded = {"logits": rows, "block_ids": of_layers, "fetched": of_layers}
     if not model.config.attention.is_sparse:
         recorded = {"logits": rows}
@@ -187,7 +200,7 @@ def _generate(model: NosaLM, arguments: dict[str, Any], *, options: _Options, me
     run = jax.shard_map(
         lambda model, arguments: _generate_rows(model, **arguments, options=options),
         mesh=mesh,
-        in_specs=(every_row, specs),
+        in_specs=(every_row, _specs(mesh, arguments)),
         out_specs=Generation(tokens=rows, lengths=rows, **kept),
         check_vma=False,
     )
@@ -289,13 +302,22 @@ def _check(
     }
 
 
-def _check_mesh(mesh: Any, tokens: Any) -> int:
-    """How many devices share the rows."""
+def _checked_mesh(mesh: Any, model: NosaLM, tokens: Any) -> Mesh:
+    """The mesh with axes that shard_map takes. Raises ValueError where rows or weights do not go with its devices."""
     require_type("mesh", mesh, Mesh, "Make one with jax.make_mesh.")
     rows = np.shape(tokens)[0] if np.ndim(tokens) == 2 else mesh.size
     if rows % mesh.size:
         raise bad_value("mesh", f"must have a number of devices that divides B = {rows}", mesh.size, "Add rows.")
-    return mesh.size
+    weights = model.embed[...]
+    is_placed = is_concrete(weights) and getattr(weights, "committed", False)
+    if is_placed and weights.sharding.device_set != set(mesh.devices.flat):
+        raise bad_value(
+            "model",
+            "must lie on all devices of the mesh",
+            sorted(str(device) for device in weights.sharding.device_set),
+            "Place it once: jax.device_put(model, NamedSharding(mesh, PartitionSpec())).",
+        )
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
 def _record_names(record: bool | Iterable[str]) -> tuple[str, ...]:

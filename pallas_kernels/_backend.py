@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 from jax.experimental.pallas import triton as plt
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 # The one notice we know and accept: the Triton backend is deprecated, and the only one that runs everywhere we do.
@@ -91,8 +92,13 @@ def triton_call(
         input_output_aliases=aliases or {},
         compiler_params=plt.CompilerParams(num_warps=num_warps, num_stages=num_stages),
     )
-    # Inside a kernel the lowering takes constants beside weakly typed numbers for booleans.
-    return lambda *operands: call(*jax.tree.map(lambda x: x.astype(x.dtype) if x.weak_type else x, operands))
+    return lambda *operands: call(*jax.tree.map(_strongly_typed, operands))
+
+
+def _strongly_typed(x: ArrayLike) -> Array:
+    """Inside a kernel the lowering takes constants beside weakly typed numbers for booleans."""
+    x = x if isinstance(x, jax.Array) else jnp.asarray(x)
+    return x.astype(x.dtype) if x.weak_type else x
 
 
 def dot(a: Float[Array, "m k"], b: Float[Array, "k n"]) -> Float[Array, "m n"]:

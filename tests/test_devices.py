@@ -10,7 +10,7 @@ _GENERATE = """
 import jax
 jax.config.update("jax_num_cpu_devices", 4)
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from support import lively_model, random_tokens, small_config
 import nosa_jax
 from nosa_jax import CacheConfig, Sampling
@@ -18,7 +18,7 @@ from nosa_jax import CacheConfig, Sampling
 tokens, lengths = random_tokens(8, 70, seed=1), np.array([70, 64, 33, 1, 69, 48, 70, 20])
 sampled = {"sampling": Sampling(temperature=1.0), "key": jax.random.key(3), "stop_tokens": range(9)}
 for axes, variant in (((4,), "nosa"), ((2, 2), "full")):
-    mesh = jax.make_mesh(axes, ("rows", "more")[: len(axes)], axis_types=(AxisType.Auto,) * len(axes))
+    mesh = jax.make_mesh(axes, ("rows", "more")[: len(axes)])
     cache = CacheConfig(slots=8) if variant == "nosa" else CacheConfig()
     model = nosa_jax.with_attention(lively_model(small_config()), variant=variant)
     run = lambda model, **more: nosa_jax.generate(
@@ -39,6 +39,10 @@ try:
     nosa_jax.generate(model, tokens[:6], mesh=mesh)
 except ValueError as error:
     print(error)
+try:
+    nosa_jax.generate(jax.device_put(model, jax.devices()[1]), tokens, mesh=mesh)
+except ValueError as error:
+    print(error)
 """
 
 
@@ -47,4 +51,6 @@ def test_rows_on_four_devices_are_what_they_are_on_one():
     done = subprocess.run(
         [sys.executable, "-c", _GENERATE], capture_output=True, text=True, timeout=600, cwd=Path(__file__).parent
     )
-    assert done.stdout.startswith("mesh: must have a number of devices that divides B = 6, got 4"), done.stderr[-3000:]
+    rows, weights = done.stdout.splitlines() or (done.stderr[-3000:], "")
+    assert rows.startswith("mesh: must have a number of devices that divides B = 6, got 4"), rows
+    assert weights.startswith("model: must lie on all devices of the mesh"), weights

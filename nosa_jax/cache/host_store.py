@@ -1,6 +1,6 @@
 """The KV cache in host memory, [L, B, K, M, 2, P, D] in `pinned_host`: allocation and moves of whole layers.
 
-Single blocks cross through `nosa_jax.cache.transport`; nothing else touches host arrays.
+Single blocks cross in the op `update_and_attend`; nothing else touches host arrays.
 """
 
 from __future__ import annotations

@@ -38,7 +38,8 @@ def host_limit() -> tuple[int, str]:
     """
     if jax.default_backend() == "gpu":
         limit = int(os.environ.get(_PINNED_LIMIT_VARIABLE, _PINNED_LIMIT_DEFAULT_GIB))
-        return limit * 2**30, "XLA's pinned memory pool; nosa_jax.set_host_memory_limit, called first, raises it"
+        remedy = f"nosa_jax.set_host_memory_limit, called first, or {_PINNED_LIMIT_VARIABLE} raises it"
+        return limit * 2**30, f"XLA's pinned memory pool; {remedy}"
     return _physical_memory(), "the machine's memory"
 
 

@@ -132,7 +132,9 @@ class Continuation:
             yield number
 
 
-@functools.partial(jax.jit, static_argnames="sampling", donate_argnames="state")
+@functools.partial(
+    jax.jit, static_argnames="sampling", donate_argnames="state", compiler_options=decode.COMPILER_OPTIONS
+)
 def _step(model: NosaLM, state: DecodeState, token: Any, keys: Any, sampling: Sampling) -> tuple[DecodeState, Any, Any]:
     """One token more: the new state, the token that follows, and the blocks fetched per layer, row and KV head."""
     state, out = decode.step(model, state, token)

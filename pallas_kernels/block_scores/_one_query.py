@@ -32,13 +32,16 @@ def _logits_kernel(layer, q, pooled, positions, logits, tops, totals, *, keys, s
     visible = _num_visible(positions[row], stride, windows)
     at = (row, head, chunk)
     rows = q.shape[2]
-    tops[at] = jnp.full((rows,), -LARGE, jnp.float32)
-    totals[at] = jnp.zeros((rows,), jnp.float32)
+
+    @_backend.when(chunk * keys >= visible)
+    def _():
+        tops[at] = jnp.full((rows,), -LARGE, jnp.float32)
+        totals[at] = jnp.zeros((rows,), jnp.float32)
 
     @_backend.when(chunk * keys < visible)
     def _():
         window = chunk * keys + jnp.arange(keys, dtype=jnp.int32)
-        key = pooled[layer[0], row, head, jnp.minimum(window, windows - 1)]
+        key = pooled[jnp.clip(layer[0], 0, pooled.shape[0] - 1), row, head, jnp.minimum(window, windows - 1)]
         product = _backend.dot(q[row, head], key.T) * (scale * LOG2_E)
         product = jnp.where((window < visible)[None], product, -jnp.inf)
         top = jnp.max(product, axis=1)
@@ -106,7 +109,7 @@ def block_scores(
         ),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
-    )(layer[None], grouped, pooled_keys, positions)
+    )(jnp.atleast_1d(layer), grouped, pooled_keys, positions)
 
     def blocks_kernel(*refs: Any) -> None:
         _blocks_kernel(*refs, windows=windows, chunks=chunks, group=group, ratio=block_size // stride, stride=stride)

@@ -80,6 +80,8 @@ def update_and_attend(
     require_shape("v", v, k.shape, "[B, K, D]")
     if host is not None:
         require_shape("host", host, (layers, batch, kv_heads, None, two, size, dim), "[L, B, K, M, 2, P, D]")
+        if loads is None:
+            raise bad_value("loads", "must be given with host", loads, "Pass -1 for blocks that are resident.")
         require_shape("loads", loads, block_ids.shape, "[B, K, J]")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     arguments = (q, k, v, pool, host, bias, loads, slots, block_ids, positions, layer)

@@ -6,6 +6,7 @@ program writes the new token and fetches what is missing, both only into its own
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -20,8 +21,14 @@ from pallas_kernels.fetch_blocks.triton import write_back_blocks
 
 _SPLITS = 8
 _LEAST_ROWS = 16  # of a matrix product
-# Measured on an H200: without transfers two stages are 10 % faster at a batch of 64, with them three.
-_ATTEND, _UPDATE = Launch(rows=16, num_warps=4, num_stages=2), Launch(rows=16, num_warps=4, num_stages=3)
+_BLOCK_BYTES = 32 * 1024  # keys of one block: three stages of keys and values fit in shared memory
+# Measured on an H200: without transfers two stages are 10 % faster at a batch of 64, with them three. Warps decide the
+# order of sums, so they must be the same.
+_RESIDENT, _FETCHING = Launch(rows=16, num_warps=4, num_stages=2), Launch(rows=16, num_warps=4, num_stages=3)
+
+
+def _layer(layer, pool):
+    return jnp.clip(layer[0], 0, pool.shape[0] - 1)
 
 
 def _fetch(host, pool, loads, slots, at, begin, width):
@@ -45,7 +52,7 @@ def _update_kernel(
 ):  # fmt: skip
     """`_split_kernel` after the run's part of the pool is brought up to date."""
     split, head, row = (_backend.program_id(axis) for axis in range(3))
-    at, begin, own = (layer[0], row, head), split * width, own_slots[row, head]
+    at, begin, own = (_layer(layer, pool), row, head), split * width, own_slots[row, head]
     if host is not None:
         _fetch(host, pool, loads, slots, at, begin, width)
         _backend.barrier()
@@ -65,7 +72,7 @@ def _update_kernel(
 
 def _split_kernel(layer, positions, slots, block_ids, q, bias, pool, sums, tops, totals, *, width, scale):
     split, head, row = (_backend.program_id(axis) for axis in range(3))
-    at, begin = (layer[0], row, head), split * width
+    at, begin = (_layer(layer, pool), row, head), split * width
     num_slots, size, dim = pool.shape[3], pool.shape[5], pool.shape[6]
     rows, position, query = q.shape[2], positions[row], q[row, head]
 
@@ -77,8 +84,9 @@ def _split_kernel(layer, positions, slots, block_ids, q, bias, pool, sums, tops,
     lane = jnp.arange(_backend.next_power_of_two(width), dtype=jnp.int32)
     listed = (row, head, begin + jnp.where(lane < width, lane, 0))
     block, slot = block_ids[listed], slots[listed]
-    whole = is_valid(block, slot) & (block < position // size)
-    leading = jnp.min(jnp.where(whole & (lane < width), width, lane))
+    valid = is_valid(block, slot) & (lane < width)
+    leading = jnp.min(jnp.where(valid & (block < position // size), width, lane))
+    stop = jnp.max(jnp.where(valid, lane + 1, 0))
 
     def visit(masked):
         def body(entry, carry):
@@ -111,7 +119,7 @@ def _split_kernel(layer, positions, slots, block_ids, q, bias, pool, sums, tops,
     )
     carry = jax.lax.fori_loop(0, leading, visit(masked=False), carry)
     part = (row, head, split)
-    sums[part], tops[part], totals[part] = jax.lax.fori_loop(leading, width, visit(masked=True), carry)
+    sums[part], tops[part], totals[part] = jax.lax.fori_loop(leading, stop, visit(masked=True), carry)
 
 
 def _sum_kernel(sums, tops, totals, out):
@@ -132,6 +140,8 @@ def unsupported(
         return f"q and pool must have one dtype, got {q.dtype} and {pool.dtype}"
     if not _backend.is_power_of_two(pool.shape[5]) or pool.shape[5] < 16:
         return f"blocks must hold a power of two of at least 16 tokens, got {pool.shape[5]}"
+    if math.prod(pool.shape[5:]) * pool.dtype.itemsize > _BLOCK_BYTES:
+        return f"a block's keys may take {_BLOCK_BYTES} bytes, got {list(pool.shape[5:])} of {pool.dtype}"
     return _backend.unsupported_operand("q", q)
 
 
@@ -154,12 +164,12 @@ class _Call(NamedTuple):
     parts: tuple[jax.ShapeDtypeStruct, ...]
 
 
-def _prepare(kernel: str, default: Launch, q: Array, kv_heads: int, *listed: Array | None) -> _Call:
+def _prepare(default: Launch, q: Array, kv_heads: int, *listed: Array | None) -> _Call:
     """listed: slots, block ids and the like, [B, K, J]."""
     batch, heads, dim = q.shape
     group, selected = heads // kv_heads, next(x for x in listed if x is not None).shape[-1]
     rows = max(_LEAST_ROWS, _backend.next_power_of_two(group))
-    launch = launch_of(kernel, default, dim=dim, group=rows, dtype=q.dtype.name)
+    launch = launch_of("decode_attention", default, dim=dim, group=rows, dtype=q.dtype.name)
     splits = min(_SPLITS, _backend.next_power_of_two(selected))
     lead = (batch, kv_heads, splits, rows)
     return _Call(
@@ -195,7 +205,7 @@ def decode_attention(
     *,
     scale: float,
 ) -> Float[Array, "B N D"]:
-    call = _prepare("decode_attention", _ATTEND, q, pool.shape[2], slots, block_ids)
+    call = _prepare(_RESIDENT, q, pool.shape[2], slots, block_ids)
 
     def kernel(*refs: Any) -> None:
         _split_kernel(*refs, width=call.width, scale=scale)
@@ -207,7 +217,7 @@ def decode_attention(
         out_shape=call.parts,
         num_warps=call.launch.num_warps,
         num_stages=call.launch.num_stages,
-    )(layer[None], positions, *call.listed, call.q, bias, pool)
+    )(jnp.atleast_1d(layer), positions, *call.listed, call.q, bias, pool)
     return _add_up(call, parts, q)
 
 
@@ -226,13 +236,13 @@ def update_and_attend(
     *,
     scale: float,
 ) -> tuple[Float[Array, "B N D"], Float[Array, "L B K slots 2 P D"], Float[Array, "L B K M 2 P D"] | None]:
-    call = _prepare("update_and_attend", _UPDATE, q, pool.shape[2], slots, block_ids, loads)
+    call = _prepare(_RESIDENT if host is None else _FETCHING, q, pool.shape[2], slots, block_ids, loads)
     own_slots, filled = blocks_of_tokens(block_ids, slots, positions, pool.shape[5])
 
     def kernel(*refs: Any) -> None:
         _update_kernel(*refs, width=call.width, scale=scale)
 
-    operands = (layer[None], positions, *call.listed, own_slots, k, v, call.q, bias, pool, host)
+    operands = (jnp.atleast_1d(layer), positions, *call.listed, own_slots, k, v, call.q, bias, pool, host)
     *parts, pool = _backend.triton_call(
         kernel,
         name="update_and_attend",

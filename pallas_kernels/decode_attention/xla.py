@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels import blocks
 from pallas_kernels.fetch_blocks.xla import fetch_blocks, write_back_blocks
 
 _CHUNK = 4  # blocks gathered at once
@@ -79,7 +80,7 @@ def blocks_of_tokens(
     block_ids: Int32[Array, "B K J"], slots: Int32[Array, "B K J"], positions: Int32[Array, " B"], size: int
 ) -> tuple[Int32[Array, "B K"], Int32[Array, "B K 1"]]:
     """(slot of the block that each row's new token belongs to, its id where the token fills it); -1 for none."""
-    own = jnp.where(positions >= 0, positions // size, -1)
+    own = blocks.query_blocks(positions, size)
     is_own = (block_ids == own[:, None, None]) & (block_ids >= 0)
     filled = jnp.where(positions % size == size - 1, own, -1)
     return jnp.max(jnp.where(is_own, slots, -1), axis=-1), jnp.broadcast_to(

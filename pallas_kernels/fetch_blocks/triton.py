@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import _backend
@@ -16,7 +17,7 @@ _WARPS = 8
 def _move_kernel(layer, sources, targets, source, _, target, *, width, programs):
     """target[layer, b, k, targets[x]] = source[layer, b, k, sources[x]]; every program takes each `programs`-th x."""
     program, head, row = (_backend.program_id(axis) for axis in range(3))
-    layer = layer[0]
+    layer = jnp.clip(layer[0], 0, source.shape[0] - 1)
 
     def body(trip, carry):
         entry = (row, head, trip * programs + program)
@@ -46,7 +47,7 @@ def _move(source: Array, target: Array, sources: Array, targets: Array, layer: A
         out_shape=jax.ShapeDtypeStruct(target.shape, target.dtype),
         num_warps=_WARPS,
         aliases={4: 0},
-    )(layer[None], sources, targets, source, target)
+    )(jnp.atleast_1d(layer), sources, targets, source, target)
 
 
 def unsupported(target: Array, source: Array, *ids: Any) -> str | None:

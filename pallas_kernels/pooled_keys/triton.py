@@ -13,7 +13,7 @@ from pallas_kernels import _backend
 
 def _kernel(layer, new, start, count, pooled_in, sums_in, pooled, sums, *, stride):
     head, row = (_backend.program_id(axis) for axis in range(2))
-    at = (layer[0], row, head)
+    at = (jnp.clip(layer[0], 0, sums.shape[0] - 1), row, head)
 
     @_backend.when(count[row] > 0)
     def _():
@@ -64,4 +64,4 @@ def append_pooled_keys(
         out_shape=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (pooled, sums)),
         num_warps=1,
         aliases={4: 0, 5: 1},
-    )(layer[None], new, start, count, pooled, sums)
+    )(jnp.atleast_1d(layer), new, start, count, pooled, sums)

@@ -16,7 +16,7 @@ _CHUNK = 16  # slots that all others are compared with at once
 
 def _kernel(layer, wanted, step, blocks_in, last_used_in, blocks, last_used, slots, missing, *, width, num_slots):
     head, row = (_backend.program_id(axis) for axis in range(2))
-    at = (layer[0], row, head)
+    at = (jnp.clip(layer[0], 0, blocks.shape[0] - 1), row, head)
     lanes = jnp.arange(_backend.next_power_of_two(width), dtype=jnp.int32)
     slot = jnp.arange(_backend.next_power_of_two(num_slots), dtype=jnp.int32)
 
@@ -58,10 +58,12 @@ def _kernel(layer, wanted, step, blocks_in, last_used_in, blocks, last_used, slo
         # Lanes that store nothing still get an address of their own.
         _backend.store(ref.at[(*at, index)], value, mask=index < size)
 
+    new_used = jnp.where(filled, step[row], load(last_used_in, at, slot, num_slots))
+    _backend.barrier()  # the table is read by all, and written where it lies
     store(slots, (row, head), lanes, width, chosen)
     store(missing, (row, head), lanes, width, absent.astype(jnp.int32))
     store(blocks, at, slot, num_slots, new_block)
-    store(last_used, at, slot, num_slots, jnp.where(filled, step[row], load(last_used_in, at, slot, num_slots)))
+    store(last_used, at, slot, num_slots, new_used)
 
 
 def unsupported(blocks: Array, last_used: Array, wanted: Array, step: Array, layer: Array) -> str | None:
@@ -93,5 +95,5 @@ def resolve_slots(
         out_shape=(table, table, listed, listed),
         num_warps=8 if max(width, num_slots) > 64 else 4,
         aliases={3: 0, 4: 1},
-    )(layer[None], wanted, step, blocks, last_used)
+    )(jnp.atleast_1d(layer), wanted, step, blocks, last_used)
     return blocks, last_used, slots, missing > 0
