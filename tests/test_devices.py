@@ -17,7 +17,7 @@ from nosa_jax import CacheConfig, Sampling
 
 tokens, lengths = random_tokens(8, 70, seed=1), np.array([70, 64, 33, 1, 69, 48, 70, 20])
 sampled = {"sampling": Sampling(temperature=1.0), "key": jax.random.key(3), "stop_tokens": range(9)}
-for axes, variant in (((4,), "nosa"), ((2, 2), "full")):
+for axes, variant in (((2, 2), "nosa"), ((4,), "full")):
     mesh = jax.make_mesh(axes, ("rows", "more")[: len(axes)])
     cache = CacheConfig(slots=8) if variant == "nosa" else CacheConfig()
     model = nosa_jax.with_attention(lively_model(small_config()), variant=variant)
