@@ -83,6 +83,11 @@ def make_state(config: ModelConfig, run: Run, max_length: int, ids: Array | None
     return state
 
 
+def of_all_layers(ids: Int32[Array, "Z B K J"], layers: int) -> Int32[Array, "L B K J"]:
+    """The traces of the first layers for all of them."""
+    return jnp.concatenate([ids] * -(-layers // ids.shape[0]))[:layers]
+
+
 def loop(
     model: NosaLM, state: DecodeState, token: Int32[Array, " B"], ids: Int32[Array, "new Z B K J"] | None, steps: int
 ) -> tuple[DecodeState, Array, Array]:
@@ -92,8 +97,7 @@ def loop(
         state, token, fetched = carry
         forced = None
         if ids is not None:
-            repeats = -(-model.config.num_layers // ids.shape[1])
-            forced = jnp.concatenate([ids[i]] * repeats)[: model.config.num_layers]
+            forced = of_all_layers(ids[i], model.config.num_layers)
         state, out = decode.step(model, state, token, None, forced)
         if out.fetched is not None:
             fetched += jnp.sum(out.fetched)
@@ -139,7 +143,7 @@ def measure(model: NosaLM, run: Run, steps: int, repeats: int, link: float) -> d
     total = 1 + steps * (repeats + 2)
     if attention.is_sparse:
         heads = min(TRACED_HEADS, config.num_layers) * config.num_kv_heads
-        ids = traces.make_trace(attention, np.full(run.batch, run.context - 1), total, heads, num_blocks)
+        ids = traces.make_trace(config, np.full(run.batch, run.context - 1), total, heads, num_blocks)
         if run.cache.slots is not None:
             listed = jnp.asarray(ids.transpose(1, 2, 0, 3))  # [B, heads, steps, J]
             at = jnp.broadcast_to(run.context - 1 + jnp.arange(total), listed.shape[:-1])
@@ -147,7 +151,7 @@ def measure(model: NosaLM, run: Run, steps: int, repeats: int, link: float) -> d
             replayed = round(float(misses[..., 1 + steps : 1 + steps * (repeats + 1)].mean()), 3)
         # [steps, B, heads, J] -> [steps, layers with a trace of their own, B, K, J]
         traced = ids.reshape(*ids.shape[:2], -1, config.num_kv_heads, ids.shape[-1]).transpose(0, 2, 1, 3, 4)
-        first = jnp.concatenate([jnp.asarray(traced[0])] * config.num_layers)[: config.num_layers]
+        first = of_all_layers(jnp.asarray(traced[0]), config.num_layers)
     state = make_state(config, run, max_length, first, jax.random.key(0))
     token = jnp.zeros((run.batch,), jnp.int32)
     start = time.perf_counter()

@@ -1,9 +1,8 @@
 """Selections made up to have a given locality: block ids per step whose misses, by slots, are the published ones.
 
-Least-recently-used misses per (layer, KV head, row, step) at 64, 80, 96 and 128 slots, measured by a third party for
-NOSA-8B: 3.58, 1.20, 0.86, 0.71 of 64 selected blocks. So at each step some blocks return from where they lie in the
-stack of recent use, one of 65th to 80th place with weight 3.58 - 1.20 and so on, and as many others leave. InfLLMv2
-differs by its published share of new blocks: 1 - 0.889 against 1 - 0.944.
+Least-recently-used misses come from `nosa_jax.cache.plan`: 3.58, 1.20, 0.86 and 0.71 blocks per layer, KV head, row and
+step at 64, 80, 96 and 128 slots for NOSA. So at each step some blocks return from where they lie in the stack of recent
+use, one of 65th to 80th place with weight 3.58 - 1.20 and so on, and as many others leave.
 """
 
 from __future__ import annotations
@@ -11,20 +10,20 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Int32
 
-from nosa_jax.config import AttentionConfig
+from nosa_jax.cache.plan import expected_misses
+from nosa_jax.config import ModelConfig
 
 SLOTS = (64, 80, 96, 128)
-MISSES = {"nosa": (3.58, 1.20, 0.86, 0.71), "infllmv2": tuple(m * 0.111 / 0.056 for m in (3.58, 1.20, 0.86, 0.71))}
 
 
 def make_trace(
-    config: AttentionConfig, lengths: Int32[np.ndarray, " B"], steps: int, heads: int, num_blocks: int, seed: int = 0
+    model: ModelConfig, lengths: Int32[np.ndarray, " B"], steps: int, heads: int, num_blocks: int, seed: int = 0
 ) -> Int32[np.ndarray, "steps B heads J"]:
     """Selections of the queries at positions lengths[b] to lengths[b] + steps - 1, ascending ids.
 
     heads: how many independent ones per row, layers times KV heads. Needs rows of more blocks than are selected.
     """
-    rng = np.random.default_rng(seed)
+    rng, config = np.random.default_rng(seed), model.attention
     selected, sink, local = config.num_selected_blocks, config.num_sink_blocks, config.num_local_blocks
     free = selected - sink - local
     shape = (len(lengths), heads)
@@ -37,7 +36,7 @@ def make_trace(
     for b, head in np.ndindex(*shape):
         stack[b, head, : count[b]] = sink + rng.permutation(count[b])
     places = (*SLOTS, None)
-    weights = np.array(MISSES[config.variant], np.float64)
+    weights = np.array([expected_misses(model, slots) for slots in SLOTS])
     rates = weights - np.append(weights[1:], 0.0)  # returns per step from each stretch of the stack
     stretches = list(zip(places[:-1], places[1:], rates, strict=True))
     offset = selected - free

@@ -293,20 +293,17 @@ def _select(
 
 
 class Shared(NamedTuple):
-    """What the layers of a step have in common. positions, own: of the new token and its block, -1 where a row has
-    none; num_new: new tokens; cos_sin: of the positions."""
+    """What the layers of a step have in common: positions of the new tokens, -1 where a row has none; how many they are
+    in each row; cos and sin of the positions."""
 
     positions: Int32[Array, " B"]
     num_new: Int32[Array, " B"]
-    own: Int32[Array, " B"]
     cos_sin: tuple[Float[Array, "B 1 half"], Float[Array, "B 1 half"]]
 
 
-def _shared(config: ModelConfig, state: DecodeState, positions: Int32[Array, " B"]) -> Shared:
-    size = config.attention.block_size
-    own = blocks.query_blocks(positions, size)
+def _shared(config: ModelConfig, positions: Int32[Array, " B"]) -> Shared:
     cos_sin = rope.of_positions(config, jnp.maximum(positions, 0)[:, None])
-    return Shared(positions, (positions >= 0).astype(jnp.int32), own, cos_sin)
+    return Shared(positions, (positions >= 0).astype(jnp.int32), cos_sin)
 
 
 @jax.jit
@@ -322,7 +319,7 @@ def step(
     config = model.config
     room = state.lengths < state.max_length
     active = room if active is None else room & active
-    shared = _shared(config, state, jnp.where(active, state.lengths, -1))
+    shared = _shared(config, jnp.where(active, state.lengths, -1))
 
     def body(index: Array, carry: tuple[Array, DecodeState, Any]) -> tuple[Array, DecodeState, Any]:
         x, state, recorded = carry
@@ -355,7 +352,7 @@ def _step_layer(
     layer: Int32[Array, ""],
 ) -> tuple[Float[Array, "B 1 H"], DecodeState, tuple[Int32[Array, "B K J"], Int32[Array, "B K"]] | None]:
     """Attention of one new token per row: select, make resident, write the token, attend, write back."""
-    positions, own = shared.positions, shared.own
+    positions = shared.positions
     q, k, v, importance = attention.project(config, x, *shared.cos_sin)
     state = kv.append_summaries(config.attention, state, k, importance, shared.num_new, layer)
     if config.attention.is_sparse:
@@ -363,6 +360,7 @@ def _step_layer(
         if forced is not None:
             ids = jnp.where((forced[:, :, :1] > -2) & (positions >= 0)[:, None, None], forced, ids)
     else:
+        own = blocks.query_blocks(positions, config.attention.block_size)
         every = jnp.arange(state.num_blocks, dtype=jnp.int32)
         every = jnp.where(every <= own[:, None], every, -1)[:, None]
         ids = jnp.broadcast_to(every, (x.shape[0], config.num_kv_heads, state.num_blocks))

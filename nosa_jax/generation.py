@@ -85,7 +85,7 @@ def generate(
     arguments |= {"forced_tokens": forced_tokens, "forced_ids": forced_block_ids}
     options = _Options(max_new_tokens, cache, sampling, names, chunk)
     if mesh is not None and is_concrete(*arguments.values()):
-        for name, spec in _specs(mesh, arguments).items():
+        for name, spec in _split(mesh, arguments).items():
             arguments[name] = jax.device_put(arguments[name], NamedSharding(mesh, spec))
     return _generate(model, arguments, options=options, mesh=mesh)
 
@@ -179,11 +179,12 @@ class _Options(NamedTuple):
     chunk: int | None
 
 
-def _specs(mesh: Mesh, arguments: dict[str, Any]) -> dict[str, PartitionSpec]:
-    """How the arguments of `_generate_rows` are split over the mesh."""
-    rows, every_row = PartitionSpec(mesh.axis_names), PartitionSpec()
-    of_layers = PartitionSpec(None, mesh.axis_names)
-    return dict.fromkeys(arguments, rows) | {"stop": every_row, "pad": every_row, "forced_ids": of_layers}
+def _split(mesh: Mesh, names: Iterable[str]) -> dict[str, PartitionSpec]:
+    """How the arguments and results of `_generate_rows` that have these names are split over the mesh."""
+    specs = dict.fromkeys(names, PartitionSpec(mesh.axis_names))
+    of_layers = dict.fromkeys(("forced_ids", "block_ids", "fetched"), PartitionSpec(None, mesh.axis_names))
+    of_all = dict.fromkeys(("stop", "pad"), PartitionSpec())
+    return specs | {name: spec for name, spec in (of_layers | of_all).items() if name in specs}
 
 
 @decode.program(static_argnames=("options", "mesh"))
@@ -191,17 +192,13 @@ def _generate(model: NosaLM, arguments: dict[str, Any], *, options: _Options, me
     """arguments: those of `_generate_rows`."""
     if mesh is None:
         return _generate_rows(model, **arguments, options=options)
-    rows, every_row, of_layers = (PartitionSpec(*axes) for axes in ((mesh.axis_names,), (), (None, mesh.axis_names)))
-    recorded = {"logits": rows, "block_ids": of_layers, "fetched": of_layers}
-    if not model.config.attention.is_sparse:
-        recorded = {"logits": rows}
-    kept = {name: recorded.get(name) for name in options.names}
+    kept = [name for name in options.names if name == "logits" or model.config.attention.is_sparse]
     # Devices never talk to each other: each stops when its own rows have stopped.
     run = jax.shard_map(
         lambda model, arguments: _generate_rows(model, **arguments, options=options),
         mesh=mesh,
-        in_specs=(every_row, _specs(mesh, arguments)),
-        out_specs=Generation(tokens=rows, lengths=rows, **kept),
+        in_specs=(PartitionSpec(), _split(mesh, arguments)),
+        out_specs=Generation(**_split(mesh, ("tokens", "lengths", *kept))),
         check_vma=False,
     )
     return run(model, arguments)

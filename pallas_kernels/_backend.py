@@ -25,6 +25,7 @@ warnings.filterwarnings("ignore", message=".*Pallas Triton backend is deprecated
 
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
+_LEAST_ROWS = 16  # of a matrix product
 LARGE = 1e30  # stands for infinity where infinity - infinity would give NaN
 
 load, store, atomic_add = plt.load, plt.store, plt.atomic_add
@@ -143,6 +144,18 @@ def unsupported_operand(argument: str, x: Array) -> str | None:
     if not is_power_of_two(x.shape[-1]) or not 16 <= x.shape[-1] <= 256:
         return f"the head dim must be a power of two in [16, 256], got {x.shape[-1]}"
     return None
+
+
+def layer_index(layer: Any, whole: Any) -> Array:
+    """In a kernel: the number in `layer` [1], kept inside `whole` [L, ...]; a wild one would make a wild address."""
+    return jnp.clip(layer[0], 0, whole.shape[0] - 1)
+
+
+def heads_as_rows(q: Float[Array, "B N D"], kv_heads: int) -> Float[Array, "B K rows D"]:
+    """The query heads of each KV head, padded to as many as a matrix product takes: a power of two of at least 16."""
+    batch, heads, dim = q.shape
+    grouped = q.reshape(batch, kv_heads, heads // kv_heads, dim)
+    return pad_to_multiple(grouped, 2, max(_LEAST_ROWS, next_power_of_two(heads // kv_heads)))
 
 
 def pad_to_multiple(x: Array, axis: int, multiple: int, fill: int | float = 0) -> Array:

@@ -48,6 +48,11 @@ def visible_windows(
     return (end <= positions[..., None]) & inside
 
 
+def num_visible_windows(positions: Int32[Array, "*queries"], windows: int, stride: int) -> Int32[Array, "*queries"]:
+    """How many of a row's windows end at or before each query: window c ends with token stride * c + 2 * stride - 1."""
+    return jnp.clip((positions + 1) // stride - 1, 0, windows)
+
+
 def pool_windows_to_blocks(
     window_scores: Float[Array, "B *rest C"], first_block: Int32[Array, "B M"] | None, *, blocks: int, ratio: int
 ) -> Float[Array, "B *rest M"]:

@@ -42,6 +42,7 @@ from pallas_kernels import (
     update_and_attend,
     write_back_blocks,
 )
+from pallas_kernels.bench.work import on_numpy
 from pallas_kernels.block_attention.cases import Case
 from pallas_kernels.block_scores import cases as score_cases
 from pallas_kernels.decode_attention import cases as decode_cases
@@ -265,7 +266,7 @@ def test_one_step_of_the_cache():
 def test_the_rest_of_a_decode_step():
     """Slots as the Python loop finds them, appended means as XLA's to the bit, scores of one query as XLA's."""
     inputs = slot_cases.make_inputs(slot_cases.REAL["8b_16k"], jax.random.key(0))
-    plain = {name: int(x) if name == "layer" else np.asarray(x) for name, x in inputs.items()}
+    plain = on_numpy(inputs)
     for x, y in zip(compiled(resolve_slots, inputs), slot_reference.resolve_slots(**plain), strict=True):
         np.testing.assert_array_equal(x, y)
 

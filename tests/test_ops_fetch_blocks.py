@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import fetch_blocks, write_back_blocks
+from pallas_kernels.bench.work import on_numpy
 from pallas_kernels.fetch_blocks import reference
 from pallas_kernels.fetch_blocks.cases import SMALL, make_inputs
 
@@ -22,10 +23,6 @@ write_back = jax.jit(functools.partial(write_back_blocks, implementation="xla"))
 def assert_same(array, expected, memory_kind):
     assert array.sharding.memory_kind == memory_kind
     np.testing.assert_array_equal(np.asarray(array), expected)
-
-
-def on_numpy(inputs):
-    return {name: int(x) if name == "layer" else np.asarray(x) for name, x in inputs.items()}
 
 
 def assert_moves_like_numpy(inputs):

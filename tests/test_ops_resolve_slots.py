@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import _backend, resolve_slots
+from pallas_kernels.bench.work import on_numpy
 from pallas_kernels.resolve_slots import reference
 from pallas_kernels.resolve_slots.cases import SMALL, make_inputs
 
@@ -26,7 +27,7 @@ def resolved(implementation, inputs):
 
 
 def assert_like_python(implementation, inputs):
-    plain = {name: int(x) if name == "layer" else np.asarray(x) for name, x in inputs.items()}
+    plain = on_numpy(inputs)
     expected = reference.resolve_slots(**plain)
     for ours, true in zip(resolved(implementation, inputs), expected, strict=True):
         assert ours.dtype == true.dtype

@@ -22,6 +22,7 @@ from pallas_kernels import (
     update_and_attend,
     write_back_blocks,
 )
+from pallas_kernels.bench.work import on_numpy
 from pallas_kernels.block_scores import cases as score_cases
 from pallas_kernels.decode_attention import cases as attention_cases
 from pallas_kernels.decode_attention import reference as attention_reference
@@ -51,7 +52,7 @@ def test_moves_like_numpy(name):
     ids = np.asarray(inputs["block_ids"]).copy()
     ids[0, 0, 0], ids[-1, -1, -1] = WILD[0], WILD[3]
     inputs["block_ids"] = jnp.asarray(ids)
-    plain = {name: int(x) if name == "layer" else np.asarray(x) for name, x in inputs.items()}
+    plain = on_numpy(inputs)
     np.testing.assert_array_equal(run(fetch_blocks, inputs), fetch_reference.fetch_blocks(**plain))
     host = run(write_back_blocks, inputs)
     assert host.sharding.memory_kind == "pinned_host"

@@ -111,6 +111,11 @@ def upcast(arrays: Any) -> Any:
     return jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, arrays)
 
 
+def on_numpy(inputs: dict[str, Any]) -> dict[str, Any]:
+    """As the references that are Python loops take them."""
+    return {name: int(x) if name == "layer" else np.asarray(x) for name, x in inputs.items()}
+
+
 def _pool_keys(case: pooled_cases.Case, keys: Float[Array, "B K S D"]) -> Work:
     windows = blocks.num_windows(min(_REFERENCE_TOKENS, case.tokens), case.stride)
     call = functools.partial(ops.pool_keys, stride=case.stride)
@@ -262,24 +267,22 @@ def _decode_attention(case: decode_cases.Case, inputs: dict[str, Any]) -> Work:
 
 
 def _resolve_slots(case: resolve_cases.Case, inputs: dict[str, Any]) -> Work:
-    arrays: Callable[[], dict[str, Any]] = lambda: {
-        name: int(x) if name == "layer" else np.asarray(x) for name, x in inputs.items()
-    }
     names = ("blocks", "last_used", "slots", "missing")
     listed = nbytes(*(inputs[name][0] for name in ("blocks", "last_used"))) * 2 + 3 * nbytes(inputs["wanted"])
     return Work(
         inputs,
         ops.resolve_slots,
         Floor(listed),
-        lambda: dict(zip(names, resolve_reference.resolve_slots(**arrays()), strict=True)),
+        lambda: dict(zip(names, resolve_reference.resolve_slots(**on_numpy(inputs)), strict=True)),
         lambda output: dict(zip(names, output, strict=True)),
     )
 
 
 def _transport(call: Callable[..., Any], slow: Callable[..., Any], updated: str) -> Callable[[Any, Any], Work]:
     def build(case: fetch_cases.Case, inputs: dict[str, Any]) -> Work:
-        arrays = lambda: {name: int(x) if name == "layer" else np.asarray(x) for name, x in inputs.items()}
-        return Work(inputs, call, counts.moved_blocks(inputs), lambda: {"out": slow(**arrays())}, updates=(updated,))
+        return Work(
+            inputs, call, counts.moved_blocks(inputs), lambda: {"out": slow(**on_numpy(inputs))}, updates=(updated,)
+        )
 
     return build
 

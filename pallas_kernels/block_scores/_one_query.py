@@ -12,24 +12,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels import _backend
-from pallas_kernels._backend import LARGE, LOG2_E, pad_to_multiple
+from pallas_kernels import _backend, blocks
+from pallas_kernels._backend import LARGE, LOG2_E
 from pallas_kernels._tuning import Launch, launch_of
 
-_LEAST_ROWS = 16  # of a matrix product
 _DEFAULT = Launch(rows=16, num_warps=4, num_stages=1, keys=128)
 _BLOCKS = 32  # per program of the second kernel
-
-
-def _num_visible(position, stride, windows):
-    """Window c ends with token stride * c + 2 * stride - 1."""
-    return jnp.clip((position + 1) // stride - 1, 0, windows)
 
 
 def _logits_kernel(layer, q, pooled, positions, logits, tops, totals, *, keys, stride, scale):
     chunk, head, row = (_backend.program_id(axis) for axis in range(3))
     windows = pooled.shape[3]
-    visible = _num_visible(positions[row], stride, windows)
+    visible = blocks.num_visible_windows(positions[row], windows, stride)
     at = (row, head, chunk)
     rows = q.shape[2]
 
@@ -41,7 +35,7 @@ def _logits_kernel(layer, q, pooled, positions, logits, tops, totals, *, keys, s
     @_backend.when(chunk * keys < visible)
     def _():
         window = chunk * keys + jnp.arange(keys, dtype=jnp.int32)
-        key = pooled[jnp.clip(layer[0], 0, pooled.shape[0] - 1), row, head, jnp.minimum(window, windows - 1)]
+        key = pooled[_backend.layer_index(layer, pooled), row, head, jnp.minimum(window, windows - 1)]
         product = _backend.dot(q[row, head], key.T) * (scale * LOG2_E)
         product = jnp.where((window < visible)[None], product, -jnp.inf)
         top = jnp.max(product, axis=1)
@@ -52,7 +46,7 @@ def _logits_kernel(layer, q, pooled, positions, logits, tops, totals, *, keys, s
 
 def _blocks_kernel(positions, logits, tops, totals, out, *, windows, chunks, group, ratio, stride):
     part, head, row = (_backend.program_id(axis) for axis in range(3))
-    visible = _num_visible(positions[row], stride, windows)
+    visible = blocks.num_visible_windows(positions[row], windows, stride)
     rows = logits.shape[2]
     chunk = jnp.arange(_backend.next_power_of_two(chunks), dtype=jnp.int32)
     at, inside = (row, head, jnp.where(chunk < chunks, chunk, 0)), (chunk < chunks)[:, None]
@@ -89,9 +83,9 @@ def block_scores(
     batch, _, heads, dim = q.shape
     kv_heads, windows = pooled_keys.shape[2:4]
     group = heads // kv_heads
-    rows = max(_LEAST_ROWS, _backend.next_power_of_two(group))
+    grouped = _backend.heads_as_rows(q[:, 0], kv_heads)
+    rows = grouped.shape[2]
     launch = launch_of("block_scores_one_query", _DEFAULT, dim=dim, group=rows, dtype=q.dtype.name)
-    grouped = pad_to_multiple(q.reshape(batch, kv_heads, group, dim), 2, rows)
     chunks = -(-windows // launch.keys)
     positions = positions[:, 0]
 

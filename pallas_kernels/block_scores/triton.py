@@ -181,8 +181,7 @@ def block_scores(
     q = pad_to_multiple(pad_to_multiple(q, 1, longest), 3, padded_group)
     positions = pad_to_multiple(positions, 1, longest, fill=-1)
     begins = ratio * blocks.query_first_blocks(positions, first_block, block_size)
-    # Window c ends with token stride * c + 2 * stride - 1; C counts those that exist.
-    ends = jnp.clip((positions + 1) // stride - 1, 0, windows)
+    ends = blocks.num_visible_windows(positions, windows, stride)
     m = jnp.arange(num_blocks, dtype=jnp.int32)
     has_left = m > 0 if first_block is None else m > first_block
     exists = (ratio * m < windows) | (has_left & (ratio * m - 1 < windows))

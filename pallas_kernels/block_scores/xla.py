@@ -32,7 +32,7 @@ def _cached_dot(
     logits = jnp.zeros((batch, kv_heads, q.shape[3], q.shape[1], windows), jnp.float32)
     if width == 0:
         return logits
-    reached = jnp.clip((jnp.max(positions) + 1) // stride - 1, 0, windows)
+    reached = blocks.num_visible_windows(jnp.max(positions), windows, stride)
 
     def body(piece: Array, logits: Array) -> Array:
         start = jnp.minimum(piece * width, windows - width)  # the last piece overlaps the one before

@@ -17,30 +17,21 @@ from pallas_kernels import _backend
 from pallas_kernels._backend import LARGE, LOG2_E, pad_to_multiple
 from pallas_kernels._tuning import Launch, launch_of
 from pallas_kernels.decode_attention.xla import blocks_of_tokens
-from pallas_kernels.fetch_blocks.triton import write_back_blocks
+from pallas_kernels.fetch_blocks.triton import move_block, write_back_blocks
 
 _SPLITS = 8
-_LEAST_ROWS = 16  # of a matrix product
 _BLOCK_BYTES = 32 * 1024  # keys of one block: three stages of keys and values fit in shared memory
 # Measured on an H200: without transfers two stages are 10 % faster at a batch of 64, with them three. Warps decide the
 # order of sums, so they must be the same.
 _RESIDENT, _FETCHING = Launch(rows=16, num_warps=4, num_stages=2), Launch(rows=16, num_warps=4, num_stages=3)
 
 
-def _layer(layer, pool):
-    return jnp.clip(layer[0], 0, pool.shape[0] - 1)
-
-
 def _fetch(host, pool, loads, slots, at, begin, width):
     """Copies the missing blocks of a run into their slots."""
 
     def body(entry, carry):
-        load, slot = loads[(*at[1:], begin + entry)], slots[(*at[1:], begin + entry)]
-
-        @_backend.when((load >= 0) & (load < host.shape[3]) & (slot >= 0) & (slot < pool.shape[3]))
-        def _():
-            pool[(*at, slot)] = host[(*at, load)]
-
+        listed = (*at[1:], begin + entry)
+        move_block(host, pool, at, loads[listed], slots[listed])
         return carry
 
     jax.lax.fori_loop(0, width, body, 0)
@@ -52,7 +43,7 @@ def _update_kernel(
 ):  # fmt: skip
     """`_split_kernel` after the run's part of the pool is brought up to date."""
     split, head, row = (_backend.program_id(axis) for axis in range(3))
-    at, begin, own = (_layer(layer, pool), row, head), split * width, own_slots[row, head]
+    at, begin, own = (_backend.layer_index(layer, pool), row, head), split * width, own_slots[row, head]
     if host is not None:
         _fetch(host, pool, loads, slots, at, begin, width)
         _backend.barrier()
@@ -72,7 +63,7 @@ def _update_kernel(
 
 def _split_kernel(layer, positions, slots, block_ids, q, bias, pool, sums, tops, totals, *, width, scale):
     split, head, row = (_backend.program_id(axis) for axis in range(3))
-    at, begin = (_layer(layer, pool), row, head), split * width
+    at, begin = (_backend.layer_index(layer, pool), row, head), split * width
     num_slots, size, dim = pool.shape[3], pool.shape[5], pool.shape[6]
     rows, position, query = q.shape[2], positions[row], q[row, head]
 
@@ -166,17 +157,16 @@ class _Call(NamedTuple):
 
 def _prepare(default: Launch, q: Array, kv_heads: int, *listed: Array | None) -> _Call:
     """listed: slots, block ids and the like, [B, K, J]."""
-    batch, heads, dim = q.shape
-    group, selected = heads // kv_heads, next(x for x in listed if x is not None).shape[-1]
-    rows = max(_LEAST_ROWS, _backend.next_power_of_two(group))
-    launch = launch_of("decode_attention", default, dim=dim, group=rows, dtype=q.dtype.name)
+    q = _backend.heads_as_rows(q, kv_heads)
+    batch, _, rows, dim = q.shape
+    selected = next(x for x in listed if x is not None).shape[-1]
     splits = min(_SPLITS, _backend.next_power_of_two(selected))
     lead = (batch, kv_heads, splits, rows)
     return _Call(
         (splits, kv_heads, batch),
         -(-selected // splits),
-        launch,
-        pad_to_multiple(q.reshape(batch, kv_heads, group, dim), 2, rows),
+        launch_of("decode_attention", default, dim=dim, group=rows, dtype=q.dtype.name),
+        q,
         tuple(None if x is None else pad_to_multiple(x, 2, splits, -1) for x in listed),
         tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((*lead, dim), lead, lead)),
     )

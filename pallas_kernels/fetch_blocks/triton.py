@@ -14,19 +14,22 @@ _PROGRAMS = 8  # per row and KV head; few, since a layer moves few blocks, and e
 _WARPS = 8
 
 
+def move_block(source, target, at, from_, to):
+    """In a kernel: target[*at, to] = source[*at, from_], where both are blocks. at: layer, row and KV head."""
+
+    @_backend.when((from_ >= 0) & (from_ < source.shape[3]) & (to >= 0) & (to < target.shape[3]))
+    def _():
+        target[(*at, to)] = source[(*at, from_)]
+
+
 def _move_kernel(layer, sources, targets, source, _, target, *, width, programs):
     """target[layer, b, k, targets[x]] = source[layer, b, k, sources[x]]; every program takes each `programs`-th x."""
     program, head, row = (_backend.program_id(axis) for axis in range(3))
-    layer = jnp.clip(layer[0], 0, source.shape[0] - 1)
+    at = (_backend.layer_index(layer, source), row, head)
 
     def body(trip, carry):
         entry = (row, head, trip * programs + program)
-        from_, to = sources[entry], targets[entry]
-
-        @_backend.when((from_ >= 0) & (from_ < source.shape[3]) & (to >= 0) & (to < target.shape[3]))
-        def _():
-            target[layer, row, head, to] = source[layer, row, head, from_]
-
+        move_block(source, target, at, sources[entry], targets[entry])
         return carry
 
     jax.lax.fori_loop(0, width // programs, body, 0)

@@ -13,7 +13,7 @@ from pallas_kernels import _backend
 
 def _kernel(layer, new, start, count, pooled_in, sums_in, pooled, sums, *, stride):
     head, row = (_backend.program_id(axis) for axis in range(2))
-    at = (jnp.clip(layer[0], 0, sums.shape[0] - 1), row, head)
+    at = (_backend.layer_index(layer, sums), row, head)
 
     @_backend.when(count[row] > 0)
     def _():

@@ -16,7 +16,7 @@ _CHUNK = 16  # slots that all others are compared with at once
 
 def _kernel(layer, wanted, step, blocks_in, last_used_in, blocks, last_used, slots, missing, *, width, num_slots):
     head, row = (_backend.program_id(axis) for axis in range(2))
-    at = (jnp.clip(layer[0], 0, blocks.shape[0] - 1), row, head)
+    at = (_backend.layer_index(layer, blocks), row, head)
     lanes = jnp.arange(_backend.next_power_of_two(width), dtype=jnp.int32)
     slot = jnp.arange(_backend.next_power_of_two(num_slots), dtype=jnp.int32)
 
