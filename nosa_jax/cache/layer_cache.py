@@ -12,11 +12,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+import pallas_kernels as ops
+from nosa_jax.attention.importance import Importance
 from nosa_jax.cache import host_store, slots
 from nosa_jax.cache.slots import SlotTable
 from nosa_jax.cache.state import DecodeState, PooledCache, put_table, table_at
-from nosa_jax.config import AttentionConfig
+from nosa_jax.config import AttentionConfig, ModelConfig
 from pallas_kernels import append_pooled_keys, resolve_slots, update_and_attend
+from pallas_kernels.append_token import Summaries
 
 
 def append_summaries(
@@ -45,6 +48,35 @@ def append_summaries(
             importance=state.importance.at[layer, row, head, block, offset].set(importance, mode="drop"),
         )
     return state
+
+
+def append_token(
+    config: ModelConfig,
+    state: DecodeState,
+    qkv: Float[Array, "B heads D"],
+    cos_sin: tuple[Float[Array, "B half"], Float[Array, "B half"]],
+    importance: Importance | None,
+    positions: Int32[Array, " B"],
+    layer: Int32[Array, ""],
+) -> tuple[DecodeState, Float[Array, "B N D"], Float[Array, "B K D"], Float[Array, "B K D"]]:
+    """`append_summaries` of one token per row, with what comes before it: also its rotated q and k, and its v.
+
+    importance: of all layers.
+    """
+    pair = lambda cache: (None, None) if cache is None else cache
+    summaries = Summaries(*pair(state.keys), state.importance, *pair(state.pooled_importance))
+    weights = (None, None) if importance is None else (importance.A[...], importance.delta[...])
+    q, k, v, new = ops.append_token(
+        qkv, *cos_sin, *weights, summaries, positions, layer,
+        kv_heads=config.num_kv_heads, stride=config.attention.pooling_stride,
+    )  # fmt: skip
+    state = dataclasses.replace(
+        state,
+        keys=None if state.keys is None else PooledCache(new.keys, new.key_sums),
+        importance=new.importance,
+        pooled_importance=None if state.pooled_importance is None else PooledCache(new.means, new.mean_sums),
+    )
+    return state, q, k, v
 
 
 def _places(
