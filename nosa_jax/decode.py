@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from nosa_jax import rope
 from nosa_jax._pytree import pytree_dataclass
 from nosa_jax.attention import layout
+from nosa_jax.attention.importance import Importance
 from nosa_jax.attention.layer import Attention
 from nosa_jax.attention.selection import select
 from nosa_jax.cache import layer_cache as kv
@@ -293,17 +294,16 @@ def _select(
 
 
 class Shared(NamedTuple):
-    """What the layers of a step have in common: positions of the new tokens, -1 where a row has none; how many they are
-    in each row; cos and sin of the positions."""
+    """What the layers of a step have in common: positions of the new tokens, -1 where a row has none; cos and sin of
+    the positions."""
 
     positions: Int32[Array, " B"]
-    num_new: Int32[Array, " B"]
-    cos_sin: tuple[Float[Array, "B 1 half"], Float[Array, "B 1 half"]]
+    cos_sin: tuple[Float[Array, "B half"], Float[Array, "B half"]]
 
 
 def _shared(config: ModelConfig, positions: Int32[Array, " B"]) -> Shared:
-    cos_sin = rope.of_positions(config, jnp.maximum(positions, 0)[:, None])
-    return Shared(positions, (positions >= 0).astype(jnp.int32), cos_sin)
+    cos, sin = rope.of_positions(config, jnp.maximum(positions, 0)[:, None])
+    return Shared(positions, (cos[:, 0], sin[:, 0]))
 
 
 @jax.jit
@@ -321,12 +321,14 @@ def step(
     active = room if active is None else room & active
     shared = _shared(config, jnp.where(active, state.lengths, -1))
 
+    importance = model.layers.attention.importance if config.attention.uses_importance else None
+
     def body(index: Array, carry: tuple[Array, DecodeState, Any]) -> tuple[Array, DecodeState, Any]:
         x, state, recorded = carry
         forced = None if forced_ids is None else forced_ids[index]
         attention, x = layer_at(model.layers.attention, index, x)
         normed = rms_norm(x, model.layers.attention_norm[...][index], config.rms_norm_eps)
-        out, state, of_layer = _step_layer(config, attention, state, normed, shared, forced, index)
+        out, state, of_layer = _step_layer(config, attention, importance, state, normed, shared, forced, index)
         mlp, x = layer_at(model.layers.mlp, index, x + out)
         x = x + mlp(rms_norm(x, model.layers.mlp_norm[...][index], config.rms_norm_eps))
         return x, state, jax.tree.map(lambda whole, part: whole.at[index].set(part), recorded, of_layer)
@@ -337,6 +339,7 @@ def step(
         recorded = jnp.zeros((*lead, config.attention.num_selected_blocks), jnp.int32), jnp.zeros(lead, jnp.int32)
     x = model.embed[...][tokens][:, None]
     x, state, recorded = jax.lax.fori_loop(0, config.num_layers, body, (x, state, recorded))
+    state = kv.write_back(state, shared.positions)
     state = dataclasses.replace(state, lengths=state.lengths + active)
     ids, fetched = (None, None) if recorded is None else recorded
     return state, StepOutput(model.logits(model.final_norm(x[:, 0])), ids, fetched)
@@ -345,18 +348,19 @@ def step(
 def _step_layer(
     config: ModelConfig,
     attention: Attention,
+    importance: Importance | None,
     state: DecodeState,
     x: Float[Array, "B 1 H"],
     shared: Shared,
     forced: Int32[Array, "B K J"] | None,
     layer: Int32[Array, ""],
 ) -> tuple[Float[Array, "B 1 H"], DecodeState, tuple[Int32[Array, "B K J"], Int32[Array, "B K"]] | None]:
-    """Attention of one new token per row: select, make resident, write the token, attend, write back."""
+    """Attention of one new token per row: select, make resident, write the token, attend."""
     positions = shared.positions
-    q, k, v, importance = attention.project(config, x, *shared.cos_sin)
-    state = kv.append_summaries(config.attention, state, k, importance, shared.num_new, layer)
+    qkv = (x[:, 0] @ attention.qkv[...]).reshape(x.shape[0], -1, config.head_dim)
+    state, q, k, v = kv.append_token(config, state, qkv, shared.cos_sin, importance, positions, layer)
     if config.attention.is_sparse:
-        ids = _select(config, state, q, positions[:, None], layer)[:, :, 0]
+        ids = _select(config, state, q[:, None], positions[:, None], layer)[:, :, 0]
         if forced is not None:
             ids = jnp.where((forced[:, :, :1] > -2) & (positions >= 0)[:, None, None], forced, ids)
     else:
@@ -365,7 +369,7 @@ def _step_layer(
         every = jnp.where(every <= own[:, None], every, -1)[:, None]
         ids = jnp.broadcast_to(every, (x.shape[0], config.num_kv_heads, state.num_blocks))
     state, residence = kv.admit(state, ids, positions, layer)
-    state, out = kv.attend(state, q[:, 0], k[:, :, 0], v[:, :, 0], residence, ids, positions, layer)
+    state, out = kv.attend(state, q, k, v, residence, ids, positions, layer)
     recorded = None
     if config.attention.is_sparse:
         loads = residence.loads

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from nosa_jax.config import ModelConfig, RopeConfig
+from pallas_kernels.append_token.xla import rotate as rotate
 
 
 @functools.cache
@@ -56,12 +57,3 @@ def of_positions(
 ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
     """`cos_sin` of a model."""
     return cos_sin(positions, config.rope, config.head_dim, config.max_context)
-
-
-def rotate(
-    x: Float[Array, "B T h D"], cos: Float[Array, "B T half"], sin: Float[Array, "B T half"]
-) -> Float[Array, "B T h D"]:
-    """Rotates dimension i with i + D/2, in float32, back in the dtype of `x`."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -1,7 +1,7 @@
 """Which implementation of an op runs: `implementation=` "auto", "xla", "triton" or "mosaic".
 
 A named implementation never falls back: where it cannot run, KernelUnsupportedError says why. "auto" takes the first of
-PREFERENCE that can, and warns once per op when that is the slow path on a GPU.
+PREFERENCE that can, and warns once per op when that passes by its kernels on a GPU.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Op:
         """The name of the implementation that takes these arguments."""
         if implementation == "auto":
             chosen = next(name for name in PREFERENCE if self.reason(name, *args, **kwargs) is None)
-            if chosen == "xla" and jax.default_backend() == "gpu":
+            if chosen == "xla" and len(self.implementations) > 1 and jax.default_backend() == "gpu":
                 _warn_slow_path(self.name, self.reason("triton", *args, **kwargs))
             return chosen
         if implementation not in PREFERENCE:

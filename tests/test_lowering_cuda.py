@@ -13,7 +13,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from nosa_jax import AttentionConfig, ModelConfig, presets
 from pallas_kernels import (
-    append_pooled_keys,
+    append_token,
     block_attention,
     block_scores,
     blocks,
@@ -24,6 +24,7 @@ from pallas_kernels import (
     update_and_attend,
     write_back_blocks,
 )
+from pallas_kernels.append_token import Summaries
 
 H200 = AbstractMesh(
     (1,),
@@ -173,6 +174,10 @@ def decode_arguments(shape, slots=80):
     cache = lambda dtype, *sizes: jax.ShapeDtypeStruct((2, 2, kv_heads, *sizes), dtype)
     return {
         "q": row(dtype, kv_heads * group, dim),
+        "qkv": row(dtype, (group + 2) * kv_heads, dim),
+        "cos": row("float32", dim // 2),
+        "scale": jax.ShapeDtypeStruct((2, kv_heads), "float32"),
+        "delta": jax.ShapeDtypeStruct((2, kv_heads * dim, kv_heads), "float32"),
         "k": row(dtype, kv_heads, dim),
         "v": row(dtype, kv_heads, dim),
         "pool": cache(dtype, slots, 2, size, dim),
@@ -182,6 +187,7 @@ def decode_arguments(shape, slots=80):
         "pooled": cache(dtype, blocks.num_windows(m * size, attention.pooling_stride), dim),
         "sums": cache("float32", 2, dim),
         "ids": row("int32", kv_heads, selected),
+        "all_ids": cache("int32", selected),
         "positions": row("int32"),
         "layer": jax.ShapeDtypeStruct((), "int32"),
     }
@@ -212,13 +218,13 @@ def test_decode_attention(decoding):
 
 def test_update_and_attend(decoding):
     names = ("q", "k", "v", "pool", "host", "bias", "ids", "ids", "ids", "positions", "layer")
-    expected = ["update_and_attend", "move_blocks", "decode_attention_sum"]
-    assert sorted(decode_kernels(decoding, update_and_attend, *names)) == sorted(expected)
+    expected = ["update_and_attend", "decode_attention_sum"]
+    assert decode_kernels(decoding, update_and_attend, *names) == expected
 
 
 def test_transport(decoding):
     assert decode_kernels(decoding, fetch_blocks, "pool", "host", "ids", "ids", "layer") == ["move_blocks"]
-    assert decode_kernels(decoding, write_back_blocks, "host", "pool", "ids", "ids", "layer") == ["move_blocks"]
+    assert decode_kernels(decoding, write_back_blocks, "host", "pool", "all_ids", "all_ids") == ["move_blocks"]
 
 
 def test_the_rest_of_a_decode_step(decoding):
@@ -226,10 +232,13 @@ def test_the_rest_of_a_decode_step(decoding):
     names = ("table", "table", "ids", "positions", "layer")
     assert decode_kernels(decoding, resolve_slots, *names) == ["resolve_slots"]
 
-    def append(pooled, sums, k, positions, layer):
-        return append_pooled_keys(pooled, sums, k[:, :, None], positions, positions, layer, stride=stride)
+    def append(qkv, cos, scale, delta, pooled, sums, bias, positions, layer):
+        summaries = Summaries((pooled, sums), bias, (sums[..., :1], sums[..., :1]))
+        static = {"kv_heads": delta.shape[2], "stride": stride}
+        return append_token(qkv, cos, cos, scale, delta, summaries, positions, layer, **static)
 
-    assert decode_kernels(decoding, append, "pooled", "sums", "k", "positions", "layer") == ["append_pooled_keys"]
+    names = ("qkv", "cos", "scale", "delta", "pooled", "sums", "bias", "positions", "layer")
+    assert decode_kernels(decoding, append, *names) == ["append_token"]
 
     def scores(q, pooled, positions, layer):
         num_blocks = decode_arguments(decoding)["host"].shape[3]
@@ -244,14 +253,12 @@ def test_weakly_typed_numbers():
     """As a loop's own index makes them."""
     given = decode_arguments(SHAPES["nosa_8b"])
 
-    def append(pooled, sums, k, layer):
-        def body(step, state):
-            start, count = jnp.full((2,), step), jnp.ones((2,), jnp.int32)
-            return append_pooled_keys(*state, k[:, :, None], start, count, layer, stride=16)
+    def attend(q, pool, ids, layer):
+        body = lambda step, out: decode_attention(out, pool, None, ids, ids, jnp.full((2,), step), layer)
+        return jax.lax.fori_loop(0, 4, body, q)
 
-        return jax.lax.fori_loop(0, 4, body, (pooled, sums))
-
-    assert kernels(append, *(given[name] for name in ("pooled", "sums", "k", "layer"))) == ["append_pooled_keys"]
+    expected = ["decode_attention", "decode_attention_sum"]
+    assert kernels(attend, *(given[name] for name in ("q", "pool", "ids", "layer"))) == expected
 
 
 def test_arguments_that_may_be_missing():

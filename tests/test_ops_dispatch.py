@@ -13,6 +13,8 @@ import pytest
 import pallas_kernels as ops
 from pallas_kernels import KernelUnsupportedError, _backend, _dispatch
 from pallas_kernels._dispatch import PREFERENCE, Op
+from pallas_kernels.append_token import Summaries
+from pallas_kernels.append_token.api import APPEND_TOKEN
 from pallas_kernels.block_attention.api import BLOCK_ATTENTION
 from pallas_kernels.block_scores.api import BLOCK_SCORES
 from pallas_kernels.decode_attention.api import DECODE_ATTENTION, UPDATE_AND_ATTEND
@@ -65,6 +67,19 @@ CALLS = {
         },
         {"stride": 2},
     ),
+    "append_token": (
+        APPEND_TOKEN,
+        {
+            "qkv": floats(B, N + 2 * K, D), "cos": floats(B, D // 2), "sin": floats(B, D // 2),
+            "scale": floats(L, K), "delta": floats(L, K * D, K),
+            "summaries": Summaries(
+                (floats(L, B, K, C, D), floats(L, B, K, 2, D)), floats(L, B, K, M, P),
+                (floats(L, B, K, C, 1), floats(L, B, K, 2, 1)),
+            ),
+            "positions": ints(B), "layer": LAYER,
+        },
+        {"kv_heads": K, "stride": 2},
+    ),
     "decode_attention": (
         DECODE_ATTENTION,
         {
@@ -102,7 +117,7 @@ CALLS = {
         WRITE_BACK_BLOCKS,
         {
             "host": HOST, "pool": floats(L, B, K, J, 2, P, D),
-            "block_ids": ints(B, K, X), "slots": ints(B, K, X), "layer": LAYER,
+            "block_ids": ints(L, B, K, X), "slots": ints(L, B, K, X),
         },
         {},
     ),
@@ -176,7 +191,12 @@ def heads_of(dim):
 
 # op, what changes, why the kernel does not take it
 UNSUPPORTED = [
-    ("append_pooled_keys", {"new": floats(B, K, 2, D)}, "it appends one token per row, got 2"),
+    (
+        "append_token",
+        {"qkv": floats(B, N + 2 * K, 24), "cos": floats(B, 12), "sin": floats(B, 12), "scale": None, "delta": None}
+        | {"summaries": Summaries(None, None, None)},
+        "the head dim must be a power of two of at least 2, got 24",
+    ),
     (
         "resolve_slots",
         {"blocks": ints(L, B, K, 2000), "last_used": ints(L, B, K, 2000)},
@@ -330,6 +350,8 @@ WRONG_SHAPES = [
     ("select_blocks", "importance_scores", floats(B, K, M + 1), "[B, K, M]"),
     ("append_pooled_keys", "sums", floats(L, B, K, 1, D), "[L, B, K, 2, D]"),
     ("append_pooled_keys", "new", floats(B, K, D), "[B, K, n, D]"),
+    ("append_token", "qkv", floats(B, 1, N + 2 * K, D), "[B, N + 2 K, D]"),
+    ("append_token", "sin", floats(B, D), "[B, D / 2]"),
     ("decode_attention", "pool", floats(L, B + 1, K, J, 2, P, D), "[L, B, K, slots, 2, P, D]"),
     ("decode_attention", "pool", floats(L, B, K, J, 3, P, D), "[L, B, K, slots, 2, P, D]"),
     ("decode_attention", "bias", floats(L, B, K, M * P), "[L, B, K, M, P]"),
@@ -338,7 +360,8 @@ WRONG_SHAPES = [
     ("decode_attention", "positions", ints(B, 1), "[B]"),
     ("fetch_blocks", "host", floats(L, B, K, M, 2, P, D + 1), "[L, B, K, M, 2, P, D]"),
     ("fetch_blocks", "block_ids", ints(B, K), "[B, K, X]"),
-    ("write_back_blocks", "slots", ints(B, K, X + 1), "[B, K, X]"),
+    ("write_back_blocks", "slots", ints(L, B, K, X + 1), "[L, B, K, X]"),
+    ("write_back_blocks", "block_ids", ints(B, K, X), "[L, B, K, X]"),
 ]
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pallas_kernels import fetch_blocks, write_back_blocks
 from pallas_kernels.bench.work import on_numpy
 from pallas_kernels.fetch_blocks import reference
-from pallas_kernels.fetch_blocks.cases import SMALL, make_inputs
+from pallas_kernels.fetch_blocks.cases import SMALL, make_inputs, of_all_layers
 
 fetch = jax.jit(functools.partial(fetch_blocks, implementation="xla"))
 write_back = jax.jit(functools.partial(write_back_blocks, implementation="xla"))
@@ -29,7 +29,8 @@ def assert_moves_like_numpy(inputs):
     assert inputs["host"].sharding.memory_kind == "pinned_host"
     plain = on_numpy(inputs)
     assert_same(fetch(**inputs), reference.fetch_blocks(**plain), "device")
-    assert_same(write_back(**inputs), reference.write_back_blocks(**plain), "pinned_host")
+    back = of_all_layers(inputs)
+    assert_same(write_back(**back), reference.write_back_blocks(**on_numpy(back)), "pinned_host")
     # Neither changes what it reads, nor where that lies.
     assert_same(inputs["host"], plain["host"], "pinned_host")
     assert_same(inputs["pool"], plain["pool"], "device")
@@ -73,13 +74,15 @@ def test_out_of_range_moves_nothing(data):
 def test_there_and_back():
     """Blocks fetched into slots and written back leave the host as it was; written elsewhere, they are copies."""
     inputs = make_inputs(SMALL["all"], jax.random.key(1))
-    host = np.asarray(inputs["host"])
-    pool = fetch(**inputs)
-    assert_same(write_back(**(inputs | {"pool": pool})), host, "pinned_host")
+    host, pool, layer = np.asarray(inputs["host"]), fetch(**inputs), inputs["layer"]
+    moved = {name: jnp.full((SMALL["all"].layers, *inputs[name].shape), -1) for name in ("block_ids", "slots")}
+    moved = {name: listed.at[layer].set(inputs[name]) for name, listed in moved.items()}
+    assert_same(write_back(inputs["host"], pool, **moved), host, "pinned_host")
 
 
-def test_inside_a_scan_over_layers_with_donated_arrays():
-    """As decoding uses them: host store and pool in the carry, the layer a traced number."""
+def test_inside_loops_with_donated_arrays():
+    """As decoding uses them: host store and pool in the carry, the layer a traced number, layer after layer fetched and
+    all written back."""
     case = SMALL["all"]
     inputs = make_inputs(case, jax.random.key(2))
     plain = on_numpy(inputs)
@@ -87,19 +90,22 @@ def test_inside_a_scan_over_layers_with_donated_arrays():
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(host, pool):
-        def layer_step(carry, layer):
+        def body(_, carry):
             host, pool = carry
-            pool = fetch_blocks(pool, host, ids, slots, layer)
-            pool = pool + 1
-            return (write_back_blocks(host, pool, ids, slots, layer), pool), None
+            layer_step = lambda layer, pool: fetch_blocks(pool, host, ids, slots, layer) + 1
+            pool = jax.lax.fori_loop(0, case.layers, layer_step, pool)
+            back = of_all_layers({"host": host, "pool": pool, "block_ids": ids, "slots": slots})
+            return write_back_blocks(**back), pool
 
-        return jax.lax.scan(layer_step, (host, pool), jnp.arange(case.layers, dtype=jnp.int32))[0]
+        return jax.lax.fori_loop(0, 2, body, (host, pool))
 
     host, pool = step(inputs["host"], inputs["pool"])
     true_host, true_pool = plain["host"], plain["pool"]
-    for layer in range(case.layers):
-        moves = {"block_ids": plain["block_ids"], "slots": plain["slots"], "layer": layer}
-        true_pool = reference.fetch_blocks(pool=true_pool, host=true_host, **moves) + np.asarray(1, true_pool.dtype)
-        true_host = reference.write_back_blocks(host=true_host, pool=true_pool, **moves)
+    back = on_numpy(of_all_layers(inputs))
+    for _ in range(2):
+        for layer in range(case.layers):
+            moves = {"block_ids": plain["block_ids"], "slots": plain["slots"], "layer": layer}
+            true_pool = reference.fetch_blocks(pool=true_pool, host=true_host, **moves) + np.asarray(1, true_pool.dtype)
+        true_host = reference.write_back_blocks(**(back | {"host": true_host, "pool": true_pool}))
     assert_same(host, true_host, "pinned_host")
     assert_same(pool, true_pool, "device")

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from pallas_kernels.append_token.xla import importance_of
+
 
 class Importance(nnx.Module):
     """b = A * softplus(v delta), per token and KV head. Parameters are float32 in models of any dtype, stacked.
@@ -21,9 +23,4 @@ class Importance(nnx.Module):
 
     def __call__(self, v: Float[Array, "B T K D"]) -> Float[Array, "B K T"]:
         """Importance of one layer's tokens in float32; `v` is the value before any rotation."""
-        flat = v.astype(jnp.float32).reshape(*v.shape[:2], -1)
-        if v.shape[1] == 1:  # a decode step: sums are one small kernel, a matrix product three
-            change = jnp.sum(flat[..., None] * self.delta[...], axis=2)
-        else:
-            change = jnp.matmul(flat, self.delta[...], precision="highest")
-        return jnp.moveaxis(self.A[...] * jax.nn.softplus(change), -1, 1)
+        return jnp.moveaxis(importance_of(v, self.A[...], self.delta[...]), -1, 1)

@@ -1,4 +1,4 @@
-"""What one layer does to the decode state: whole [L, ...] arrays in, whole arrays out, `layer` an int32 scalar.
+"""What a layer does to the decode state: whole [L, ...] arrays in, whole arrays out, `layer` an int32 scalar.
 
 Slices of the pool or the host store would be copies; only small tables are sliced.
 """
@@ -12,11 +12,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+import pallas_kernels as ops
+from nosa_jax.attention.importance import Importance
 from nosa_jax.cache import host_store, slots
 from nosa_jax.cache.slots import SlotTable
 from nosa_jax.cache.state import DecodeState, PooledCache, put_table, table_at
-from nosa_jax.config import AttentionConfig
-from pallas_kernels import append_pooled_keys, resolve_slots, update_and_attend
+from nosa_jax.config import AttentionConfig, ModelConfig
+from pallas_kernels import append_pooled_keys, resolve_slots, update_and_attend, write_back_blocks
+from pallas_kernels.append_token import Summaries
 
 
 def append_summaries(
@@ -45,6 +48,28 @@ def append_summaries(
             importance=state.importance.at[layer, row, head, block, offset].set(importance, mode="drop"),
         )
     return state
+
+
+def append_token(
+    config: ModelConfig,
+    state: DecodeState,
+    qkv: Float[Array, "B heads D"],
+    cos_sin: tuple[Float[Array, "B half"], Float[Array, "B half"]],
+    importance: Importance | None,
+    positions: Int32[Array, " B"],
+    layer: Int32[Array, ""],
+) -> tuple[DecodeState, Float[Array, "B N D"], Float[Array, "B K D"], Float[Array, "B K D"]]:
+    """`append_summaries` of one token per row, with what comes before it: also its rotated q and k, and its v.
+
+    importance: of all layers.
+    """
+    scale, delta = (None, None) if importance is None else (importance.A[...], importance.delta[...])
+    summaries = Summaries(state.keys, state.importance, state.pooled_importance)
+    q, k, v, summaries = ops.append_token(
+        qkv, *cos_sin, scale, delta, summaries, positions, layer,
+        kv_heads=config.num_kv_heads, stride=config.attention.pooling_stride,
+    )  # fmt: skip
+    return dataclasses.replace(state, **summaries._asdict()), q, k, v
 
 
 def _places(
@@ -91,12 +116,26 @@ def attend(
     positions: Int32[Array, " B"],
     layer: Int32[Array, ""],
 ) -> tuple[DecodeState, Float[Array, "B N D"]]:
-    """Adds one token per row, fetches the missing blocks and attends; a block that the token filled is written back."""
-    out, pool, host = update_and_attend(
+    """Adds one token per row, fetches the missing blocks and attends."""
+    out, pool = update_and_attend(
         q, k, v, state.pool, state.host, state.importance, residence.loads, residence.slots, block_ids, positions,
         layer, zero_copy=state.transport == "auto",
     )  # fmt: skip
-    return dataclasses.replace(state, pool=pool, host=host), out
+    return dataclasses.replace(state, pool=pool), out
+
+
+def write_back(state: DecodeState, positions: Int32[Array, " B"]) -> DecodeState:
+    """Copies the blocks that the tokens at `positions` (-1 for none) filled to the host store, in all layers."""
+    if state.host is None:
+        return state
+    size = state.pool.shape[5]
+    filled = jnp.where(positions % size == size - 1, positions // size, -1)[:, None]
+    match = (state.table.blocks == filled[..., None]) & (filled >= 0)[..., None]
+    slot = jnp.where(match.any(-1), jnp.argmax(match, axis=-1).astype(jnp.int32), -1)[..., None]
+    filled = jnp.broadcast_to(filled[..., None], slot.shape)
+    implementation = "auto" if state.transport == "auto" else "xla"
+    host = write_back_blocks(state.host, state.pool, filled, slot, implementation=implementation)
+    return dataclasses.replace(state, host=host)
 
 
 def stage_layer(state: DecodeState, layer: Int32[Array, ""], *, fresh: bool) -> Float[Array, "B K M 2 P D"]:

@@ -95,18 +95,20 @@ def time_work(work: Work, implementation: str, repeats: int) -> dict[str, Any]:
     error = None if work.expected is None else compare.error(work.comparable(output), work.expected)
     del output
     sets = timing.copies(work.inputs, timing.num_copies(work.inputs, work.floor.bytes + work.floor.link_bytes))
-    result = timing.measure(timing.sampler(run, sets, work.updates), repeats)
+    result = timing.measure(timing.sampler(run, sets, work.updates, work.updated), repeats)
     compared = {} if error is None else {"compared": work.compared}
     return report.measured(result, work.floor) | {"error": error, "compile_seconds": compile_seconds} | compared
 
 
 def require_same_memory(work: Work, output: Any) -> None:
     """Raises RuntimeError where an array that is updated in place comes back in another memory."""
-    updated = output if len(work.updates) > 1 else (output,)
-    for name, x in zip(work.updates, updated, strict=bool(work.updates)):
-        before, after = work.inputs[name].sharding.memory_kind, x.sharding.memory_kind
+    if not work.updates:
+        return
+    kinds = lambda arrays: [x.sharding.memory_kind for x in jax.tree.leaves(arrays)]
+    for name, x in zip(work.updates, work.updated(output), strict=True):
+        before, after = kinds(work.inputs[name]), kinds(x)
         if before != after:
-            raise RuntimeError(f"{name} went in as {before} and came back as {after}")
+            raise RuntimeError(f"{name} went in as {before[0]} and came back as {after[0]}")
 
 
 def time_fla(inputs: dict[str, Any], block_size: int, gradient: bool, repeats: int) -> dict[str, Any]:
@@ -218,7 +220,7 @@ def tune_kernels(items: Sequence[Item], repeats: int, folder: Path) -> list[dict
 
 def _milliseconds(work: Work, run: Callable[..., Any], repeats: int) -> float:
     sets = timing.copies(work.inputs, timing.num_copies(work.inputs, work.floor.bytes + work.floor.link_bytes))
-    return timing.measure(timing.sampler(run, sets, work.updates), repeats).median
+    return timing.measure(timing.sampler(run, sets, work.updates, work.updated), repeats).median
 
 
 def tuned_table(results: list[dict[str, Any]]) -> str:

@@ -66,16 +66,19 @@ def _copy(x: jax.Array) -> jax.Array:
 
 
 def sampler(
-    run: Callable[..., Any], sets: list[dict[str, Any]], updates: tuple[str, ...] = ()
+    run: Callable[..., Any],
+    sets: list[dict[str, Any]],
+    updates: tuple[str, ...] = (),
+    updated: Callable[[Any], tuple[Any, ...]] = tuple,
 ) -> Callable[[int], float]:
-    """For `measure`, warmed up. updates: inputs that `run` takes over and returns changed, for its next call."""
+    """For `measure`, warmed up. updates: inputs that `run` takes over; updated(output): the same for its next call."""
     turn = itertools.count()
 
     def call() -> Any:
         inputs = sets[next(turn) % len(sets)]
         output = run(**inputs)
         if updates:
-            inputs.update(zip(updates, output if len(updates) > 1 else (output,), strict=True))
+            inputs.update(zip(updates, updated(output), strict=True))
         return output
 
     def sample(calls: int) -> float:

@@ -15,6 +15,9 @@ from jaxtyping import Array, Float
 import pallas_kernels as ops
 from pallas_kernels import blocks
 from pallas_kernels._dispatch import Op
+from pallas_kernels.append_token import cases as append_cases
+from pallas_kernels.append_token import reference as append_reference
+from pallas_kernels.append_token.api import APPEND_TOKEN
 from pallas_kernels.bench import counts
 from pallas_kernels.bench.counts import Floor, nbytes
 from pallas_kernels.block_attention import cases as attention_cases
@@ -25,7 +28,7 @@ from pallas_kernels.block_scores import reference as scores_reference
 from pallas_kernels.block_scores.api import BLOCK_SCORES
 from pallas_kernels.decode_attention import cases as decode_cases
 from pallas_kernels.decode_attention import reference as decode_reference
-from pallas_kernels.decode_attention.api import DECODE_ATTENTION
+from pallas_kernels.decode_attention.api import DECODE_ATTENTION, UPDATE_AND_ATTEND
 from pallas_kernels.fetch_blocks import cases as fetch_cases
 from pallas_kernels.fetch_blocks import reference as fetch_reference
 from pallas_kernels.fetch_blocks.api import FETCH_BLOCKS, WRITE_BACK_BLOCKS
@@ -47,7 +50,8 @@ _REFERENCE_QUERIES = 256  # of select_blocks, whose reference is a Python loop
 class Work:
     """One case of one op.
 
-    call(implementation=, **inputs): what is timed. updates: inputs that it changes in place, as its users donate them.
+    call(implementation=, **inputs): what is timed. updates: inputs that it changes in place, as its users donate them;
+    updated(output): what they are then.
     checked: inputs of the call whose output is compared. truth(): the reference's answer, a dict; comparable(output)
     gives the same entries, or fewer, of an output. compared: which part of the output that is.
     """
@@ -60,6 +64,7 @@ class Work:
     compared: str = "all"
     checked: dict[str, Any] | None = None
     updates: tuple[str, ...] = ()
+    updated: Callable[[Any], tuple[Any, ...]] = lambda output: (output,)
 
     @functools.cached_property
     def expected(self) -> dict[str, Any] | None:
@@ -113,7 +118,7 @@ def upcast(arrays: Any) -> Any:
 
 def on_numpy(inputs: dict[str, Any]) -> dict[str, Any]:
     """As the references that are Python loops take them."""
-    return {name: int(x) if name == "layer" else np.asarray(x) for name, x in inputs.items()}
+    return {name: int(x) if name == "layer" else jax.tree.map(np.asarray, x) for name, x in inputs.items()}
 
 
 def _pool_keys(case: pooled_cases.Case, keys: Float[Array, "B K S D"]) -> Work:
@@ -156,6 +161,7 @@ def _append_pooled_keys(case: pooled_cases.Case, keys: Float[Array, "B K S D"]) 
         lambda output: {"out": output[0][1, :, :, first:end]},
         "all" if end == total else f"{end - first} of the {total - first} windows written",
         updates=("pooled", "sums"),
+        updated=lambda output: output,
     )
 
 
@@ -266,6 +272,28 @@ def _decode_attention(case: decode_cases.Case, inputs: dict[str, Any]) -> Work:
     )
 
 
+def _update_and_attend(case: decode_cases.Case, inputs: dict[str, Any]) -> Work:
+    """Compared with the kernels' own parts elsewhere: `tests/test_triton_decode.py`."""
+    given = decode_cases.offloaded(inputs, jax.random.key(1))
+    attended, moved = counts.decode_attention(given), counts.moved_blocks(given | {"block_ids": given["loads"]})
+    floor = dataclasses.replace(attended, bytes=attended.bytes + moved.bytes, link_bytes=moved.link_bytes)
+    return Work(given, ops.update_and_attend, floor, updates=("pool",), updated=lambda output: output[1:])
+
+
+def _append_token(case: append_cases.Case, inputs: dict[str, Any]) -> Work:
+    options = append_cases.options(case)
+    names = ("q", "k", "v", "summaries")
+    return Work(
+        inputs,
+        functools.partial(ops.append_token, **options),
+        Floor(2 * nbytes(inputs["qkv"])),  # what else it reads and writes is small
+        lambda: dict(zip(names, append_reference.append_token(**on_numpy(inputs), **options), strict=True)),
+        lambda output: dict(zip(names, output, strict=True)),
+        updates=("summaries",),
+        updated=lambda output: output[-1:],
+    )
+
+
 def _resolve_slots(case: resolve_cases.Case, inputs: dict[str, Any]) -> Work:
     names = ("blocks", "last_used", "slots", "missing")
     listed = nbytes(*(inputs[name][0] for name in ("blocks", "last_used"))) * 2 + 3 * nbytes(inputs["wanted"])
@@ -275,32 +303,38 @@ def _resolve_slots(case: resolve_cases.Case, inputs: dict[str, Any]) -> Work:
         Floor(listed),
         lambda: dict(zip(names, resolve_reference.resolve_slots(**on_numpy(inputs)), strict=True)),
         lambda output: dict(zip(names, output, strict=True)),
+        updates=names[:2],
+        updated=lambda output: output[:2],
     )
 
 
-def _transport(call: Callable[..., Any], slow: Callable[..., Any], updated: str) -> Callable[[Any, Any], Work]:
-    def build(case: fetch_cases.Case, inputs: dict[str, Any]) -> Work:
-        return Work(
-            inputs, call, counts.moved_blocks(inputs), lambda: {"out": slow(**on_numpy(inputs))}, updates=(updated,)
-        )
+def _transport(call: Callable[..., Any], slow: Callable[..., Any], inputs: dict[str, Any], updated: str) -> Work:
+    return Work(
+        inputs, call, counts.moved_blocks(inputs), lambda: {"out": slow(**on_numpy(inputs))}, updates=(updated,)
+    )
 
-    return build
+
+def _fetch_blocks(case: fetch_cases.Case, inputs: dict[str, Any]) -> Work:
+    return _transport(ops.fetch_blocks, fetch_reference.fetch_blocks, inputs, "pool")
+
+
+def _write_back_blocks(case: fetch_cases.Case, inputs: dict[str, Any]) -> Work:
+    inputs = fetch_cases.of_all_layers(inputs)
+    return _transport(ops.write_back_blocks, fetch_reference.write_back_blocks, inputs, "host")
 
 
 # Ops that share their inputs are neighbours.
 BENCHMARKS: dict[str, Benchmark] = {
     "pool_keys": Benchmark(POOL_KEYS, pooled_cases, _pool_keys),
     "append_pooled_keys": Benchmark(APPEND_POOLED_KEYS, pooled_cases, _append_pooled_keys),
+    "append_token": Benchmark(APPEND_TOKEN, append_cases, _append_token),
     "block_scores": Benchmark(BLOCK_SCORES, scores_cases, _block_scores),
     "select_blocks": Benchmark(SELECT_BLOCKS, select_cases, _select_blocks),
     "block_attention": Benchmark(BLOCK_ATTENTION, attention_cases, _attention(gradient=False)),
     "block_attention_grad": Benchmark(BLOCK_ATTENTION, attention_cases, _attention(gradient=True)),
     "decode_attention": Benchmark(DECODE_ATTENTION, decode_cases, _decode_attention),
+    "update_and_attend": Benchmark(UPDATE_AND_ATTEND, decode_cases, _update_and_attend),
     "resolve_slots": Benchmark(RESOLVE_SLOTS, resolve_cases, _resolve_slots),
-    "fetch_blocks": Benchmark(
-        FETCH_BLOCKS, fetch_cases, _transport(ops.fetch_blocks, fetch_reference.fetch_blocks, "pool")
-    ),
-    "write_back_blocks": Benchmark(
-        WRITE_BACK_BLOCKS, fetch_cases, _transport(ops.write_back_blocks, fetch_reference.write_back_blocks, "host")
-    ),
+    "fetch_blocks": Benchmark(FETCH_BLOCKS, fetch_cases, _fetch_blocks),
+    "write_back_blocks": Benchmark(WRITE_BACK_BLOCKS, fetch_cases, _write_back_blocks),
 }

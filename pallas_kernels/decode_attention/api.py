@@ -65,12 +65,12 @@ def update_and_attend(
     scale: float | None = None,
     zero_copy: bool = True,
     implementation: str = "auto",
-) -> tuple[Float[Array, "B N D"], Float[Array, "L B K slots 2 P D"], Float[Array, "L B K M 2 P D"] | None]:
-    """What a decode step does to one layer's cache, and its attention: returns (output, pool, host).
+) -> tuple[Float[Array, "B N D"], Float[Array, "L B K slots 2 P D"]]:
+    """What a decode step does to one layer's pool, and its attention: returns (output, pool).
 
     Blocks that are missing cross from the host store (slots[b, k, j] gets block loads[b, k, j], -1 for none), k and v
-    of the new token go to their place in the slot of its block, `decode_attention` runs over the pool, and a block
-    that the token filled is copied to the host store. host: in `pinned_host` memory, None (and loads None) without one.
+    of the new token go to their place in the slot of its block, and `decode_attention` runs over the pool. The block
+    ids of a row and head are distinct. host: in `pinned_host` memory, None (and loads None) without one.
     positions: of the new token, -1 for rows without one. zero_copy: False moves blocks by `device_put` whatever
     implementation attends. The output has the bits of `decode_attention` over the same pool.
     """

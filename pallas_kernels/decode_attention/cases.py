@@ -87,3 +87,20 @@ def make_inputs(case: Case, key: Key[Array, ""]) -> dict[str, Any]:
         "layer": np.array(case.layers - 1, np.int32),
     }
     return jax.tree.map(jnp.asarray, arguments)
+
+
+def offloaded(inputs: dict[str, Any], key: Key[Array, ""], share: float = 0.05) -> dict[str, Any]:
+    """Array arguments of `update_and_attend` from those of `decode_attention`: a new token and a host store, from which
+    this share of the selected blocks, but not the query's own, is missing."""
+    rng = _inputs.generator(key)
+    pool, ids = inputs["pool"], np.asarray(inputs["block_ids"])
+    batch, kv_heads, _ = ids.shape
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32), pool.dtype)
+    own = np.asarray(inputs["positions"])[:, None, None] // pool.shape[5]
+    missing = (rng.random(ids.shape) < share) & (ids != own)
+    return inputs | {
+        "k": normal(batch, kv_heads, pool.shape[6]),
+        "v": normal(batch, kv_heads, pool.shape[6]),
+        "host": jax.device_put(normal(*pool.shape[:3], int(ids.max()) + 1, *pool.shape[4:]), jax.memory.Space.Host),
+        "loads": jnp.asarray(np.where(missing, ids, -1)),
+    }

@@ -1,4 +1,4 @@
-"""Decode attention in Pallas-Triton: the blocks of a row and KV head in `_SPLITS` runs, then one kernel to add them up.
+"""Decode attention in Pallas-Triton: the blocks of a row and KV head in runs, then one kernel to add them up.
 
 Runs and their order depend on J alone, so any pool with the same blocks gives the same bits. Before it attends, a
 program writes the new token and fetches what is missing, both only into its own run: no program waits for another.
@@ -16,10 +16,8 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels import _backend
 from pallas_kernels._backend import LARGE, LOG2_E, pad_to_multiple
 from pallas_kernels._tuning import Launch, launch_of
-from pallas_kernels.decode_attention.xla import blocks_of_tokens
-from pallas_kernels.fetch_blocks.triton import move_block, write_back_blocks
+from pallas_kernels.fetch_blocks.triton import move_block
 
-_SPLITS = 8
 _BLOCK_BYTES = 32 * 1024  # keys of one block: three stages of keys and values fit in shared memory
 # Measured on an H200: without transfers two stages are 10 % faster at a batch of 64, with them three. Warps decide the
 # order of sums, so they must be the same.
@@ -38,22 +36,22 @@ def _fetch(host, pool, loads, slots, at, begin, width):
 
 
 def _update_kernel(
-    layer, positions, slots, block_ids, loads, own_slots, k, v, q, bias, _pool_in, host, sums, tops, totals, pool,
+    layer, positions, slots, block_ids, loads, k, v, q, bias, _pool_in, host, sums, tops, totals, pool,
     *, width, scale,
 ):  # fmt: skip
     """`_split_kernel` after the run's part of the pool is brought up to date."""
     split, head, row = (_backend.program_id(axis) for axis in range(3))
-    at, begin, own = (_backend.layer_index(layer, pool), row, head), split * width, own_slots[row, head]
+    at, begin, position = (_backend.layer_index(layer, pool), row, head), split * width, positions[row]
     if host is not None:
         _fetch(host, pool, loads, slots, at, begin, width)
         _backend.barrier()
     lane = jnp.arange(_backend.next_power_of_two(width), dtype=jnp.int32)
-    listed = slots[row, head, begin + jnp.where(lane < width, lane, 0)]
-    is_here = jnp.max(jnp.where((lane < width) & (listed == own), 1, 0)) > 0
+    listed = (row, head, begin + jnp.where(lane < width, lane, 0))
+    own = jnp.max(jnp.where(block_ids[listed] == position // pool.shape[5], slots[listed], -1))
 
-    @_backend.when((own >= 0) & (own < pool.shape[3]) & is_here)
+    @_backend.when((position >= 0) & (own >= 0) & (own < pool.shape[3]))
     def _():
-        token = positions[row] % pool.shape[5]
+        token = position % pool.shape[5]
         pool[(*at, own, 0, token)] = k[row, head].astype(pool.dtype)
         pool[(*at, own, 1, token)] = v[row, head].astype(pool.dtype)
 
@@ -113,13 +111,14 @@ def _split_kernel(layer, positions, slots, block_ids, q, bias, pool, sums, tops,
     sums[part], tops[part], totals[part] = jax.lax.fori_loop(leading, stop, visit(masked=True), carry)
 
 
-def _sum_kernel(sums, tops, totals, out):
-    head, row = (_backend.program_id(axis) for axis in range(2))
-    top = tops[row, head]
-    weights = _backend.exp2(top - jnp.max(top, axis=0)[None])
-    total = jnp.sum(totals[row, head] * weights, axis=0)
-    acc = jnp.sum(sums[row, head] * weights[..., None], axis=0)
-    out[row, head] = (acc / jnp.where(total > 0, total, 1.0)[:, None]).astype(out.dtype)
+def _sum_kernel(sums, tops, totals, out, *, group):
+    member, head, row = (_backend.program_id(axis) for axis in range(3))
+    part = (row, head, slice(None), member)
+    top = tops[part]
+    weights = _backend.exp2(top - jnp.max(top, axis=0))
+    total = jnp.sum(totals[part] * weights, axis=0)
+    acc = jnp.sum(sums[part] * weights[:, None], axis=0)
+    out[row, head * group + member] = (acc / jnp.where(total > 0, total, 1.0)).astype(out.dtype)
 
 
 def unsupported(
@@ -160,7 +159,7 @@ def _prepare(default: Launch, q: Array, kv_heads: int, *listed: Array | None) ->
     q = _backend.heads_as_rows(q, kv_heads)
     batch, _, rows, dim = q.shape
     selected = next(x for x in listed if x is not None).shape[-1]
-    splits = min(_SPLITS, _backend.next_power_of_two(selected))
+    splits = _splits(selected)
     lead = (batch, kv_heads, splits, rows)
     return _Call(
         (splits, kv_heads, batch),
@@ -172,16 +171,26 @@ def _prepare(default: Launch, q: Array, kv_heads: int, *listed: Array | None) ->
     )
 
 
+def _splits(selected: int) -> int:
+    """Runs of a row and KV head: 8, or as many as keep them at some 16 blocks, so that few rows fill the device."""
+    return min(_backend.next_power_of_two(selected), max(8, min(128, _backend.next_power_of_two(selected // 16))))
+
+
 def _add_up(call: _Call, parts: tuple[Array, ...], like: Array) -> Array:
     """The runs' outputs as one, [B, N, D]."""
-    out = _backend.triton_call(
-        _sum_kernel,
+    splits, kv_heads, batch = call.grid
+    group = like.shape[1] // kv_heads
+
+    def kernel(*refs: Any) -> None:
+        _sum_kernel(*refs, group=group)
+
+    return _backend.triton_call(
+        kernel,
         name="decode_attention_sum",
-        grid=call.grid[1:],
-        out_shape=jax.ShapeDtypeStruct(call.q.shape, like.dtype),
-        num_warps=4,
+        grid=(group, kv_heads, batch),
+        out_shape=jax.ShapeDtypeStruct(like.shape, like.dtype),
+        num_warps=4 if splits > 8 else 1,
     )(*parts)
-    return out[:, :, : like.shape[1] // call.grid[1]].reshape(like.shape)
 
 
 def decode_attention(
@@ -225,14 +234,13 @@ def update_and_attend(
     layer: Int32[Array, ""],
     *,
     scale: float,
-) -> tuple[Float[Array, "B N D"], Float[Array, "L B K slots 2 P D"], Float[Array, "L B K M 2 P D"] | None]:
+) -> tuple[Float[Array, "B N D"], Float[Array, "L B K slots 2 P D"]]:
     call = _prepare(_RESIDENT if host is None else _FETCHING, q, pool.shape[2], slots, block_ids, loads)
-    own_slots, filled = blocks_of_tokens(block_ids, slots, positions, pool.shape[5])
 
     def kernel(*refs: Any) -> None:
         _update_kernel(*refs, width=call.width, scale=scale)
 
-    operands = (jnp.atleast_1d(layer), positions, *call.listed, own_slots, k, v, call.q, bias, pool, host)
+    operands = (jnp.atleast_1d(layer), positions, *call.listed, k, v, call.q, bias, pool, host)
     *parts, pool = _backend.triton_call(
         kernel,
         name="update_and_attend",
@@ -242,6 +250,4 @@ def update_and_attend(
         num_stages=call.launch.num_stages,
         aliases={sum(x is not None for x in operands[:-2]): 3},
     )(*operands)
-    if host is not None:  # in a call of its own: XLA wants all outputs of a call in one memory
-        host = write_back_blocks(host, pool, filled, own_slots[..., None], layer)
-    return _add_up(call, tuple(parts), q), pool, host
+    return _add_up(call, tuple(parts), q), pool

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import blocks
-from pallas_kernels.fetch_blocks.xla import fetch_blocks, write_back_blocks
+from pallas_kernels.fetch_blocks.xla import fetch_blocks
 
 _CHUNK = 4  # blocks gathered at once
 
@@ -76,30 +76,22 @@ def decode_attention(
     return out.reshape(batch, heads, dim).astype(q.dtype)
 
 
-def blocks_of_tokens(
-    block_ids: Int32[Array, "B K J"], slots: Int32[Array, "B K J"], positions: Int32[Array, " B"], size: int
-) -> tuple[Int32[Array, "B K"], Int32[Array, "B K 1"]]:
-    """(slot of the block that each row's new token belongs to, its id where the token fills it); -1 for none."""
-    own = blocks.query_blocks(positions, size)
-    is_own = (block_ids == own[:, None, None]) & (block_ids >= 0)
-    filled = jnp.where(positions % size == size - 1, own, -1)
-    return jnp.max(jnp.where(is_own, slots, -1), axis=-1), jnp.broadcast_to(
-        filled[:, None, None], (*block_ids.shape[:2], 1)
-    )
-
-
 def write_token(
     pool: Float[Array, "L B K slots 2 P D"],
     k: Float[Array, "B K D"],
     v: Float[Array, "B K D"],
-    slots: Int32[Array, "B K"],
+    slots: Int32[Array, "B K J"],
+    block_ids: Int32[Array, "B K J"],
     positions: Int32[Array, " B"],
     layer: Int32[Array, ""],
 ) -> Float[Array, "L B K slots 2 P D"]:
-    """Writes one token per row into its block's slot; nowhere for slot -1."""
-    batch, kv_heads = slots.shape
+    """Writes one token per row into the slot of its block; nowhere where that is not among the ids."""
+    batch, kv_heads, _ = slots.shape
+    own = blocks.query_blocks(positions, pool.shape[5])
+    is_own = (block_ids == own[:, None, None]) & (block_ids >= 0)
+    slot = jnp.max(jnp.where(is_own, slots, -1), axis=-1)
     row, head = jnp.arange(batch)[:, None], jnp.arange(kv_heads)[None, :]
-    target = jnp.where(slots >= 0, slots, pool.shape[3])
+    target = jnp.where(slot >= 0, slot, pool.shape[3])
     token = (positions % pool.shape[5])[:, None]
     return pool.at[layer, row, head, target, :, token].set(jnp.stack([k, v], axis=2).astype(pool.dtype), mode="drop")
 
@@ -119,14 +111,10 @@ def update_and_attend(
     *,
     scale: float,
     attend: Callable[..., Array] = decode_attention,
-) -> tuple[Float[Array, "B N D"], Float[Array, "L B K slots 2 P D"], Float[Array, "L B K M 2 P D"] | None]:
+) -> tuple[Float[Array, "B N D"], Float[Array, "L B K slots 2 P D"]]:
     """attend: what runs as `decode_attention`."""
-    own_slots, filled = blocks_of_tokens(block_ids, slots, positions, pool.shape[5])
     if host is not None:
         assert loads is not None
         pool = fetch_blocks(pool, host, loads, slots, layer)
-    pool = write_token(pool, k, v, own_slots, positions, layer)
-    out = attend(q, pool, bias, slots, block_ids, positions, layer, scale=scale)
-    if host is not None:
-        host = write_back_blocks(host, pool, filled, own_slots[..., None], layer)
-    return out, pool, host
+    pool = write_token(pool, k, v, slots, block_ids, positions, layer)
+    return attend(q, pool, bias, slots, block_ids, positions, layer, scale=scale), pool

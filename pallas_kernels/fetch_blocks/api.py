@@ -19,12 +19,14 @@ WRITE_BACK_BLOCKS = Op(
 )
 
 
-def _check(pool: Array, host: Array, block_ids: Array, slots: Array) -> None:
+def _check(pool: Array, host: Array, block_ids: Array, slots: Array, lead: tuple[int, ...] = ()) -> None:
+    """lead: of ids and slots, before their rows."""
     require_shape("pool", pool, (None,) * 7, "[L, B, K, slots, 2, P, D]")
     layers, batch, kv_heads, _, two, size, dim = pool.shape
     require_shape("host", host, (layers, batch, kv_heads, None, two, size, dim), "[L, B, K, M, 2, P, D]")
-    require_shape("block_ids", block_ids, (batch, kv_heads, None), "[B, K, X]")
-    require_shape("slots", slots, block_ids.shape, "[B, K, X]")
+    listed = "[L, B, K, X]" if lead else "[B, K, X]"
+    require_shape("block_ids", block_ids, (*lead, batch, kv_heads, None), listed)
+    require_shape("slots", slots, block_ids.shape, listed)
 
 
 def fetch_blocks(
@@ -48,13 +50,12 @@ def fetch_blocks(
 def write_back_blocks(
     host: Float[Array, "L B K M 2 P D"],
     pool: Float[Array, "L B K slots 2 P D"],
-    block_ids: Int32[Array, "B K X"],
-    slots: Int32[Array, "B K X"],
-    layer: Int32[Array, ""],
+    block_ids: Int32[Array, "L B K X"],
+    slots: Int32[Array, "L B K X"],
     *,
     implementation: str = "auto",
 ) -> Float[Array, "L B K M 2 P D"]:
-    """host[layer, b, k, block_ids[b, k, x]] = pool[layer, b, k, slots[b, k, x]] for every valid x."""
-    _check(pool, host, block_ids, slots)
+    """host[l, b, k, block_ids[l, b, k, x]] = pool[l, b, k, slots[l, b, k, x]] for every valid x, of all layers."""
+    _check(pool, host, block_ids, slots, (pool.shape[0],))
     with jax.named_scope("write_back_blocks"):
-        return WRITE_BACK_BLOCKS(implementation, host, pool, block_ids, slots, layer)
+        return WRITE_BACK_BLOCKS(implementation, host, pool, block_ids, slots)

@@ -42,7 +42,7 @@ CASES = SMALL | REAL
 
 
 def make_inputs(case: Case, key: Key[Array, ""]) -> dict[str, Any]:
-    """Array arguments of both ops; the host array lies in pinned memory, and no id or slot comes twice."""
+    """Array arguments of `fetch_blocks`; the host array lies in pinned memory, and no id or slot comes twice."""
     rng = _inputs.generator(key)
     lead, tail = (case.layers, case.batch, case.kv_heads), (2, case.block_size, case.dim)
     host = rng.standard_normal((*lead, case.blocks, *tail), np.float32).astype(jnp.dtype(case.dtype))
@@ -59,3 +59,10 @@ def make_inputs(case: Case, key: Key[Array, ""]) -> dict[str, Any]:
         "slots": jnp.asarray(slots),
         "layer": jnp.asarray(case.layers - 1, jnp.int32),
     }
+
+
+def of_all_layers(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Array arguments of `write_back_blocks`: in layer l every row moves what that l rows before it fetches."""
+    layers = range(len(inputs["pool"]))
+    stacked = {name: jnp.stack([jnp.roll(inputs[name], n, axis=0) for n in layers]) for name in ("block_ids", "slots")}
+    return {"host": inputs["host"], "pool": inputs["pool"]} | stacked

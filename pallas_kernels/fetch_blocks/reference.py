@@ -16,12 +16,10 @@ def fetch_blocks(
     return pool
 
 
-def write_back_blocks(
-    host: np.ndarray, pool: np.ndarray, block_ids: np.ndarray, slots: np.ndarray, layer: int
-) -> np.ndarray:
+def write_back_blocks(host: np.ndarray, pool: np.ndarray, block_ids: np.ndarray, slots: np.ndarray) -> np.ndarray:
     host = host.copy()
-    for b, k, x in np.ndindex(*block_ids.shape):
-        block, slot = block_ids[b, k, x], slots[b, k, x]
+    for *at, x in np.ndindex(*block_ids.shape):
+        block, slot = block_ids[*at, x], slots[*at, x]
         if 0 <= block < host.shape[3] and 0 <= slot < pool.shape[3]:
-            host[layer, b, k, block] = pool[layer, b, k, slot]
+            host[*at, block] = pool[*at, slot]
     return host

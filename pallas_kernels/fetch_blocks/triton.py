@@ -22,35 +22,42 @@ def move_block(source, target, at, from_, to):
         target[(*at, to)] = source[(*at, from_)]
 
 
-def _move_kernel(layer, sources, targets, source, _, target, *, width, programs):
-    """target[layer, b, k, targets[x]] = source[layer, b, k, sources[x]]; every program takes each `programs`-th x."""
+def _move_kernel(layer, sources, targets, source, _, target, *, programs):
+    """target[l, b, k, targets[x]] = source[l, b, k, sources[x]]; every program takes each `programs`-th x.
+
+    layer: of ids [B, K, X]; None for ids [L, B, K, X], of all layers.
+    """
     program, head, row = (_backend.program_id(axis) for axis in range(3))
-    at = (_backend.layer_index(layer, source), row, head)
+    number = program // programs if layer is None else _backend.layer_index(layer, source)
+    at = number, row, head
+    listed = at if layer is None else at[1:]
 
     def body(trip, carry):
-        entry = (row, head, trip * programs + program)
+        entry = (*listed, trip * programs + program % programs)
         move_block(source, target, at, sources[entry], targets[entry])
         return carry
 
-    jax.lax.fori_loop(0, width // programs, body, 0)
+    jax.lax.fori_loop(0, sources.shape[-1] // programs, body, 0)
 
 
-def _move(source: Array, target: Array, sources: Array, targets: Array, layer: Array) -> Array:
+def _move(source: Array, target: Array, sources: Array, targets: Array, layer: Array | None) -> Array:
     """The target with the blocks that move, in place where the target is donated."""
     programs = min(_PROGRAMS, _backend.next_power_of_two(sources.shape[-1]))
-    sources, targets = (_backend.pad_to_multiple(x, 2, programs, -1) for x in (sources, targets))
+    sources, targets = (_backend.pad_to_multiple(x, x.ndim - 1, programs, -1) for x in (sources, targets))
+    lead = 1 if layer is not None else len(sources)
+    operands = (None if layer is None else jnp.atleast_1d(layer), sources, targets, source, target)
 
     def kernel(*refs: Any) -> None:
-        _move_kernel(*refs, width=sources.shape[-1], programs=programs)
+        _move_kernel(*refs, programs=programs)
 
     return _backend.triton_call(
         kernel,
         name="move_blocks",
-        grid=(programs, *sources.shape[1::-1]),
+        grid=(lead * programs, *sources.shape[-2:-4:-1]),
         out_shape=jax.ShapeDtypeStruct(target.shape, target.dtype),
         num_warps=_WARPS,
-        aliases={4: 0},
-    )(jnp.atleast_1d(layer), sources, targets, source, target)
+        aliases={sum(x is not None for x in operands) - 1: 0},
+    )(*operands)
 
 
 def unsupported(target: Array, source: Array, *ids: Any) -> str | None:
@@ -74,9 +81,8 @@ def fetch_blocks(
 def write_back_blocks(
     host: Float[Array, "L B K M 2 P D"],
     pool: Float[Array, "L B K slots 2 P D"],
-    block_ids: Int32[Array, "B K X"],
-    slots: Int32[Array, "B K X"],
-    layer: Int32[Array, ""],
+    block_ids: Int32[Array, "L B K X"],
+    slots: Int32[Array, "L B K X"],
 ) -> Float[Array, "L B K M 2 P D"]:
     # Moves nothing: it gives the result back the type of an array in host memory.
-    return jax.device_put(_move(pool, host, slots, block_ids, layer), jax.memory.Space.Host)
+    return jax.device_put(_move(pool, host, slots, block_ids, None), jax.memory.Space.Host)

@@ -10,23 +10,20 @@ from jaxtyping import Array, Float, Int32
 
 
 def _for_each_move(
-    block_ids: Int32[Array, "B K X"],
-    slots: Int32[Array, "B K X"],
+    block_ids: Int32[Array, "layers B K X"],
+    slots: Int32[Array, "layers B K X"],
     limits: tuple[int, int],
-    move: Callable[[tuple[Array, ...], tuple[Array, ...], Array], Array],
+    move: Callable[[tuple[Array, ...], Array, Array, Array], Array],
     target: Array,
 ) -> Array:
-    """Folds `move(from (b, k, block), (b, k, slot), target)` over the valid entries, in order."""
-    _, heads, width = block_ids.shape
+    """Folds `move((layer, b, k), block, slot, target)` over the valid entries, in order."""
     valid = (block_ids >= 0) & (block_ids < limits[0]) & (slots >= 0) & (slots < limits[1])
     # Valid entries first, so that the loop has as many trips as there are blocks to move.
     order = jnp.argsort(~valid.reshape(-1), stable=True).astype(jnp.int32)
-    flat_blocks, flat_slots = block_ids.reshape(-1), slots.reshape(-1)
 
     def body(trip: Array, target: Array) -> Array:
-        entry = order[trip]
-        row, head = entry // (heads * width), entry // width % heads
-        return move((row, head, flat_blocks[entry]), (row, head, flat_slots[entry]), target)
+        entry = jnp.unravel_index(order[trip], block_ids.shape)
+        return move(entry[:3], block_ids[entry], slots[entry], target)
 
     return jax.lax.fori_loop(0, jnp.sum(valid, dtype=jnp.int32), body, target)
 
@@ -40,26 +37,25 @@ def fetch_blocks(
 ) -> Float[Array, "L B K slots 2 P D"]:
     size = (1, 1, 1, 1, *pool.shape[4:])
 
-    def move(block: tuple[Array, ...], slot: tuple[Array, ...], pool: Array) -> Array:
-        data = jax.lax.dynamic_slice(host, (layer, *block, 0, 0, 0), size)
+    def move(at: tuple[Array, ...], block: Array, slot: Array, pool: Array) -> Array:
+        data = jax.lax.dynamic_slice(host, (layer, *at[1:], block, 0, 0, 0), size)
         data = jax.device_put(data, jax.memory.Space.Device)
-        return jax.lax.dynamic_update_slice(pool, data, (layer, *slot, 0, 0, 0))
+        return jax.lax.dynamic_update_slice(pool, data, (layer, *at[1:], slot, 0, 0, 0))
 
-    return _for_each_move(block_ids, slots, (host.shape[3], pool.shape[3]), move, pool)
+    return _for_each_move(block_ids[None], slots[None], (host.shape[3], pool.shape[3]), move, pool)
 
 
 def write_back_blocks(
     host: Float[Array, "L B K M 2 P D"],
     pool: Float[Array, "L B K slots 2 P D"],
-    block_ids: Int32[Array, "B K X"],
-    slots: Int32[Array, "B K X"],
-    layer: Int32[Array, ""],
+    block_ids: Int32[Array, "L B K X"],
+    slots: Int32[Array, "L B K X"],
 ) -> Float[Array, "L B K M 2 P D"]:
     size = (1, 1, 1, 1, *pool.shape[4:])
 
-    def move(block: tuple[Array, ...], slot: tuple[Array, ...], host: Array) -> Array:
-        data = jax.lax.dynamic_slice(pool, (layer, *slot, 0, 0, 0), size)
+    def move(at: tuple[Array, ...], block: Array, slot: Array, host: Array) -> Array:
+        data = jax.lax.dynamic_slice(pool, (*at, slot, 0, 0, 0), size)
         data = jax.device_put(data, jax.memory.Space.Host)
-        return jax.lax.dynamic_update_slice(host, data, (layer, *block, 0, 0, 0))
+        return jax.lax.dynamic_update_slice(host, data, (*at, block, 0, 0, 0))
 
     return _for_each_move(block_ids, slots, (host.shape[3], pool.shape[3]), move, host)

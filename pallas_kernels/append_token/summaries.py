@@ -1,0 +1,17 @@
+"""What the selection reads of a cache."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Summaries(NamedTuple):
+    """Of all layers; None where a variant does not use it.
+
+    keys: pooled [L, B, K, C, D] and float32 sums [L, B, K, 2, D], see `append_pooled_keys`. importance [L, B, K, M, P]
+    float32, of each token; pooled_importance: the same pooled like keys, float32 with D = 1.
+    """
+
+    keys: Any
+    importance: Any
+    pooled_importance: Any
