@@ -2,11 +2,12 @@
 
 python -m experiments.decode_throughput --runs nosa:16384:16:80:trace --output experiments/results/decode_16k_h200.json
 
-A run is variant:context:batch:slots[:trace]; slots "device" keeps the cache on the device. With "trace" the selection
-of every step is replaced, after it was computed, by one whose locality is the published one (`experiments.traces`);
-without, it is what random weights select. Weights, keys and values are random; rows start `context` tokens long, all
-loops are one jitted `lax.fori_loop` of `decode.step` with the state donated. Medians, synchronised. Shares compare the
-step with its bytes, weights and blocks and pooled keys at HBM and link bytes at the measured rate of `device_put`.
+A run is variant:context:batch:slots[:trace]; slots "device" keeps the cache on the device. context: tokens of each row
+at the start, or 8192-24576 for rows of lengths spread evenly from the one to the other. With "trace" the selection of
+every step is replaced, after it was computed, by one whose locality is the published one (`experiments.traces`);
+without, it is what random weights select. Weights, keys and values are random; all loops are one jitted `lax.fori_loop`
+of `decode.step` with the state donated. Medians, synchronised. Shares compare the step with its bytes, weights and
+blocks and pooled keys at HBM and link bytes at the measured rate of `device_put`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import functools
 import json
 import re
 import statistics
-import tempfile
 import time
 from typing import Any
 
@@ -29,7 +29,7 @@ from jaxtyping import Array, Int32
 
 from experiments import traces
 from experiments.environment import gpu_arguments, save
-from experiments.profiling import kernel_times
+from experiments.profiling import link_rate, profile
 from nosa_jax import CacheConfig, ModelConfig, NosaLM, decode, presets
 from nosa_jax.cache import host_store, slots
 from nosa_jax.cache.plan import plan
@@ -45,7 +45,7 @@ TRACED_HEADS = 8  # independent traces per row; layers beyond repeat them
 @dataclasses.dataclass(frozen=True)
 class Run:
     variant: Any
-    context: int
+    context: tuple[int, int]  # of the shortest and the longest row
     batch: int
     cache: CacheConfig
     traced: bool
@@ -56,24 +56,30 @@ class Run:
         cache = CacheConfig(offload=False) if where == "device" else CacheConfig(slots=int(where))
         if rest not in ([], ["trace"]):
             raise ValueError(f"--runs: must be variant:context:batch:slots[:trace], got {text!r}")
-        return Run(variant, int(context), int(batch), cache, bool(rest))
+        shortest, longest = (int(context.split("-")[at]) for at in (0, -1))
+        return Run(variant, (shortest, longest), int(batch), cache, bool(rest))
+
+    @property
+    def lengths(self) -> Int32[np.ndarray, " B"]:
+        """Tokens of each row at the start."""
+        return np.linspace(*self.context, self.batch).round().astype(np.int32)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "run", "max_length"))
 def make_state(config: ModelConfig, run: Run, max_length: int, ids: Array | None, key: Array) -> DecodeState:
-    """Rows of `context` tokens of random content; the slots hold the first selection."""
+    """Rows of random content; the slots hold the first selection."""
     state = empty_state(config, run.batch, max_length, run.cache, jnp.bfloat16)
     normal = lambda shape, dtype: jax.random.normal(key, shape, dtype)
     fill = lambda whole: jax.lax.fori_loop(
         0, config.num_layers, lambda i, x: x.at[i].set(normal(x.shape[1:], x.dtype)), whole
     )
-    lengths = jnp.full((run.batch,), run.context, jnp.int32)
+    lengths = jnp.asarray(run.lengths)
     state = dataclasses.replace(state, pool=fill(state.pool), lengths=lengths)
     if state.host is not None:
         layer = normal(state.host.shape[1:], state.host.dtype)
         host = jax.lax.fori_loop(0, config.num_layers, lambda i, h: host_store.store_layer(h, layer, i), state.host)
         assert ids is not None
-        step = jnp.full(ids.shape[:-1], run.context - 1, jnp.int32)
+        step = jnp.broadcast_to(lengths[:, None] - 1, ids.shape[:-1])
         state = dataclasses.replace(state, host=host, table=slots.filled_table(ids, step, state.pool.shape[3]))
     if state.keys is not None:
         state = dataclasses.replace(state, keys=state.keys._replace(pooled=fill(state.keys.pooled)))
@@ -118,35 +124,21 @@ def launches(text: str) -> int:
     return max((n for name, n in bodies.items() if name.startswith("region")), default=0)
 
 
-def link_bandwidth() -> float:
-    """Bytes per second of `device_put` from pinned memory."""
-    size = 2**30
-    host = jax.device_put(jnp.ones((size // 2,), jnp.bfloat16), jax.memory.Space.Host)
-    device = jax.memory.Space.Device
-    put = functools.partial(jax.device_put, host, device)
-    samples = []
-    for _ in range(6):
-        start = time.perf_counter()
-        jax.block_until_ready([put() for _ in range(5)])
-        samples.append((time.perf_counter() - start) / 5)
-    return size / statistics.median(samples[1:])
-
-
 def measure(model: NosaLM, run: Run, steps: int, repeats: int, link: float) -> dict[str, Any]:
     model = with_attention(model, variant=run.variant)
     config = model.config
     attention = config.attention
-    max_length = run.context + steps * (repeats + 2)
+    max_length = run.context[1] + steps * (repeats + 2)
     plan(config, run.batch, max_length, run.cache).require_memory(allocated=("weights",))
     num_blocks = blocks.num_blocks(max_length, attention.block_size)
     traced = first = replayed = None
     total = 1 + steps * (repeats + 2)
     if attention.is_sparse:
         heads = min(TRACED_HEADS, config.num_layers) * config.num_kv_heads
-        ids = traces.make_trace(config, np.full(run.batch, run.context - 1), total, heads, num_blocks)
+        ids = traces.make_trace(config, run.lengths - 1, total, heads, num_blocks)
         if run.cache.slots is not None:
             listed = jnp.asarray(ids.transpose(1, 2, 0, 3))  # [B, heads, steps, J]
-            at = jnp.broadcast_to(run.context - 1 + jnp.arange(total), listed.shape[:-1])
+            at = jnp.broadcast_to((run.lengths - 1)[:, None, None] + np.arange(total), listed.shape[:-1])
             misses = replay_misses(listed, at, attention, run.cache.slots)
             replayed = round(float(misses[..., 1 + steps : 1 + steps * (repeats + 1)].mean()), 3)
         # [steps, B, heads, J] -> [steps, layers with a trace of their own, B, K, J]
@@ -176,20 +168,18 @@ def measure(model: NosaLM, run: Run, steps: int, repeats: int, link: float) -> d
         seconds.append((time.perf_counter() - start) / steps)
         fetched.append(int(count) / steps)
     step_seconds = statistics.median(seconds[1:])
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = jax.block_until_ready((model, state, token, given(repeats + 1)))
-        with jax.profiler.trace(folder):
-            jax.block_until_ready(compiled(*arguments))
-        kernels = {name: ms / steps for name, ms in kernel_times(folder).items()}
+    arguments = jax.block_until_ready((model, state, token, given(repeats + 1)))
+    kernels = {name: ms / steps for name, ms in profile(lambda: compiled(*arguments)).items()}
     tables = config.num_layers * run.batch * config.num_kv_heads
     block_bytes = 2 * attention.block_size * config.head_dim * 2
     moved = statistics.mean(fetched[1:])
     written = 0.0 if state.host is None else tables / attention.block_size
     weights = sum(x.nbytes for x in jax.tree.leaves(model)) - model.embed[...].nbytes
-    selected = attention.num_selected_blocks if attention.is_sparse else num_blocks
+    tokens = run.lengths.mean()
+    selected = attention.num_selected_blocks if attention.is_sparse else tokens / attention.block_size
     read = selected * (block_bytes + (4 * attention.block_size if attention.uses_importance else 0))
     if attention.uses_query_scores:
-        read += run.context // attention.pooling_stride * config.head_dim * 2
+        read += tokens / attention.pooling_stride * config.head_dim * 2
     hbm_bytes, link_bytes = weights + tables * read, (moved + written) * block_bytes
     hbm_ms, link_ms = 1e3 * hbm_bytes / HBM, 1e3 * link_bytes / link
     memory = compiled.memory_analysis()
@@ -218,7 +208,7 @@ def main() -> None:
     args = gpu_arguments(parser)
     config = getattr(presets, args.preset)()
     model = jax.jit(lambda: NosaLM(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))()
-    link = link_bandwidth()
+    link = link_rate()
     print(f"link {link / 1e9:.1f} GB/s", flush=True)
     entries = []
     for run in args.runs:

@@ -23,66 +23,59 @@ def make_trace(
 
     heads: how many independent ones per row, layers times KV heads. Needs rows of more blocks than are selected.
     """
-    rng, config = np.random.default_rng(seed), model.attention
+    selected = model.attention.num_selected_blocks
+    if (lengths // model.attention.block_size < selected).any():
+        raise ValueError(f"lengths: every row must have more than {selected} blocks, got {lengths.tolist()}")
+    rows = [
+        _row_trace(model, int(length), steps, heads, num_blocks, np.random.default_rng([seed, row]))
+        for row, length in enumerate(lengths)
+    ]
+    return np.stack(rows, axis=1)
+
+
+def _row_trace(
+    model: ModelConfig, length: int, steps: int, heads: int, num_blocks: int, rng: np.random.Generator
+) -> Int32[np.ndarray, "steps heads J"]:
+    config = model.attention
     selected, sink, local = config.num_selected_blocks, config.num_sink_blocks, config.num_local_blocks
     free = selected - sink - local
-    shape = (len(lengths), heads)
-    first_own = lengths // config.block_size
-    if (first_own < selected).any():
-        raise ValueError(f"lengths: every row must have more than {selected} blocks, got {lengths.tolist()}")
+    count = length // config.block_size - local + 1 - sink  # free blocks
     # Blocks by last use, the selected ones first; what is forced is not in it.
-    stack = np.full((*shape, num_blocks), num_blocks, np.int64)
-    count = first_own - local + 1 - sink  # free blocks of each row
-    for b, head in np.ndindex(*shape):
-        stack[b, head, : count[b]] = sink + rng.permutation(count[b])
-    places = (*SLOTS, None)
-    weights = np.array([expected_misses(model, slots) for slots in SLOTS])
-    rates = weights - np.append(weights[1:], 0.0)  # returns per step from each stretch of the stack
-    stretches = list(zip(places[:-1], places[1:], rates, strict=True))
+    stack = np.full((heads, num_blocks), num_blocks, np.int32)
+    stack[:, :count] = sink + rng.permuted(np.tile(np.arange(count), (heads, 1)), axis=1)
+    stops = (*SLOTS[1:], None)
+    misses = np.array([expected_misses(model, slots) for slots in SLOTS])
+    rates = misses - np.append(misses[1:], 0.0)  # returns per step from each stretch of the stack
+    stretches = list(zip(SLOTS, stops, rates, strict=True))
     offset = selected - free
 
-    trace = np.empty((steps, *shape, selected), np.int32)
-    rows, columns = np.indices(shape)
+    trace = np.empty((steps, heads, selected), np.int32)
     for step in range(steps):
-        own = (lengths + step) // config.block_size
-        moved = (own > (lengths + step - 1) // config.block_size) if step else np.zeros(len(lengths), bool)
-        for b in np.flatnonzero(moved):  # the block that leaves the window was used a moment ago
-            stack[b, :, free + 1 :] = stack[b, :, free:-1].copy()
-            stack[b, :, free] = own[b] - local
-            count[b] += 1
+        own = (length + step) // config.block_size
+        if step and own > (length + step - 1) // config.block_size:  # the block that leaves the window was just used
+            stack[:, free + 1 :] = stack[:, free:-1].copy()
+            stack[:, free] = own - local
+            count += 1
         # Deepest first; neither what just left comes back nor what just came leaves.
-        leave = np.argsort(rng.random((*shape, free)), axis=-1)
-        left = np.zeros(shape, np.int64)
+        leave = np.argsort(rng.random((heads, free)), axis=-1)
+        left = np.zeros(heads, np.int64)
         for start, stop, rate in reversed(stretches):
             for _ in range(int(np.ceil(rate))):
                 low = np.maximum(start - offset, free + left)
-                high = np.minimum(count if stop is None else stop - offset, count)[:, None]
-                come = low + (rng.random(shape) * (high - low)).astype(np.int64)
-                go = np.take_along_axis(leave, left[..., None], axis=-1)[..., 0]
-                doing = (rng.random(shape) < rate / np.ceil(rate)) & (high > low)
-                _exchange(stack, rows[doing], columns[doing], come[doing], go[doing], free)
-                left += doing
-        blocks = np.concatenate(
-            [
-                np.broadcast_to(np.arange(sink), (*shape, sink)),
-                stack[..., :free],
-                np.broadcast_to((own[:, None] - np.arange(local))[:, None], (*shape, local)),
-            ],
-            axis=-1,
-        )
-        trace[step] = np.sort(blocks, axis=-1)
+                high = count if stop is None else min(stop - offset, count)
+                come = low + (rng.random(heads) * (high - low)).astype(np.int64)
+                doing = np.flatnonzero((rng.random(heads) < rate / np.ceil(rate)) & (high > low))
+                for head in doing:
+                    _exchange(stack[head], come[head], leave[head, left[head]], free)
+                left[doing] += 1
+        window = np.arange(own - local + 1, own + 1)
+        forced = np.tile(np.concatenate([np.arange(sink), window]), (heads, 1))
+        trace[step] = np.sort(np.concatenate([forced, stack[:, :free]], axis=-1), axis=-1)
     return trace
 
 
-def _exchange(
-    stack: np.ndarray, row: np.ndarray, head: np.ndarray, come: np.ndarray, go: np.ndarray, free: int
-) -> None:
+def _exchange(stack: Int32[np.ndarray, " M"], come: int, go: int, free: int) -> None:
     """The block at place `come` takes the place `go`, whose block becomes the first that is not selected."""
-    comes, goes = stack[row, head, come], stack[row, head, go]
-    place = np.arange(stack.shape[-1])
-    lines = stack[row, head]
-    shifted = np.concatenate([lines[:, :1], lines[:, :-1]], axis=1)
-    lines = np.where((place > free) & (place <= come[:, None]), shifted, lines)
-    lines[:, free] = goes
-    lines[np.arange(len(row)), go] = comes
-    stack[row, head] = lines
+    comes, goes = stack[come], stack[go]
+    stack[free + 1 : come + 1] = stack[free:come].copy()
+    stack[free], stack[go] = goes, comes

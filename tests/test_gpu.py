@@ -22,6 +22,7 @@ from attention_checks import (
     true_gradients,
     value_and_gradients,
 )
+from jax.sharding import NamedSharding, PartitionSpec
 from scores_checks import definition
 from selection_checks import counts
 from support import lively_model, random_tokens, small_config
@@ -221,6 +222,25 @@ def test_decoding_512_steps_gives_the_same_bits_from_any_cache():
         ours = jax.device_get(run(cache=cache))
         np.testing.assert_array_equal(ours.logits, expected.logits)
         assert (ours.fetched > 0).any()
+
+
+def test_rows_over_all_gpus():
+    """Every device gives the bits that it gives alone with its rows."""
+    devices = jax.devices()
+    if len(devices) < 2:
+        pytest.skip("needs two GPUs")
+    mesh, rows = jax.make_mesh((len(devices),), ("rows",)), 2
+    model = cast(lively_model(small_config()), jnp.bfloat16)
+    lengths = np.arange(rows * len(devices)) * 20 + 33
+    tokens = random_tokens(len(lengths), lengths.max(), seed=3)
+    run = functools.partial(nosa_jax.generate, max_new_tokens=100, cache=CacheConfig(slots=9), record=True)
+    shared = run(jax.device_put(model, NamedSharding(mesh, PartitionSpec())), tokens, lengths, mesh=mesh)
+    assert shared.tokens.sharding.device_set == set(devices) and (shared.fetched > 0).any()
+    for first in range(0, len(lengths), rows):
+        part = slice(first, first + rows)
+        alone = run(model, tokens[part], lengths[part])
+        np.testing.assert_array_equal(shared.logits[part], alone.logits)
+        np.testing.assert_array_equal(shared.fetched[:, part], alone.fetched)
 
 
 def test_transport_above_4_gib():

@@ -69,7 +69,7 @@ def sampler(
     run: Callable[..., Any],
     sets: list[dict[str, Any]],
     updates: tuple[str, ...] = (),
-    updated: Callable[[Any], tuple[Any, ...]] = tuple,
+    updated: Callable[[Any], tuple[Any, ...]] = lambda output: (output,),
 ) -> Callable[[int], float]:
     """For `measure`, warmed up. updates: inputs that `run` takes over; updated(output): the same for its next call."""
     turn = itertools.count()
