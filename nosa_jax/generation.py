@@ -294,7 +294,8 @@ def _check(
         "tokens": tokens,
         "lengths": lengths,
         "keys": row_keys(key, tokens.shape[0], sampling),
-        "stop": jnp.asarray(stop, jnp.int32),
+        # Never empty: XLA, compiling for several GPUs, crashes on an array without elements.
+        "stop": jnp.asarray(stop if stop.size else [-1], jnp.int32),
         "pad": jnp.int32(pad_token),
     }
 
