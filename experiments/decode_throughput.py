@@ -124,7 +124,7 @@ def launches(text: str) -> int:
     return max((n for name, n in bodies.items() if name.startswith("region")), default=0)
 
 
-def measure(model: NosaLM, run: Run, steps: int, repeats: int, link: float) -> dict[str, Any]:
+def measure(model: NosaLM, run: Run, steps: int, repeats: int, link: float, options: dict[str, Any]) -> dict[str, Any]:
     model = with_attention(model, variant=run.variant)
     config = model.config
     attention = config.attention
@@ -157,7 +157,7 @@ def measure(model: NosaLM, run: Run, steps: int, repeats: int, link: float) -> d
     compiled = (
         jax.jit(functools.partial(loop, steps=steps), donate_argnums=1)
         .lower(model, state, token, given(0))
-        .compile(compiler_options=decode.COMPILER_OPTIONS)
+        .compile(compiler_options=decode.COMPILER_OPTIONS | options)
     )
     compile_seconds = time.perf_counter() - start
     seconds, fetched = [], []
@@ -205,15 +205,17 @@ def main() -> None:
     parser.add_argument("--preset", choices=("nosa_1b", "nosa_3b", "nosa_8b"), default="nosa_8b")
     parser.add_argument("--steps", type=int, default=64, help="decode steps per sample")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--xla", nargs="*", default=[], metavar="FLAG=VALUE", help="compiler options to try")
     args = gpu_arguments(parser)
     config = getattr(presets, args.preset)()
     model = jax.jit(lambda: NosaLM(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))()
+    options: dict[str, Any] = dict(option.split("=", 1) for option in args.xla)
     link = link_rate()
     print(f"link {link / 1e9:.1f} GB/s", flush=True)
     entries = []
     for run in args.runs:
         try:
-            entries.append(measure(model, run, args.steps, args.repeats, link))
+            entries.append(measure(model, run, args.steps, args.repeats, link, options))
         except Exception as error:  # one failure must not lose the rest of the run
             entries.append({"run": dataclasses.asdict(run), "failed": f"{type(error).__name__}: {error}"[:300]})
         print(json.dumps(entries[-1]), flush=True)
@@ -223,6 +225,7 @@ def main() -> None:
             link_bytes_per_second=link,
             hbm_bytes_per_second=HBM,
             repeats=args.repeats,
+            compiler_options=decode.COMPILER_OPTIONS | options,
             entries=entries,
         )
 
