@@ -34,6 +34,17 @@ def choices(rng: np.random.Generator, most: int, shape: tuple[int, ...], count: 
     return np.argsort(rng.random((*shape, most)), axis=-1)[..., :count].astype(np.int32)
 
 
+def random_moves(shape: tuple[int, ...], moves: int) -> tuple[Array, Array]:
+    """(block ids, slots) of `moves` blocks among 64 entries, -1 in the others."""
+    rng = np.random.default_rng(0)
+    listed = [np.full((*shape, SELECTED), -1, np.int32) for _ in range(2)]
+    where = choices(rng, SELECTED, shape, moves)
+    for entries, most in zip(listed, (BLOCKS, SLOTS), strict=True):
+        np.put_along_axis(entries, where, choices(rng, most, shape, moves), axis=-1)
+    ids, slots = map(jnp.asarray, listed)
+    return ids, slots
+
+
 def cache(batch: int) -> tuple[Array, Array]:
     """(pool, host store) of a batch."""
     shape = lambda blocks: (LAYERS, batch, KV_HEADS, blocks, 2, SIZE, DIM)
@@ -51,17 +62,12 @@ def kernel_us(loop: Callable[..., Array], pool: Array, *arguments: Any) -> dict[
 
 def fetch(batch: int, moves: int, link: float) -> dict[str, Any]:
     """`moves` blocks per row and KV head, of 64 entries each, one launch."""
-    rng, shape = np.random.default_rng(0), (CALLS, batch, KV_HEADS)
-    listed = [np.full((*shape, SELECTED), -1, np.int32) for _ in range(2)]
-    where = choices(rng, SELECTED, shape, moves)
-    for entries, most in zip(listed, (BLOCKS, SLOTS), strict=True):
-        np.put_along_axis(entries, where, choices(rng, most, shape, moves), axis=-1)
 
     def loop(pool: Array, host: Array, ids: Array, slots: Array) -> Array:
         body = lambda i, pool: fetch_blocks(pool, host, ids[i], slots[i], i % LAYERS, implementation="triton")
         return jax.lax.fori_loop(0, CALLS, body, pool)
 
-    us = kernel_us(loop, *cache(batch), *map(jnp.asarray, listed))["move_blocks"]
+    us = kernel_us(loop, *cache(batch), *random_moves((CALLS, batch, KV_HEADS), moves))["move_blocks"]
     size = batch * KV_HEADS * moves * BLOCK_BYTES
     return {
         "kernel": "fetch_blocks", "batch": batch, "blocks_per_head": moves, "mib": size / 2**20, "us": round(us, 2),

@@ -106,7 +106,7 @@ def append_token(
         _kernel(*refs, kv_heads=kv_heads, stride=stride)
 
     token = lambda count: jax.ShapeDtypeStruct((batch, count, dim), qkv.dtype)
-    operands = (jnp.atleast_1d(layer), positions, qkv, cos, sin, scale, delta)
+    operands = (jax.lax.reshape(layer, (1,)), positions, qkv, cos, sin, scale, delta)
     given = sum(x is not None for x in operands)
     kept = len(jax.tree.leaves(summaries))
     return _backend.triton_call(

@@ -103,7 +103,7 @@ def block_scores(
         ),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
-    )(jnp.atleast_1d(layer), grouped, pooled_keys, positions)
+    )(jax.lax.reshape(layer, (1,)), grouped, pooled_keys, positions)
 
     def blocks_kernel(*refs: Any) -> None:
         _blocks_kernel(*refs, windows=windows, chunks=chunks, group=group, ratio=block_size // stride, stride=stride)

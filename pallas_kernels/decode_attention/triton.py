@@ -172,8 +172,8 @@ def _prepare(default: Launch, q: Array, kv_heads: int, *listed: Array | None) ->
 
 
 def _splits(selected: int) -> int:
-    """Runs of a row and KV head: 8, or as many as keep them at some 16 blocks, so that few rows fill the device."""
-    return min(_backend.next_power_of_two(selected), max(8, min(128, _backend.next_power_of_two(selected // 16))))
+    """Runs of a row and KV head: 16, or as many as keep them at some 16 blocks, so that few rows fill the device."""
+    return min(_backend.next_power_of_two(selected), max(16, min(128, _backend.next_power_of_two(selected // 16))))
 
 
 def _add_up(call: _Call, parts: tuple[Array, ...], like: Array) -> Array:
@@ -216,7 +216,7 @@ def decode_attention(
         out_shape=call.parts,
         num_warps=call.launch.num_warps,
         num_stages=call.launch.num_stages,
-    )(jnp.atleast_1d(layer), positions, *call.listed, call.q, bias, pool)
+    )(jax.lax.reshape(layer, (1,)), positions, *call.listed, call.q, bias, pool)
     return _add_up(call, parts, q)
 
 
@@ -240,7 +240,7 @@ def update_and_attend(
     def kernel(*refs: Any) -> None:
         _update_kernel(*refs, width=call.width, scale=scale)
 
-    operands = (jnp.atleast_1d(layer), positions, *call.listed, k, v, call.q, bias, pool, host)
+    operands = (jax.lax.reshape(layer, (1,)), positions, *call.listed, k, v, call.q, bias, pool, host)
     *parts, pool = _backend.triton_call(
         kernel,
         name="update_and_attend",

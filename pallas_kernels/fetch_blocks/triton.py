@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import _backend
@@ -45,7 +44,7 @@ def _move(source: Array, target: Array, sources: Array, targets: Array, layer: A
     programs = min(_PROGRAMS, _backend.next_power_of_two(sources.shape[-1]))
     sources, targets = (_backend.pad_to_multiple(x, x.ndim - 1, programs, -1) for x in (sources, targets))
     lead = 1 if layer is not None else len(sources)
-    operands = (None if layer is None else jnp.atleast_1d(layer), sources, targets, source, target)
+    operands = (None if layer is None else jax.lax.reshape(layer, (1,)), sources, targets, source, target)
 
     def kernel(*refs: Any) -> None:
         _move_kernel(*refs, programs=programs)

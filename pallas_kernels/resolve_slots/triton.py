@@ -95,5 +95,5 @@ def resolve_slots(
         out_shape=(table, table, listed, listed),
         num_warps=8 if max(width, num_slots) > 64 else 4,
         aliases={3: 0, 4: 1},
-    )(jnp.atleast_1d(layer), wanted, step, blocks, last_used)
+    )(jax.lax.reshape(layer, (1,)), wanted, step, blocks, last_used)
     return blocks, last_used, slots, missing > 0
