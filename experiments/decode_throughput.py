@@ -54,9 +54,9 @@ class Run:
     def parse(text: str) -> Run:
         variant, context, batch, where, *rest = text.split(":")
         cache = CacheConfig(offload=False) if where == "device" else CacheConfig(slots=int(where))
-        if rest not in ([], ["trace"]):
-            raise ValueError(f"--runs: must be variant:context:batch:slots[:trace], got {text!r}")
         shortest, longest = (int(context.split("-")[at]) for at in (0, -1))
+        if rest not in ([], ["trace"]) or shortest > longest:
+            raise ValueError(f"--runs: must be variant:context:batch:slots[:trace], got {text!r}")
         return Run(variant, (shortest, longest), int(batch), cache, bool(rest))
 
     @property

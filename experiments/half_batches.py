@@ -50,13 +50,13 @@ def step(
         x, states = carry
         attention, x = layer_at(model.layers.attention, index, x)
         normed = rms_norm(x, model.layers.attention_norm[...][index], config.rms_norm_eps)
-        qkv = (normed[:, 0] @ attention.qkv[...]).reshape(x.shape[0], -1, config.head_dim)
+        qkv = attention.heads(config, normed[:, 0])
         outs, after, updated = [], None, []
         for part, state, (positions, cos_sin) in zip(parts, states, shared, strict=True):
             of_half = qkv[part]
             if staggered and after is not None:
                 of_half, _ = jax.lax.optimization_barrier((of_half, after))
-            state, q, k, v = kv.append_token(config, state, of_half, cos_sin, importance, positions, index)
+            state, q, k, v = kv.read_token(config, state, of_half, cos_sin, importance, positions, index)
             ids = decode._select(config, state, q[:, None], positions[:, None], index)[:, :, 0]
             ids = jnp.where(forced[index, part, :, :1] > -2, forced[index, part], ids)
             state, residence = kv.admit(state, ids, positions, index)

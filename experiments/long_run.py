@@ -77,8 +77,8 @@ def read_again(model: NosaLM, batch: int, count: int, places: int) -> dict[str, 
 
 def resident_bytes() -> int:
     """Memory of this process that is in RAM now (Linux)."""
-    pages = Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]
-    return int(pages) * 1024
+    kilobytes = Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]
+    return 1024 * int(kilobytes)
 
 
 def generate_again(model: NosaLM, batch: int, count: int, times: int) -> dict[str, Any]:

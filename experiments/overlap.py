@@ -13,7 +13,7 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -54,7 +54,7 @@ def time_loop(body: Callable[..., Any], carry: Any, *arguments: Any, options: di
     return statistics.median(samples[1:]), compiled.memory_analysis().temp_size_in_bytes / 2**20
 
 
-def measure(batch: int, moves: int, options: dict[str, Any]) -> dict[str, Any]:
+def measure(batch: int, moves: int, options: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     ids, slots = random_moves((batch, KV_HEADS), moves)
     pool, host = cache(batch)
     x, w = jnp.ones((batch, HIDDEN), jnp.bfloat16), jnp.ones((HIDDEN, WIDTH), jnp.bfloat16)
@@ -72,13 +72,18 @@ def measure(batch: int, moves: int, options: dict[str, Any]) -> dict[str, Any]:
         there = compute_on(fetch, compute_type="gpu_stream:1", out_memory_spaces=jax.memory.Space.Device)
         return there(i, carry[0], host), product(carry[1], w)
 
-    ms = {
-        "fetch": time_loop(fetch, pool, host, options=options),
-        "product": time_loop(lambda i, x, w: product(x, w), x, w, options=options),
-        "both": time_loop(both, (pool, x), host, w, options=options),
-        "own_stream": time_loop(apart, (pool, x), host, w, options=options),
+    loops: dict[str, tuple[Any, ...]] = {
+        "fetch": (fetch, pool, host),
+        "product": (lambda i, x, w: product(x, w), x, w),
+        "both": (both, (pool, x), host, w),
+        "own_stream": (apart, (pool, x), host, w),
     }
-    return {name: {"ms": round(time, 4), "temporary_mib": round(mib, 1)} for name, (time, mib) in ms.items()}
+    for name, arguments in loops.items():
+        try:
+            ms, mib = time_loop(*arguments, options=options)
+            yield name, {"ms": round(ms, 4), "temporary_mib": round(mib, 1)}
+        except Exception as error:  # a failure is an answer, too
+            yield name, {"failed": f"{type(error).__name__}: {error}"[:500]}
 
 
 def main() -> None:
@@ -87,12 +92,8 @@ def main() -> None:
     entries = []
     for (label, options), (batch, moves) in itertools.product(OPTIONS.items(), ((16, 1), (64, 1))):
         entry: dict[str, Any] = {"options": label, "batch": batch, "blocks_per_head": moves}
-        try:
-            entry |= measure(batch, moves, options)
-        except Exception as error:  # a failure is an answer, too
-            entry["failed"] = f"{type(error).__name__}: {error}"[:500]
-        entries.append(entry)
-        print(json.dumps(entry), flush=True)
+        entries.append(entry | dict(measure(batch, moves, options)))
+        print(json.dumps(entries[-1]), flush=True)
         save(args.output, trips=TRIPS, entries=entries)
 
 

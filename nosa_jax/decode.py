@@ -252,7 +252,7 @@ def _extend_layer(
     """Attention of many new tokens over a staged copy of the layer's cache; the last query's ids are returned."""
     q, k, v, importance = attention.project(config, x, *rope.of_positions(config, place))
     count = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
-    state = kv.append_summaries(config.attention, state, k, importance, count, layer)
+    state = kv.summarize(config.attention, state, k, importance, count, layer)
     staged = kv.write_staged(state, kv.stage_layer(state, layer, fresh=fresh), k, v, count)
     ids = last_ids = None
     if config.attention.is_sparse:
@@ -357,8 +357,8 @@ def _step_layer(
 ) -> tuple[Float[Array, "B 1 H"], DecodeState, tuple[Int32[Array, "B K J"], Int32[Array, "B K"]] | None]:
     """Attention of one new token per row: select, make resident, write the token, attend."""
     positions = shared.positions
-    qkv = (x[:, 0] @ attention.qkv[...]).reshape(x.shape[0], -1, config.head_dim)
-    state, q, k, v = kv.append_token(config, state, qkv, shared.cos_sin, importance, positions, layer)
+    qkv = attention.heads(config, x[:, 0])
+    state, q, k, v = kv.read_token(config, state, qkv, shared.cos_sin, importance, positions, layer)
     if config.attention.is_sparse:
         ids = _select(config, state, q[:, None], positions[:, None], layer)[:, :, 0]
         if forced is not None:

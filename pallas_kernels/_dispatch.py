@@ -1,7 +1,7 @@
 """Which implementation of an op runs: `implementation=` "auto", "xla", "triton" or "mosaic".
 
 A named implementation never falls back: where it cannot run, KernelUnsupportedError says why. "auto" takes the first of
-PREFERENCE that can, and warns once per op when that passes by its kernels on a GPU.
+PREFERENCE that can, and warns once per op when one that has kernels cannot use them on a GPU.
 """
 
 from __future__ import annotations

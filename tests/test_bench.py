@@ -16,7 +16,7 @@ import pytest
 from pallas_kernels import _backend, _tuning
 from pallas_kernels._tuning import Launch
 from pallas_kernels.bench import __main__ as cli
-from pallas_kernels.bench import compare, counts, peers, timing, tune, work
+from pallas_kernels.bench import compare, counts, peers, report, timing, tune, work
 from pallas_kernels.bench.counts import Floor
 
 BF16 = jnp.bfloat16
@@ -150,6 +150,15 @@ def test_a_sample_of_the_queries_says_the_same(op, monkeypatch):
     inputs = sampled.checked or sampled.inputs
     output = jax.jit(functools.partial(sampled.call, implementation="xla"))(**inputs)
     assert compare.error(sampled.comparable(output), sampled.expected) < 1e-5
+
+
+@pytest.mark.parametrize("op", work.BENCHMARKS)
+def test_every_op_can_be_timed(op):
+    benchmark = work.BENCHMARKS[op]
+    case = next(iter(benchmark.source.SMALL.values()))
+    entry = report.shapes(benchmark.work(case).inputs) | cli.time_work(benchmark.work(case), "xla", 1)
+    assert entry["shapes"] and entry["ms"]["median"] > 0
+    assert (entry["error"] is None) == (op == "update_and_attend") or entry["error"] < 1e-5
 
 
 # ---- the command ----

@@ -15,6 +15,7 @@ from pallas_kernels import KernelUnsupportedError, _backend, _dispatch
 from pallas_kernels._dispatch import PREFERENCE, Op
 from pallas_kernels.append_token import Summaries
 from pallas_kernels.append_token.api import APPEND_TOKEN
+from pallas_kernels.bench.work import BENCHMARKS
 from pallas_kernels.block_attention.api import BLOCK_ATTENTION
 from pallas_kernels.block_scores.api import BLOCK_SCORES
 from pallas_kernels.decode_attention.api import DECODE_ATTENTION, UPDATE_AND_ATTEND
@@ -131,6 +132,12 @@ def call(name, implementation="xla", **changes):
     arrays |= {n: x for n, x in changes.items() if n not in static}
     run = lambda arrays: getattr(ops, name)(**arrays, **static, implementation=implementation)
     return str(jax.make_jaxpr(run)(arrays))
+
+
+def test_every_op_is_known():
+    """To this file, to the bench and so to `nosa doctor`, and to users."""
+    assert set(CALLS) == {benchmark.op.name for benchmark in BENCHMARKS.values()}
+    assert set(CALLS) <= set(ops.__all__)
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -352,6 +359,9 @@ WRONG_SHAPES = [
     ("append_pooled_keys", "new", floats(B, K, D), "[B, K, n, D]"),
     ("append_token", "qkv", floats(B, 1, N + 2 * K, D), "[B, N + 2 K, D]"),
     ("append_token", "sin", floats(B, D), "[B, D / 2]"),
+    ("append_token", "scale", floats(1, K), "[L, K]"),
+    ("append_token", "delta", floats(L, D, K), "[L, K D, K]"),
+    ("append_token", "positions", ints(B, 1), "[B]"),
     ("decode_attention", "pool", floats(L, B + 1, K, J, 2, P, D), "[L, B, K, slots, 2, P, D]"),
     ("decode_attention", "pool", floats(L, B, K, J, 3, P, D), "[L, B, K, slots, 2, P, D]"),
     ("decode_attention", "bias", floats(L, B, K, M * P), "[L, B, K, M, P]"),

@@ -82,6 +82,14 @@ def test_attention(name):
     np.testing.assert_allclose(out, expected, rtol=0, atol=16 * EPS * np.abs(expected).max())
 
 
+def test_more_runs_for_more_blocks():
+    """Of 300 blocks, beyond 16 runs."""
+    case = attention_cases.Case((300 * 16 - 3,), 300, 1, 2, 16, 1, num_selected_blocks=300)
+    inputs = attention_cases.make_inputs(case, jax.random.key(0))
+    expected = np.asarray(attention_reference.decode_attention(**inputs | {"layer": 0}))
+    np.testing.assert_allclose(run(decode_attention, inputs), expected, rtol=0, atol=32 * EPS)
+
+
 def test_attention_ignores_ids_and_slots_out_of_range():
     inputs = attention_of("k2_g4_ragged")
     ids, slots = (np.asarray(inputs[name]) for name in ("block_ids", "slots"))
@@ -108,7 +116,7 @@ def offloaded(name):
     return given, given | {"pool": fetched, "host": None, "loads": None}
 
 
-@pytest.mark.parametrize("name", ["k1_g16", "k2_g4_ragged", "k2_g8_no_bias"])
+@pytest.mark.parametrize("name", ["k1_g16", "k2_g4_ragged", "k2_g8_no_bias", "runs_of_two_and_three"])
 def test_one_step_of_the_cache_gives_the_bits_of_its_parts(name):
     given, resident = offloaded(name)
     out, pool = run(update_and_attend, given)

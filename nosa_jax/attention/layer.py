@@ -50,6 +50,10 @@ class Attention(nnx.Module):
             Importance(layers, config.num_kv_heads, dim, rngs=rngs) if config.attention.uses_importance else None
         )
 
+    def heads(self, config: ModelConfig, x: Float[Array, "*rows H"]) -> Float[Array, "*rows heads D"]:
+        """Queries, keys and values before RoPE, all heads of all three."""
+        return (x @ self.qkv[...]).reshape(*x.shape[:-1], -1, config.head_dim)
+
     def project(
         self,
         config: ModelConfig,
@@ -58,9 +62,8 @@ class Attention(nnx.Module):
         sin: Float[Array, "B T half"],
     ) -> Projections:
         """cos, sin: of the tokens' positions, see `rope.cos_sin`."""
-        heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
-        qkv = (x @ self.qkv[...]).reshape(*x.shape[:2], heads + 2 * kv_heads, dim)
-        q, k, v = jnp.split(qkv, (heads, heads + kv_heads), axis=2)
+        heads, kv_heads = config.num_heads, config.num_kv_heads
+        q, k, v = jnp.split(self.heads(config, x), (heads, heads + kv_heads), axis=2)
         importance = None
         if config.attention.uses_importance:
             assert self.importance is not None

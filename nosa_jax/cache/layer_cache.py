@@ -12,17 +12,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-import pallas_kernels as ops
 from nosa_jax.attention.importance import Importance
 from nosa_jax.cache import host_store, slots
 from nosa_jax.cache.slots import SlotTable
-from nosa_jax.cache.state import DecodeState, PooledCache, put_table, table_at
+from nosa_jax.cache.state import DecodeState, put_table, table_at
 from nosa_jax.config import AttentionConfig, ModelConfig
-from pallas_kernels import append_pooled_keys, resolve_slots, update_and_attend, write_back_blocks
-from pallas_kernels.append_token import Summaries
+from pallas_kernels import append_token, resolve_slots, update_and_attend, write_back_blocks
+from pallas_kernels.append_token import Summaries, append_summaries
 
 
-def append_summaries(
+def summarize(
     config: AttentionConfig,
     state: DecodeState,
     k: Float[Array, "B K n D"],
@@ -31,26 +30,17 @@ def append_summaries(
     layer: Int32[Array, ""],
 ) -> DecodeState:
     """Adds the first `count[b]` new tokens of each row to what the selection reads: pooled keys and importance."""
-    start, stride = state.lengths, config.pooling_stride
-
-    def append(cache: PooledCache, new: Array) -> PooledCache:
-        return PooledCache(*append_pooled_keys(*cache, new, start, count, layer, stride=stride))
-
-    if state.keys is not None:
-        state = dataclasses.replace(state, keys=append(state.keys, k))
-    if state.importance is not None:
-        assert importance is not None
-        place, row, head = _places(start, count, importance.shape[1], importance.shape[2], state)
-        block, offset = place // config.block_size, place % config.block_size
-        state = dataclasses.replace(
-            state,
-            pooled_importance=append(state.pooled_importance, importance[..., None]),
-            importance=state.importance.at[layer, row, head, block, offset].set(importance, mode="drop"),
-        )
-    return state
+    summaries = append_summaries(
+        _summaries(state), k, importance, state.lengths, count, layer, stride=config.pooling_stride
+    )
+    return dataclasses.replace(state, **summaries._asdict())
 
 
-def append_token(
+def _summaries(state: DecodeState) -> Summaries:
+    return Summaries(state.keys, state.importance, state.pooled_importance)
+
+
+def read_token(
     config: ModelConfig,
     state: DecodeState,
     qkv: Float[Array, "B heads D"],
@@ -59,14 +49,13 @@ def append_token(
     positions: Int32[Array, " B"],
     layer: Int32[Array, ""],
 ) -> tuple[DecodeState, Float[Array, "B N D"], Float[Array, "B K D"], Float[Array, "B K D"]]:
-    """`append_summaries` of one token per row, with what comes before it: also its rotated q and k, and its v.
+    """`summarize` for one token per row, with what comes before it: also returns its rotated q and k, and its v.
 
     importance: of all layers.
     """
     scale, delta = (None, None) if importance is None else (importance.A[...], importance.delta[...])
-    summaries = Summaries(state.keys, state.importance, state.pooled_importance)
-    q, k, v, summaries = ops.append_token(
-        qkv, *cos_sin, scale, delta, summaries, positions, layer,
+    q, k, v, summaries = append_token(
+        qkv, *cos_sin, scale, delta, _summaries(state), positions, layer,
         kv_heads=config.num_kv_heads, stride=config.attention.pooling_stride,
     )  # fmt: skip
     return dataclasses.replace(state, **summaries._asdict()), q, k, v
@@ -125,7 +114,10 @@ def attend(
 
 
 def write_back(state: DecodeState, positions: Int32[Array, " B"]) -> DecodeState:
-    """Copies the blocks that the tokens at `positions` (-1 for none) filled to the host store, in all layers."""
+    """Copies the blocks that the tokens at `positions` (-1 for none) filled to the host store, in all layers.
+
+    A selection always holds the query's own block, so the slot table names it.
+    """
     if state.host is None:
         return state
     size = state.pool.shape[5]

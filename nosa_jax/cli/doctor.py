@@ -13,26 +13,9 @@ from nosa_jax.cache import memory
 from nosa_jax.cli.extras import EXTRAS, missing_modules
 from nosa_jax.cli.terminal import facts, heading, size
 from pallas_kernels._dispatch import PREFERENCE, Op
-from pallas_kernels.block_attention.api import BLOCK_ATTENTION
-from pallas_kernels.block_scores.api import BLOCK_SCORES
-from pallas_kernels.decode_attention.api import DECODE_ATTENTION, UPDATE_AND_ATTEND
-from pallas_kernels.fetch_blocks.api import FETCH_BLOCKS, WRITE_BACK_BLOCKS
-from pallas_kernels.pooled_keys.api import APPEND_POOLED_KEYS, POOL_KEYS
-from pallas_kernels.resolve_slots.api import RESOLVE_SLOTS
-from pallas_kernels.select_blocks.api import SELECT_BLOCKS
+from pallas_kernels.bench.work import BENCHMARKS
 
-OPS = (
-    POOL_KEYS,
-    APPEND_POOLED_KEYS,
-    BLOCK_SCORES,
-    SELECT_BLOCKS,
-    BLOCK_ATTENTION,
-    RESOLVE_SLOTS,
-    DECODE_ATTENTION,
-    UPDATE_AND_ATTEND,
-    FETCH_BLOCKS,
-    WRITE_BACK_BLOCKS,
-)
+OPS = list({benchmark.op.name: benchmark.op for benchmark in BENCHMARKS.values()}.values())
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _AVAILABLE = "available"
 

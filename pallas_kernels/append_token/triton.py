@@ -83,7 +83,7 @@ def unsupported(
     if not _backend.is_power_of_two(qkv.shape[2]) or qkv.shape[2] < 2:
         return f"the head dim must be a power of two of at least 2, got {qkv.shape[2]}"
     if not all(x.size for x in jax.tree.leaves(summaries)):
-        return "there is no window to write"
+        return "an array without elements is nothing that a kernel could write"
     return None
 
 

@@ -29,6 +29,39 @@ def importance_of(
     return scale * jax.nn.softplus(jnp.matmul(flat, delta, precision="highest"))
 
 
+def append_summaries(
+    summaries: Summaries,
+    keys: Float[Array, "B K n D"],
+    importance: Float[Array, "B K n"] | None,
+    start: Int32[Array, " B"],
+    count: Int32[Array, " B"],
+    layer: Int32[Array, ""],
+    *,
+    stride: int,
+) -> Summaries:
+    """Any number of tokens: the first `count[b]` of a row follow `start[b]` others."""
+
+    def append(cache: Any, new: Array) -> Any:
+        pooled, sums = cache
+        appended = append_pooled_keys(pooled, sums, new, start, count, layer, stride=stride)
+        return jax.tree.unflatten(jax.tree.structure(cache), appended)
+
+    if summaries.keys is not None:
+        summaries = summaries._replace(keys=append(summaries.keys, keys))
+    if summaries.importance is not None:
+        assert importance is not None
+        whole = summaries.importance
+        m, size = whole.shape[3:]
+        new = jnp.arange(importance.shape[2], dtype=jnp.int32)
+        place = jnp.where(new < count[:, None], start[:, None] + new, m * size)[:, None]  # [B, 1, n]
+        row, head = jnp.arange(whole.shape[1])[:, None, None], jnp.arange(whole.shape[2])[None, :, None]
+        summaries = summaries._replace(
+            importance=whole.at[layer, row, head, place // size, place % size].set(importance, mode="drop"),
+            pooled_importance=append(summaries.pooled_importance, importance[..., None]),
+        )
+    return summaries
+
+
 def append_token(
     qkv: Float[Array, "B heads D"],
     cos: Float[Array, "B half"],
@@ -45,22 +78,9 @@ def append_token(
     heads = qkv.shape[1] - 2 * kv_heads
     q, k, v = jnp.split(qkv, (heads, heads + kv_heads), axis=1)
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-    start, count = jnp.maximum(positions, 0), (positions >= 0).astype(jnp.int32)
-
-    def append(cache: Any, new: Array) -> Any:
-        pooled, sums = cache
-        appended = append_pooled_keys(pooled, sums, new[:, :, None], start, count, layer, stride=stride)
-        return jax.tree.unflatten(jax.tree.structure(cache), appended)
-
-    keys, importance, pooled_importance = summaries
-    if keys is not None:
-        keys = append(keys, k)
-    if importance is not None:
+    importance = None
+    if summaries.importance is not None:
         assert scale is not None and delta is not None
-        new = importance_of(v, scale[layer], delta[layer])
-        pooled_importance = append(pooled_importance, new[..., None])
-        size = importance.shape[4]
-        block = jnp.where(positions >= 0, positions // size, importance.shape[3])[:, None]
-        row, head = jnp.arange(qkv.shape[0])[:, None], jnp.arange(kv_heads)[None]
-        importance = importance.at[layer, row, head, block, (start % size)[:, None]].set(new, mode="drop")
-    return q, k, v, Summaries(keys, importance, pooled_importance)
+        importance = importance_of(v, scale[layer], delta[layer])[..., None]
+    start, count = jnp.maximum(positions, 0), (positions >= 0).astype(jnp.int32)
+    return q, k, v, append_summaries(summaries, k[:, :, None], importance, start, count, layer, stride=stride)

@@ -44,9 +44,10 @@ def not_measured(error: Exception, status: str) -> dict[str, Any]:
 
 
 def shapes(inputs: dict[str, Any]) -> dict[str, Any]:
-    """ "shapes" of the inputs by name, and the "dtype" of the first one that holds floats."""
-    arrays = {name: x for name, x in inputs.items() if x is not None}
-    dtype = next(x.dtype.name for x in arrays.values() if jax.numpy.issubdtype(x.dtype, jax.numpy.floating))
+    """ "shapes" of the inputs by name, and the "dtype" of the first one that holds floats, int32 where none does."""
+    arrays = {jax.tree_util.keystr(path, simple=True): x for path, x in jax.tree.leaves_with_path(inputs)}
+    floats = (x.dtype.name for x in arrays.values() if jax.numpy.issubdtype(x.dtype, jax.numpy.floating))
+    dtype = next(floats, "int32")
     return {"shapes": {name: list(x.shape) for name, x in arrays.items()}, "dtype": dtype}
 
 

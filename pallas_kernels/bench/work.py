@@ -282,13 +282,15 @@ def _update_and_attend(case: decode_cases.Case, inputs: dict[str, Any]) -> Work:
 
 def _append_token(case: append_cases.Case, inputs: dict[str, Any]) -> Work:
     options = append_cases.options(case)
-    names = ("q", "k", "v", "summaries")
+    by_number = lambda output: {str(i): x for i, x in enumerate(jax.tree.leaves(output))}
+    keys, _, importance = inputs["summaries"]
+    sums = [cache[1][0] for cache in (keys, importance) if cache is not None]  # of one layer, read and written
     return Work(
         inputs,
         functools.partial(ops.append_token, **options),
-        Floor(2 * nbytes(inputs["qkv"])),  # what else it reads and writes is small
-        lambda: dict(zip(names, append_reference.append_token(**on_numpy(inputs), **options), strict=True)),
-        lambda output: dict(zip(names, output, strict=True)),
+        Floor(2 * nbytes(inputs["qkv"], sums) + nbytes(inputs["delta"])),
+        lambda: by_number(append_reference.append_token(**on_numpy(inputs), **options)),
+        by_number,
         updates=("summaries",),
         updated=lambda output: output[-1:],
     )
@@ -303,8 +305,6 @@ def _resolve_slots(case: resolve_cases.Case, inputs: dict[str, Any]) -> Work:
         Floor(listed),
         lambda: dict(zip(names, resolve_reference.resolve_slots(**on_numpy(inputs)), strict=True)),
         lambda output: dict(zip(names, output, strict=True)),
-        updates=names[:2],
-        updated=lambda output: output[:2],
     )
 
 

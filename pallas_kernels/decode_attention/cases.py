@@ -43,6 +43,7 @@ SMALL: dict[str, Case] = {
     "k2_g4_ragged": Case((205, 100, 63, 1, 0), 9, 2, 4, 64),
     "k2_g8_no_bias": Case((100, 205), 8, 2, 8, 128, biased=False),
     "k4_g1": Case((64, 65), 6, 4, 1, 128, layers=1),
+    "runs_of_two_and_three": Case((400, 700), 41, 1, 2, 16, 1, num_selected_blocks=40),
     "k4_g16_blocks_of_64": Case((205,), 4, 4, 16, 64, block_size=64, num_selected_blocks=3),
 }
 REAL: dict[str, Case] = {

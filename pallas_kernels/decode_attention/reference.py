@@ -13,7 +13,7 @@ def decode_attention(
     slots: Int32[Array, "B K J"],
     block_ids: Int32[Array, "B K J"],
     positions: Int32[Array, " B"],
-    layer: int,
+    layer: int | Int32[Array, ""],
     *,
     scale: float | None = None,
 ) -> Float[Array, "B N D"]:
