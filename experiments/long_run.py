@@ -106,6 +106,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--output", type=Path, help="where the JSON goes")
     args = parser.parse_args()
+    if args.new_tokens < 2 or args.batch < 1:
+        parser.error("--new-tokens must be at least 2 and --batch at least 1")
     jax.config.update("jax_default_matmul_precision", "highest")
     model = nosa_jax.from_pretrained(GOLDEN / "models" / "tiny_g16", variant="nosa", attention=REDUCED)
     long = read_again(model, args.batch, args.new_tokens, places=10)

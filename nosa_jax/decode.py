@@ -21,7 +21,7 @@ from nosa_jax.attention.layer import Attention
 from nosa_jax.attention.selection import select
 from nosa_jax.cache import layer_cache as kv
 from nosa_jax.cache.plan import plan
-from nosa_jax.cache.state import DecodeState, empty_state
+from nosa_jax.cache.state import DecodeState, empty_state, require_fitting
 from nosa_jax.config import CacheConfig, ModelConfig
 from nosa_jax.model import Layers, NosaLM, layer_at, rms_norm
 from pallas_kernels import block_attention, blocks
@@ -75,8 +75,7 @@ def prefill(
     Raises ValueError for bad input and CacheTooLargeError, before anything is allocated, when the cache does not fit.
     """
     tokens, lengths = check_prompt(model, tokens, lengths, max_length, cache)
-    if chunk is not None and chunk < 1:
-        raise bad_value("chunk", "must be >= 1 or None", chunk, "512 is a good start.")
+    check_chunk(chunk)
     state, out = _prefill(model, tokens, lengths, max_length=max_length, cache=cache, chunk=chunk)
     return state, out.logits
 
@@ -94,7 +93,7 @@ def extend(
     require_type("model", model, NosaLM, "Build one with NosaLM(...) or from_pretrained(...).")
     tokens = layout.as_tokens(tokens, model.config.vocab_size)
     batch, width = tokens.shape
-    check_batch(state, batch)
+    check_state(model, state, batch)
     lengths = layout.as_lengths(lengths, batch, width, minimum=0)
     count = jnp.full((batch,), width, jnp.int32) if lengths is None else lengths
     check_room(state, count)
@@ -112,7 +111,7 @@ def decode_step(model: NosaLM, state: DecodeState, tokens: ArrayLike) -> tuple[D
     """
     require_type("model", model, NosaLM, "Build one with NosaLM(...) or from_pretrained(...).")
     tokens = layout.as_tokens(tokens, model.config.vocab_size, rank=1)
-    check_batch(state, tokens.shape[0])
+    check_state(model, state, tokens.shape[0])
     check_room(state, 1)
     state, out = step(model, state, tokens)
     return state, out.logits
@@ -141,10 +140,19 @@ def check_prompt(
     return tokens, lengths
 
 
-def check_batch(state: DecodeState, batch: int) -> None:
+def check_state(model: NosaLM, state: DecodeState, batch: int) -> None:
+    """Raises ValueError unless `model` could have made the state, of `batch` rows."""
+    require_type("state", state, DecodeState, "Take the one that prefill returns.")
     rows = state.lengths.shape[0]
     if batch != rows:
         raise bad_value("tokens", f"must have the state's {rows} rows", batch, "Pass one row of tokens per row of it.")
+    require_fitting(state, model.config, model.embed.dtype)
+
+
+def check_chunk(chunk: Any) -> None:
+    """Raises ValueError unless it is a whole number above 0, or None."""
+    if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
+        raise bad_value("chunk", "must be an int >= 1 or None", repr(chunk), "512 is a good start.")
 
 
 def check_room(state: DecodeState, count: Any) -> None:

@@ -276,10 +276,9 @@ def _check(
     require_type("sampling", sampling, Sampling, "Pass Sampling(temperature=0.8), for example.")
     require_type("max_new_tokens", max_new_tokens, int, "Pass a whole number.")
     vocab = model.config.vocab_size
-    if max_new_tokens < 1:
+    if isinstance(max_new_tokens, bool) or max_new_tokens < 1:
         raise bad_value("max_new_tokens", "must be >= 1", max_new_tokens, "Use prefill for the prompt alone.")
-    if chunk is not None and chunk < 1:
-        raise bad_value("chunk", "must be >= 1 or None", chunk, "512 is a good start.")
+    decode.check_chunk(chunk)
     if not isinstance(stop_tokens, Iterable) or isinstance(stop_tokens, str):
         raise bad_type("stop_tokens", "must be a sequence of token ids", repr(stop_tokens), "Put it in a list.")
     stop = np.asarray(tuple(stop_tokens)).reshape(-1)
@@ -288,8 +287,9 @@ def _check(
     for name, values in (("stop_tokens", stop), ("pad_token", np.asarray([pad_token]))):
         if ((values < 0) | (values >= vocab)).any():
             raise bad_value(name, f"ids must be in [0, vocab_size = {vocab})", values.tolist(), "Check the tokenizer.")
-    width = np.shape(tokens)[1] if np.ndim(tokens) == 2 else 1
-    tokens, lengths = decode.check_prompt(model, tokens, lengths, width + max_new_tokens, cache, devices)
+    tokens = layout.as_tokens(tokens, vocab)
+    max_length = tokens.shape[1] + max_new_tokens
+    tokens, lengths = decode.check_prompt(model, tokens, lengths, max_length, cache, devices)
     return {
         "tokens": tokens,
         "lengths": lengths,

@@ -138,6 +138,15 @@ CASES = {
     "unknown transport": (lambda: CacheConfig(transport="nvlink"), "CacheConfig.transport", "'device_put'", "'nvlink'"),
     "offload is not a bool": (lambda: CacheConfig(offload=1), "CacheConfig.offload", "bool", "1"),
     "no batch": (lambda: nosa_jax.plan(small_config(), 0, 8), "batch", ">= 1", "0"),
+    "half a row": (lambda: nosa_jax.plan(small_config(), 1.5, 8), "batch", "must be a whole number >= 1", "1.5"),
+    "misses below 0": (lambda: nosa_jax.plan(small_config(), 1, 8, misses=-1), "misses", "must be >= 0", "-1"),
+    "no link": (
+        lambda: nosa_jax.plan(small_config(), 1, 8, link_bytes_per_second=0),
+        "link_bytes_per_second",
+        "must be above 0",
+        "0",
+    ),
+    "a broken chunk": (generate(OK, chunk=1.5), "chunk", "must be an int >= 1 or None", "1.5"),
     # running
     "max_length below the prompt": (prefill(OK, max_length=19), "max_length", ">= tokens.shape[1] = 20", "19"),
     "chunk of zero": (prefill(OK, max_length=30, chunk=0), "chunk", ">= 1", "0"),
@@ -217,3 +226,27 @@ def test_values_are_not_looked_at_under_jit():
     assert out.logits.shape == (1, 4, 128)
     with pytest.raises(ValueError, match="tokens"):
         jax.jit(nosa_jax.forward)(model(), np.zeros((4,), np.int32))
+
+
+@pytest.mark.parametrize(
+    "other, message",
+    [
+        ({"num_layers": 3}, r"state: must go with the model, whose pool has \['float32\[3, "),
+        ({"variant": "infllmv2"}, "state: must go with the model, whose importance has "),
+        ({"variant": "full"}, "state: must go with the model, whose pool has "),
+        ({"block_size": 32, "num_local_blocks": 2}, "state: must go with the model, whose pool has "),
+        ({"num_selected_blocks": 12}, "state: must hold one selection of the model, 12 blocks, got 8 slots"),
+        ({"dtype": jnp.bfloat16}, r"state: must go with the model, whose pool has \['bfloat16"),
+    ],
+)
+def test_a_state_of_another_model(other, message):
+    state = nosa_jax.prefill(model(), OK, max_length=240, cache=CacheConfig(slots=8))[0]
+    if "num_layers" in other:
+        wrong = lively_model(small_config(layers=3))
+    elif "dtype" in other:
+        wrong = nosa_jax.cast(model(), jnp.bfloat16)
+    else:
+        wrong = nosa_jax.with_attention(model(), **other)
+    for call in (lambda: nosa_jax.decode_step(wrong, state, OK[:, 0]), lambda: nosa_jax.extend(wrong, state, OK)):
+        with pytest.raises(ValueError, match=message):
+            call()

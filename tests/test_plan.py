@@ -13,6 +13,7 @@ from support import lively_model, random_tokens, small_config
 
 import nosa_jax
 from nosa_jax import CacheConfig, presets
+from nosa_jax.cache import memory
 from nosa_jax.cache.plan import expected_misses
 from nosa_jax.cache.state import empty_state
 
@@ -76,6 +77,19 @@ def test_default_slots_and_clamping():
     state, _ = nosa_jax.prefill(lively_model(small_config()), random_tokens(1, 20), max_length=30)
     assert state.pool.shape[3] == state.num_blocks == 2
     np.testing.assert_array_equal(state.table.blocks[0, 0, 0], [0, 1])
+
+
+def test_host_store_and_pool_share_a_laptops_memory(monkeypatch):
+    config, cache = small_config(), CacheConfig(slots=500)
+    plan = nosa_jax.plan(config, 2, 8000, cache, dtype=jnp.float32)
+    assert plan.host_bytes == plan.device["pool"]
+    monkeypatch.setattr(memory, "_physical_memory", lambda: int(1.5 * plan.host_bytes))
+    with pytest.raises(nosa_jax.CacheTooLargeError, match=r"memory, less the host store\). Lower batch \(2\)"):
+        plan.require_memory(allocated=("weights",))
+    monkeypatch.setattr(memory, "_physical_memory", lambda: int(2.5 * plan.host_bytes))
+    plan.require_memory(allocated=("weights",))
+    with pytest.raises(nosa_jax.CacheTooLargeError, match=r"Lower batch \(4\)"):
+        plan.require_memory(allocated=("weights",), devices=2)
 
 
 _SET_LIMIT = """

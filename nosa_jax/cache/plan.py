@@ -66,9 +66,11 @@ class Plan:
 
         devices: how many run such a batch each, over one host memory.
         """
-        remedy = f"Lower batch ({self.batch}), max_length ({self.max_length}) or slots ({self.slots})"
+        rows = f"batch ({devices * self.batch})"
+        tokens = f"max_length ({self.max_length}, prompt and new tokens)"
+        remedy = f"Lower {rows}, {tokens} or slots ({self.slots})"
         if self.slots is None:
-            remedy = f"Lower batch ({self.batch}) or max_length ({self.max_length}), or offload the cache"
+            remedy = f"Lower {rows} or {tokens}, or offload the cache"
         host, host_source = memory.host_limit()
         needed = devices * self.host_bytes
         if needed > host:
@@ -78,6 +80,9 @@ class Plan:
             )
         needed = sum(size for part, size in self.device.items() if part not in allocated)
         device, device_source = memory.device_limit()
+        if device_source == host_source:  # one memory is both
+            device, device_source = host - devices * self.host_bytes, f"{host_source}, less the host store"
+            needed *= devices
         if needed > device:
             raise CacheTooLargeError(
                 f"cache: the device pool must fit in device memory, got {needed / GB:.2f} GB needed and "
@@ -121,8 +126,16 @@ def plan(
     """
     require_type("config", config, ModelConfig, "Pass presets.nosa_8b() or model.config.")
     for name, value in (("batch", batch), ("max_length", max_length)):
-        if value < 1:
-            raise bad_value(name, "must be >= 1", value, "Raise it.")
+        if value < 1 or value != int(value):
+            raise bad_value(name, "must be a whole number >= 1", value, "Raise it.")
+    for name, rate in (
+        ("link_bytes_per_second", link_bytes_per_second),
+        ("hbm_bytes_per_second", hbm_bytes_per_second),
+    ):
+        if rate <= 0:
+            raise bad_value(name, "must be above 0", rate, "Pass bytes per second.")
+    if misses is not None and misses < 0:
+        raise bad_value("misses", "must be >= 0", misses, "Pass blocks per step, layer, KV head and row.")
     attention = config.attention
     itemsize = jnp.dtype(dtype).itemsize
     m = blocks.num_blocks(max_length, attention.block_size)
@@ -149,7 +162,11 @@ def plan(
         misses = expected_misses(config, slots)
     per_row = config.num_layers * config.num_kv_heads
     written = 0.0 if slots is None else 1 / attention.block_size
-    read = selected * block_bytes + (windows * config.head_dim * itemsize if attention.uses_query_scores else 0)
+    read = selected * (block_bytes + (4 * attention.block_size if attention.uses_importance else 0))
+    if attention.uses_query_scores:
+        read += windows * config.head_dim * itemsize
+    # Of the input embedding a step reads a row per token; it counts where it is the output's, too.
+    unread = 0 if config.tie_embeddings else config.vocab_size * config.hidden_size * itemsize
     return Plan(
         batch=batch,
         max_length=max_length,
@@ -160,7 +177,7 @@ def plan(
         device=device,
         misses_per_step=misses,
         pcie_bytes_per_token=per_row * (misses + written) * block_bytes,
-        hbm_bytes_per_token=device["weights"] / batch + per_row * read,
+        hbm_bytes_per_token=(device["weights"] - unread) / batch + per_row * read,
         link_bytes_per_second=link_bytes_per_second,
         hbm_bytes_per_second=hbm_bytes_per_second,
     )

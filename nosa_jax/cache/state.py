@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +15,7 @@ from nosa_jax.cache import host_store
 from nosa_jax.cache.slots import SlotTable, empty_table
 from nosa_jax.config import CacheConfig, ModelConfig
 from pallas_kernels import blocks
+from pallas_kernels._checks import bad_value
 
 
 class PooledCache(NamedTuple):
@@ -79,6 +82,35 @@ def empty_state(config: ModelConfig, batch: int, max_length: int, cache: CacheCo
         max_length=max_length,
         transport=cache.transport,
     )
+
+
+def require_fitting(state: DecodeState, config: ModelConfig, dtype: Any) -> None:
+    """Raises ValueError unless a model of this configuration and dtype could have made the state."""
+    remedy = "Prefill with this model: a state fits no other layers, heads, attention or dtype."
+    slots, offload = state.pool.shape[3], state.host is not None
+    selected = config.attention.num_selected_blocks
+    if offload and slots < min(selected, state.num_blocks):
+        raise bad_value("state", f"must hold one selection of the model, {selected} blocks", f"{slots} slots", remedy)
+    cache = CacheConfig(offload=False)
+    if offload and config.attention.is_sparse:
+        cache = CacheConfig(slots=max(slots, selected))  # slots of all blocks may be fewer
+    ours, fitting = _shapes(state), _fitting_shapes(config, state.lengths.shape[0], state.max_length, cache, dtype)
+    for name, shapes in fitting.items():
+        if ours[name] != shapes:
+            raise bad_value("state", f"must go with the model, whose {name} has {shapes}", ours[name], remedy)
+
+
+def _shapes(state: DecodeState) -> dict[str, list[str]]:
+    """Of the arrays in each field."""
+    names = (field.name for field in dataclasses.fields(state) if field.name not in ("max_length", "transport"))
+    return {name: [f"{x.dtype}{list(x.shape)}" for x in jax.tree.leaves(getattr(state, name))] for name in names}
+
+
+@functools.lru_cache(maxsize=32)
+def _fitting_shapes(
+    config: ModelConfig, batch: int, max_length: int, cache: CacheConfig, dtype: Any
+) -> dict[str, list[str]]:
+    return _shapes(jax.eval_shape(lambda: empty_state(config, batch, max_length, cache, dtype)))
 
 
 def table_at(state: DecodeState, layer: Array) -> SlotTable:
