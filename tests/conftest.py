@@ -7,12 +7,28 @@ that need one; JAX_PLATFORMS, where set, has the last word.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
 
 hypothesis.settings.register_profile("nosa", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("nosa")
+
+
+# Compiled with little effort, which takes a third off their time: they bound the error of a kernel's own arithmetic, most
+# of them in an interpreter that nobody runs. All others, those of bits above all, run what users run.
+_QUICKLY_COMPILED = ("test_triton_", "test_ops_block_attention", "test_ops_append_token", "test_bench", "test_tuning")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quickly_compiled(request: pytest.FixtureRequest) -> Iterator[None]:
+    import jax
+
+    quick = request.path.name.startswith(_QUICKLY_COMPILED)
+    jax.config.update("jax_disable_most_optimizations", quick)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -234,7 +234,7 @@ def test_extras_are_those_of_the_package():
         (["generate", "nowhere", "--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens: must be >= 1"),
         (["generate", "nowhere", "--prompt", "x", "--no-offload", "--slots", "9"], "CacheConfig.slots: has a meaning"),
         (["plan", "--slots", "3"], "CacheConfig.slots: must hold one selection"),
-        (["plan", "--batch", "0"], "batch: must be >= 1"),
+        (["plan", "--batch", "0"], "batch: must be a whole number >= 1"),
         (["train", "--files", "nowhere/*.txt"], "patterns: must each find a file"),
         (["train", "--learning-rate", "3"], "OptimizerConfig.learning_rate: must lie between"),
         (["locality", "nowhere", "--variants", "full"], "--variants: must name methods that select blocks"),
