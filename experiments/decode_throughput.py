@@ -5,9 +5,9 @@ python -m experiments.decode_throughput --runs nosa:16384:16:80:trace --output e
 A run is variant:context:batch:slots[:trace]; slots "device" keeps the cache on the device. context: tokens of each row
 at the start, or 8192-24576 for rows of lengths spread evenly from the one to the other. With "trace" the selection of
 every step is replaced, after it was computed, by one whose locality is the published one (`experiments.traces`);
-without, it is what random weights select. Weights, keys and values are random; all loops are one jitted `lax.fori_loop`
-of `decode.step` with the state donated. Medians, synchronised. Shares compare the step with its bytes, weights and
-blocks and pooled keys at HBM and link bytes at the measured rate of `device_put`.
+without, it is what the weights select. Weights are random unless a checkpoint is given, keys and values always; all
+loops are one jitted `lax.fori_loop` of `decode.step` with the state donated. Medians, synchronised. Shares compare the
+step with its bytes, weights and blocks and pooled keys at HBM and link bytes at the measured rate of `device_put`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import json
 import re
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,7 +31,7 @@ from jaxtyping import Array, Int32
 from experiments import traces
 from experiments.environment import gpu_arguments, save
 from experiments.profiling import link_rate, profile
-from nosa_jax import CacheConfig, ModelConfig, NosaLM, decode, presets
+from nosa_jax import CacheConfig, ModelConfig, NosaLM, decode, from_pretrained, presets
 from nosa_jax.cache import host_store, slots
 from nosa_jax.cache.plan import plan
 from nosa_jax.cache.state import DecodeState, empty_state
@@ -203,12 +204,18 @@ def main() -> None:
         "--runs", nargs="+", required=True, type=Run.parse, metavar="VARIANT:CONTEXT:BATCH:SLOTS[:trace]"
     )
     parser.add_argument("--preset", choices=("nosa_1b", "nosa_3b", "nosa_8b"), default="nosa_8b")
+    parser.add_argument(
+        "--model", type=Path, help="folder of a checkpoint, for its shape and weights instead of a preset's"
+    )
     parser.add_argument("--steps", type=int, default=64, help="decode steps per sample")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--xla", nargs="*", default=[], metavar="FLAG=VALUE", help="compiler options to try")
     args = gpu_arguments(parser)
-    config = getattr(presets, args.preset)()
-    model = jax.jit(lambda: NosaLM(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))()
+    if args.model:
+        model = from_pretrained(args.model, dtype=jnp.bfloat16)
+    else:
+        config = getattr(presets, args.preset)()
+        model = jax.jit(lambda: NosaLM(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))()
     options: dict[str, Any] = dict(option.split("=", 1) for option in args.xla)
     link = link_rate()
     print(f"link {link / 1e9:.1f} GB/s", flush=True)
@@ -221,7 +228,7 @@ def main() -> None:
         print(json.dumps(entries[-1]), flush=True)
         save(
             args.output,
-            preset=args.preset,
+            model=args.model.name if args.model else args.preset,
             link_bytes_per_second=link,
             hbm_bytes_per_second=HBM,
             repeats=args.repeats,
