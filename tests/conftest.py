@@ -18,7 +18,7 @@ hypothesis.settings.load_profile("nosa")
 
 # Compiled with little effort, which takes a third off their time: they bound the error of a kernel, most of them in an
 # interpreter that nobody runs. All others, those of bits above all, run what users run.
-_QUICKLY_COMPILED = ("test_triton_", "test_ops_block_attention", "test_ops_append_token", "test_bench", "test_tuning")
+_QUICKLY_COMPILED = ("test_triton_", "test_ops_block_attention", "test_ops_append_token", "test_tuning")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
@@ -48,7 +49,7 @@ def block_attention(
         logits = logits + bias.astype(dtype)[:, :, None, None]
     mask = token_mask(block_ids, positions, first_block, num_tokens=k.shape[2], block_size=block_size)[:, :, :, None]
     logits = jnp.where(mask, logits, -jnp.inf)
-    top = jnp.max(logits, axis=-1, keepdims=True)
+    top = jnp.max(jax.lax.stop_gradient(logits), axis=-1, keepdims=True)  # cancels: any other number would do
     top = jnp.where(jnp.isfinite(top), top, 0.0)
     weights = jnp.exp(logits - top)
     total = weights.sum(-1, keepdims=True)
