@@ -90,6 +90,11 @@ def make_state(config: ModelConfig, run: Run, max_length: int, ids: Array | None
     return state
 
 
+def by_layer(ids: Int32[np.ndarray, "steps B heads J"], kv_heads: int) -> Int32[np.ndarray, "steps Z B K J"]:
+    """Traces of layers: Z have one of their own."""
+    return ids.reshape(*ids.shape[:2], -1, kv_heads, ids.shape[-1]).transpose(0, 2, 1, 3, 4)
+
+
 def of_all_layers(ids: Int32[Array, "Z B K J"], layers: int) -> Int32[Array, "L B K J"]:
     """The traces of the first layers for all of them."""
     return jnp.concatenate([ids] * -(-layers // ids.shape[0]))[:layers]
@@ -142,8 +147,7 @@ def measure(model: NosaLM, run: Run, steps: int, repeats: int, link: float, opti
             at = jnp.broadcast_to((run.lengths - 1)[:, None, None] + np.arange(total), listed.shape[:-1])
             misses = replay_misses(listed, at, attention, run.cache.slots)
             replayed = round(float(misses[..., 1 + steps : 1 + steps * (repeats + 1)].mean()), 3)
-        # [steps, B, heads, J] -> [steps, layers with a trace of their own, B, K, J]
-        traced = ids.reshape(*ids.shape[:2], -1, config.num_kv_heads, ids.shape[-1]).transpose(0, 2, 1, 3, 4)
+        traced = by_layer(ids, config.num_kv_heads)
         first = of_all_layers(jnp.asarray(traced[0]), config.num_layers)
     state = make_state(config, run, max_length, first, jax.random.key(0))
     token = jnp.zeros((run.batch,), jnp.int32)

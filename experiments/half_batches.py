@@ -26,15 +26,14 @@ from flax import nnx
 from jaxtyping import Array
 
 from experiments import traces
-from experiments.decode_throughput import TRACED_HEADS, Run, make_state, of_all_layers
+from experiments.decode_throughput import TRACED_HEADS, Run, by_layer, make_state, of_all_layers
 from experiments.environment import gpu_arguments, save
+from experiments.overlap import CONCURRENT
 from nosa_jax import CacheConfig, NosaLM, decode, presets
 from nosa_jax.cache import layer_cache as kv
 from nosa_jax.cache.state import DecodeState
 from nosa_jax.model import layer_at, rms_norm
 from pallas_kernels import blocks
-
-CONCURRENT = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
 
 
 def step(
@@ -123,7 +122,7 @@ def main() -> None:
     max_length = args.context + total
     num_blocks = blocks.num_blocks(max_length, config.attention.block_size)
     ids = traces.make_trace(config, run.lengths - 1, total, TRACED_HEADS * config.num_kv_heads, num_blocks)
-    ids = ids.reshape(*ids.shape[:2], -1, config.num_kv_heads, ids.shape[-1]).transpose(0, 2, 1, 3, 4)
+    ids = by_layer(ids, config.num_kv_heads)
     measured = functools.partial(
         measure, model, run, ids=ids, steps=args.steps, repeats=args.repeats, max_length=max_length
     )

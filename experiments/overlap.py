@@ -27,9 +27,10 @@ from nosa_jax import COMPILER_OPTIONS
 from pallas_kernels import fetch_blocks
 
 TRIPS, HIDDEN, WIDTH = 64, 4096, 32768
+CONCURRENT = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
-    "concurrent CUDA graphs": {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"},
+    "concurrent CUDA graphs": CONCURRENT,
     "no CUDA graphs": {"xla_gpu_enable_command_buffer": ""},
     "no CUDA graphs, latency-hiding scheduler": {
         "xla_gpu_enable_command_buffer": "",

@@ -12,7 +12,6 @@ import argparse
 import functools
 import json
 import statistics
-import tempfile
 import time
 from collections import defaultdict
 from typing import Any
@@ -21,7 +20,7 @@ import jax
 from flax import nnx
 
 from experiments.environment import gpu_arguments, save
-from experiments.profiling import kernel_times
+from experiments.profiling import profile
 from nosa_jax import NosaLM, presets
 from nosa_jax.train.optim import OptimizerConfig
 from nosa_jax.train.step import init_state, train_step
@@ -55,11 +54,14 @@ def measure(variant: Any, tokens: int, steps: int) -> dict[str, Any]:
         state, metrics = jax.block_until_ready(step(state, batch))
         times.append(time.perf_counter() - start)
     seconds = statistics.median(times[2:])
-    with tempfile.TemporaryDirectory() as directory:
-        with jax.profiler.trace(directory):
-            for _ in range(2):
-                state, metrics = jax.block_until_ready(step(state, batch))
-        kernels = kernel_times(directory)
+
+    def two_steps() -> Any:
+        nonlocal state, metrics
+        for _ in range(2):
+            state, metrics = jax.block_until_ready(step(state, batch))
+        return metrics
+
+    kernels = profile(two_steps)
     total = sum(kernels.values()) or float("nan")
     shares: dict[str, float] = defaultdict(float)
     for name, milliseconds in kernels.items():

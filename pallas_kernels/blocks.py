@@ -82,3 +82,11 @@ def forced_and_visible(
     q, first = query_block[..., None], query_first[..., None]
     visible = (m <= q) & (m >= first)
     return visible & ((m - first < sink) | (m > q - local)), visible
+
+
+def new_places(
+    start: Int32[Array, " B"], count: Int32[Array, " B"], width: int, capacity: int
+) -> Int32[Array, "B 1 width"]:
+    """Row positions of new tokens, of which the first `count[b]` follow `start[b]` others; `capacity` for the rest."""
+    new = jnp.arange(width, dtype=jnp.int32)
+    return jnp.where(new < count[:, None], start[:, None] + new, capacity)[:, None]

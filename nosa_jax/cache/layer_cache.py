@@ -17,7 +17,7 @@ from nosa_jax.cache import host_store, slots
 from nosa_jax.cache.slots import SlotTable
 from nosa_jax.cache.state import DecodeState, put_table, table_at
 from nosa_jax.config import AttentionConfig, ModelConfig
-from pallas_kernels import append_token, resolve_slots, update_and_attend, write_back_blocks
+from pallas_kernels import append_token, blocks, resolve_slots, update_and_attend, write_back_blocks
 from pallas_kernels.append_token import Summaries, append_summaries
 
 
@@ -61,16 +61,6 @@ def read_token(
     return dataclasses.replace(state, **summaries._asdict()), q, k, v
 
 
-def _places(
-    start: Array, count: Array, kv_heads: int, n: int, state: DecodeState
-) -> tuple[Int32[Array, "B 1 n"], Int32[Array, "B 1 1"], Int32[Array, "1 K 1"]]:
-    """Row positions of new tokens (out of range where there is none), with row and head indices to scatter by."""
-    new = jnp.arange(n, dtype=jnp.int32)
-    nowhere = state.num_blocks * state.pool.shape[5]
-    place = jnp.where(new < count[:, None], start[:, None] + new, nowhere)[:, None]
-    return place, jnp.arange(start.shape[0])[:, None, None], jnp.arange(kv_heads)[None, :, None]
-
-
 class Residence(NamedTuple):
     """slots of the selected blocks, and loads: the blocks that must be fetched into them, -1 for none."""
 
@@ -89,10 +79,10 @@ def admit(
         return state, Residence(block_ids, None)
     size = state.pool.shape[5]
     table = state.table
-    blocks, last_used, slot_ids, missing = resolve_slots(table.blocks, table.last_used, block_ids, positions, layer)
+    held, last_used, slot_ids, missing = resolve_slots(table.blocks, table.last_used, block_ids, positions, layer)
     starts_now = (positions % size == 0)[:, None, None] & (block_ids == (positions // size)[:, None, None])
     loads = jnp.where(missing & ~starts_now, block_ids, -1)
-    return dataclasses.replace(state, table=SlotTable(blocks, last_used)), Residence(slot_ids, loads)
+    return dataclasses.replace(state, table=SlotTable(held, last_used)), Residence(slot_ids, loads)
 
 
 def attend(
@@ -156,7 +146,8 @@ def write_staged(
 ) -> Float[Array, "B K M 2 P D"]:
     """Puts the new tokens where they belong."""
     size = staged.shape[4]
-    place, row, head = _places(state.lengths, count, k.shape[1], k.shape[2], state)
+    place = blocks.new_places(state.lengths, count, k.shape[2], state.num_blocks * size)
+    row, head = jnp.arange(k.shape[0])[:, None, None], jnp.arange(k.shape[1])[None, :, None]
     kv = jnp.stack([k, v], axis=3).astype(staged.dtype)
     return staged.at[row, head, place // size, :, place % size].set(kv, mode="drop")
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels import blocks
 from pallas_kernels.append_token.summaries import Summaries
 from pallas_kernels.pooled_keys.xla import append_pooled_keys
 
@@ -52,8 +53,7 @@ def append_summaries(
         assert importance is not None
         whole = summaries.importance
         m, size = whole.shape[3:]
-        new = jnp.arange(importance.shape[2], dtype=jnp.int32)
-        place = jnp.where(new < count[:, None], start[:, None] + new, m * size)[:, None]  # [B, 1, n]
+        place = blocks.new_places(start, count, importance.shape[2], m * size)
         row, head = jnp.arange(whole.shape[1])[:, None, None], jnp.arange(whole.shape[2])[None, :, None]
         summaries = summaries._replace(
             importance=whole.at[layer, row, head, place // size, place % size].set(importance, mode="drop"),
