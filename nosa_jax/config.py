@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal, get_args
 
-from pallas_kernels._checks import bad_type, bad_value
+from pallas_kernels.checks import bad_type, bad_value
 
 Variant = Literal["full", "infllmv2", "dma", "nosa"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)

@@ -25,7 +25,7 @@ from nosa_jax.cache.state import DecodeState, empty_state, require_fitting
 from nosa_jax.config import CacheConfig, ModelConfig
 from nosa_jax.model import Layers, NosaLM, layer_at, rms_norm
 from pallas_kernels import block_attention, blocks
-from pallas_kernels._checks import bad_value, is_concrete, require_type
+from pallas_kernels.checks import bad_value, is_concrete, require_type
 
 # For whoever jits `decode_step`: without it XLA copies every layer's weights at every step on a GPU, since its own
 # matrix products cannot read a slice of the stack where it lies. `generate` and `stream` pass it themselves.

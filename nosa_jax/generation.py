@@ -20,7 +20,7 @@ from nosa_jax.cache.state import DecodeState
 from nosa_jax.config import CacheConfig
 from nosa_jax.model import NosaLM, as_block_ids
 from nosa_jax.sampling import Sampling, row_keys, sample
-from pallas_kernels._checks import bad_type, bad_value, is_concrete, require_integers, require_shape, require_type
+from pallas_kernels.checks import bad_type, bad_value, is_concrete, require_integers, require_shape, require_type
 
 RECORDS = ("logits", "block_ids", "fetched")
 GREEDY = Sampling(temperature=0.0)

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Float32, Float64, Int, Int32, Int64
 
 from nosa_jax.cache.slots import empty_table, resolve
 from nosa_jax.config import AttentionConfig
-from pallas_kernels._checks import bad_value, require_integers, require_shape
+from pallas_kernels.checks import bad_value, require_integers, require_shape
 
 AnyArray = Array | np.ndarray
 BlockIds = Int[AnyArray, "... T J"]

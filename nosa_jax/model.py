@@ -15,8 +15,8 @@ from nosa_jax.attention import layout
 from nosa_jax.attention.importance import Importance
 from nosa_jax.attention.layer import SELECTION, Attention
 from nosa_jax.config import ModelConfig
-from pallas_kernels import _backend
-from pallas_kernels._checks import bad_value, is_concrete, require_integers, require_shape, require_type
+from pallas_kernels.checks import bad_value, is_concrete, require_integers, require_shape, require_type
+from pallas_kernels.device import current_device
 
 Logits = Literal["all", "last", "none"]
 
@@ -187,7 +187,7 @@ def layer_at[Stack: nnx.Module](stack: Stack, index: Int32[Array, ""], x: Array)
     On a GPU the matrix products read the stack itself, where they see the loop's own index. Elsewhere the layer is
     sliced only once `x` is computed: a step then keeps one slice at a time.
     """
-    if _backend.device()[0] != "gpu":
+    if not current_device().is_gpu:
         index, x = jax.lax.optimization_barrier((index, x))
     return jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, index, keepdims=False), stack), x
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from nosa_jax.locality import LocalityReport, is_forced
 from nosa_jax.recorder import Selections
-from pallas_kernels._checks import bad_value
+from pallas_kernels.checks import bad_value
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

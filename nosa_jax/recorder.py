@@ -15,7 +15,7 @@ from jaxtyping import Int32
 
 from nosa_jax.config import AttentionConfig, ModelConfig
 from nosa_jax.locality import LocalityReport, block_bytes, locality_report
-from pallas_kernels._checks import bad_type, bad_value, require_integers, require_shape
+from pallas_kernels.checks import bad_type, bad_value, require_integers, require_shape
 
 _FORMAT = "nosa-jax selections 1"
 

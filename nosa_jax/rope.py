@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from nosa_jax.config import ModelConfig, RopeConfig
-from pallas_kernels.append_token.xla import rotate as rotate
+from pallas_kernels.formulas import rotate as rotate
 
 
 @functools.cache

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels._checks import bad_type, bad_value
+from pallas_kernels.checks import bad_type, bad_value
 
 
 @dataclasses.dataclass(frozen=True)

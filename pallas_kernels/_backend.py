@@ -20,6 +20,8 @@ from jax.experimental.pallas import triton as plt
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from pallas_kernels.device import current_device
+
 # The one notice we know and accept: the Triton backend is deprecated, and the only one that runs everywhere we do.
 warnings.filterwarnings("ignore", message=".*Pallas Triton backend is deprecated.*", category=DeprecationWarning)
 
@@ -46,19 +48,9 @@ def interpreted() -> Iterator[None]:
         _interpreted.reset(token)
 
 
-def device() -> tuple[str, str]:
-    """(platform, kind) of the device that kernels are compiled for: ("gpu", "NVIDIA H200")."""
-    abstract = jax.sharding.get_abstract_mesh().abstract_device
-    if abstract is not None:
-        return abstract.platform, abstract.device_kind
-    chosen = jax.config.jax_default_device
-    device = chosen if isinstance(chosen, jax.Device) else jax.devices(chosen)[0]
-    return device.platform, device.device_kind
-
-
 def triton_unavailable() -> str | None:
     """Why no Triton kernel can run here, or None: a GPU, a lowering for one, and the interpreter are all fine."""
-    platform, kind = device()
+    platform, kind = current_device()
     if _interpreted.get() or (platform == "gpu" and not kind.startswith(("AMD", "gfx"))):
         return None
     return f"it needs an NVIDIA GPU, the default device is {platform!r} ({kind})"
@@ -66,7 +58,7 @@ def triton_unavailable() -> str | None:
 
 def mosaic_unavailable() -> str | None:
     """Why no Mosaic GPU kernel of ours, which are for Hopper, can run here; None where they can."""
-    platform, kind = device()
+    platform, kind = current_device()
     if platform == "gpu" and any(name in kind for name in ("H100", "H200", "H800", "H20", "GH200")):
         return None
     return f"it needs an NVIDIA Hopper GPU, the default device is {platform!r} ({kind})"

@@ -11,10 +11,9 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-
 from pallas_kernels import _backend
-from pallas_kernels._checks import bad_value
+from pallas_kernels.checks import bad_value
+from pallas_kernels.device import current_device
 
 PREFERENCE = ("mosaic", "triton", "xla")
 
@@ -42,7 +41,7 @@ class Op:
         """The name of the implementation that takes these arguments."""
         if implementation == "auto":
             chosen = next(name for name in PREFERENCE if self.reason(name, *args, **kwargs) is None)
-            if chosen == "xla" and len(self.implementations) > 1 and jax.default_backend() == "gpu":
+            if chosen == "xla" and len(self.implementations) > 1 and current_device().is_gpu:
                 _warn_slow_path(self.name, self.reason("triton", *args, **kwargs))
             return chosen
         if implementation not in PREFERENCE:

@@ -15,7 +15,8 @@ from importlib import resources
 from typing import Any, NamedTuple
 
 from pallas_kernels import _backend
-from pallas_kernels._checks import bad_value
+from pallas_kernels.checks import bad_value
+from pallas_kernels.device import current_device
 
 
 class Launch(NamedTuple):
@@ -45,7 +46,7 @@ def checked(**parameters: int) -> Launch:
 
 def device_kind() -> str:
     """Name of the device that kernels are compiled for, as its file has it: "nvidia_h200"."""
-    return _backend.device()[1].lower().replace(" ", "_")
+    return current_device().kind.lower().replace(" ", "_")
 
 
 @functools.cache

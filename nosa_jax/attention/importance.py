@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from pallas_kernels.append_token.xla import importance_of
+from pallas_kernels.formulas import importance_of
 
 
 class Importance(nnx.Module):

@@ -11,7 +11,7 @@ from jaxtyping import Array, Int32
 
 from nosa_jax._pytree import pytree_dataclass
 from pallas_kernels import blocks
-from pallas_kernels._checks import bad_type, bad_value, is_concrete, require_integers, require_shape
+from pallas_kernels.checks import bad_type, bad_value, is_concrete, require_integers, require_shape
 
 
 @pytree_dataclass

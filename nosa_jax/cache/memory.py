@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 from jax._src import xla_bridge  # nothing public says whether JAX has a device yet
 
-from pallas_kernels._checks import bad_value, require_type
+from pallas_kernels.checks import bad_value, require_type
 
 _PINNED_LIMIT_VARIABLE = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 _PINNED_LIMIT_DEFAULT_GIB = 64  # XLA's own default for pinned host memory; it counts in GiB whatever the name says

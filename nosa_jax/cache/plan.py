@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from nosa_jax.cache import memory
 from nosa_jax.config import CacheConfig, ModelConfig
 from pallas_kernels import blocks
-from pallas_kernels._checks import bad_value, require_type
+from pallas_kernels.checks import bad_value, require_type
 
 GB = 10**9
 

@@ -15,7 +15,7 @@ from nosa_jax.cache import host_store
 from nosa_jax.cache.slots import SlotTable, empty_table
 from nosa_jax.config import CacheConfig, ModelConfig
 from pallas_kernels import blocks
-from pallas_kernels._checks import bad_value
+from pallas_kernels.checks import bad_value
 
 
 class PooledCache(NamedTuple):

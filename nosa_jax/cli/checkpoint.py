@@ -14,7 +14,7 @@ from nosa_jax import NosaLM
 from nosa_jax.cli.terminal import working
 from nosa_jax.config import Variant
 from nosa_jax.hf import ByteTokenizer, FileTokenizer
-from pallas_kernels._checks import bad_value
+from pallas_kernels.checks import bad_value
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Tokenizer = ByteTokenizer | FileTokenizer

@@ -17,7 +17,7 @@ from nosa_jax.cli.terminal import Timer, duration, facts, heading, indented, siz
 from nosa_jax.cli.train import describe, read_text
 from nosa_jax.locality import comparison_table
 from nosa_jax.train import Corpus, OptimizerConfig, TrainConfig, environment
-from pallas_kernels._checks import bad_value
+from pallas_kernels.checks import bad_value
 
 _COMPARED = ("logits", "tokens", "block_ids")
 _SHOWN_LINES, _SHOWN_COLUMNS = 8, 90

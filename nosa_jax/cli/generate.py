@@ -18,7 +18,7 @@ from nosa_jax.cli.checkpoint import Dtype, GrowingText, load, load_tokenizer, st
 from nosa_jax.cli.terminal import facts, size, working
 from nosa_jax.config import Variant
 from nosa_jax.sampling import row_keys, sample
-from pallas_kernels._checks import bad_value
+from pallas_kernels.checks import bad_value
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ from nosa_jax.cli.terminal import facts, heading, indented, working
 from nosa_jax.cli.train import read_text
 from nosa_jax.config import Variant
 from nosa_jax.locality import LocalityReport, comparison_table
-from pallas_kernels._checks import bad_value
+from pallas_kernels.checks import bad_value
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nosa_jax.config import AttentionConfig, ModelConfig, RopeConfig, replace_attention
-from pallas_kernels._checks import bad_value
+from pallas_kernels.checks import bad_value
 
 CONFIG_NAME = "config.json"
 ATTENTION_KEY = "nosa_attention"

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pallas_kernels._checks import bad_value
+from pallas_kernels.checks import bad_value
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"

@@ -19,7 +19,7 @@ from nosa_jax.hf.config_json import parse_config, read_config_json
 from nosa_jax.hf.files import CheckpointFiles, TensorInfo
 from nosa_jax.hf.keymap import Piece, model_pieces
 from nosa_jax.model import NosaLM
-from pallas_kernels._checks import bad_value
+from pallas_kernels.checks import bad_value
 
 DTYPES = ("float32", "bfloat16", "float16")
 _STORED_DTYPES = ("F32", "BF16", "F16", "F64")

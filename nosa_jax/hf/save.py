@@ -20,7 +20,7 @@ from nosa_jax.hf.files import INDEX_NAME, SINGLE_NAME, import_extra
 from nosa_jax.hf.keymap import Piece, model_pieces
 from nosa_jax.hf.load import check_dtype
 from nosa_jax.model import NosaLM
-from pallas_kernels._checks import bad_type, bad_value
+from pallas_kernels.checks import bad_type, bad_value
 
 
 def save_pretrained(

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from nosa_jax.hf.files import import_extra
-from pallas_kernels._checks import bad_type, bad_value
+from pallas_kernels.checks import bad_type, bad_value
 
 Ids = Sequence[int] | np.ndarray | jax.Array
 

@@ -6,7 +6,7 @@ import importlib
 import math
 from typing import Any
 
-from pallas_kernels._checks import bad_type, bad_value
+from pallas_kernels.checks import bad_type, bad_value
 
 
 def require_int(name: str, value: Any, minimum: int) -> None:

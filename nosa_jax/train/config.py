@@ -10,7 +10,7 @@ import jax
 from nosa_jax.config import ModelConfig
 from nosa_jax.train._require import require_int
 from nosa_jax.train.optim import OptimizerConfig
-from pallas_kernels._checks import bad_type, bad_value
+from pallas_kernels.checks import bad_type, bad_value
 
 
 @dataclasses.dataclass(frozen=True)

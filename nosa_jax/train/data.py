@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Integer
 
 from nosa_jax.train._require import import_extra, require_int, require_number
-from pallas_kernels._checks import bad_type, bad_value
+from pallas_kernels.checks import bad_type, bad_value
 
 _STDLIB_SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 

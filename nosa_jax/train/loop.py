@@ -26,7 +26,7 @@ from nosa_jax.train.evaluation import Evaluation, evaluate
 from nosa_jax.train.log import JsonLines, environment
 from nosa_jax.train.loss import bits_per_byte
 from nosa_jax.train.step import TrainState, init_state, jit_train_step
-from pallas_kernels._checks import bad_value
+from pallas_kernels.checks import bad_value
 
 Record = dict[str, Any]
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from nosa_jax.train._require import require_int, require_number
-from pallas_kernels._checks import bad_value
+from pallas_kernels.checks import bad_value
 
 
 @dataclasses.dataclass(frozen=True)

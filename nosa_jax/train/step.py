@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Integer
 from nosa_jax.model import cast, forward
 from nosa_jax.train.loss import next_token_loss
 from nosa_jax.train.optim import OptimizerConfig, learning_rate_schedule, make_optimizer
-from pallas_kernels._checks import bad_value
+from pallas_kernels.checks import bad_value
 
 
 @jax.tree_util.register_dataclass

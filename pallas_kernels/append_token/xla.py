@@ -10,24 +10,8 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import blocks
 from pallas_kernels.append_token.summaries import Summaries
+from pallas_kernels.formulas import importance_of, rotate
 from pallas_kernels.pooled_keys.xla import append_pooled_keys
-
-
-def rotate(
-    x: Float[Array, "*rows h D"], cos: Float[Array, "*rows half"], sin: Float[Array, "*rows half"]
-) -> Float[Array, "*rows h D"]:
-    """Rotates dimension i with i + D/2, in float32, back in the dtype of `x`."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[..., None, :], sin[..., None, :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
-def importance_of(
-    v: Float[Array, "*rows K D"], scale: Float[Array, " K"], delta: Float[Array, "KD K"]
-) -> Float[Array, "*rows K"]:
-    """A * softplus(v delta) of every token in float32 (paper section 3.3)."""
-    flat = v.astype(jnp.float32).reshape(*v.shape[:-2], -1)
-    return scale * jax.nn.softplus(jnp.matmul(flat, delta, precision="highest"))
 
 
 def append_summaries(

@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels._checks import (
+from pallas_kernels._dispatch import Op
+from pallas_kernels.block_attention import mosaic, triton, vjp, xla
+from pallas_kernels.checks import (
     bad_value,
     require_ascending,
     require_floats,
@@ -14,8 +16,6 @@ from pallas_kernels._checks import (
     require_positive,
     require_shape,
 )
-from pallas_kernels._dispatch import Op
-from pallas_kernels.block_attention import mosaic, triton, vjp, xla
 
 BLOCK_ATTENTION = Op(
     "block_attention",

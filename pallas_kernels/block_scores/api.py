@@ -5,9 +5,9 @@ from __future__ import annotations
 import jax
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels._checks import bad_value, require_floats, require_integers, require_positive, require_shape
 from pallas_kernels._dispatch import Op
 from pallas_kernels.block_scores import triton, xla
+from pallas_kernels.checks import bad_value, require_floats, require_integers, require_positive, require_shape
 
 BLOCK_SCORES = Op(
     "block_scores", {"xla": xla.block_scores, "triton": triton.block_scores}, {"triton": triton.unsupported}

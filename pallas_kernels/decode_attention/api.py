@@ -7,8 +7,8 @@ import functools
 import jax
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels._checks import bad_value, require_shape
 from pallas_kernels._dispatch import Op
+from pallas_kernels.checks import bad_value, require_shape
 from pallas_kernels.decode_attention import triton, xla
 
 DECODE_ATTENTION = Op(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels._checks import require_shape
 from pallas_kernels._dispatch import Op
+from pallas_kernels.checks import require_shape
 from pallas_kernels.fetch_blocks import triton, xla
 
 FETCH_BLOCKS = Op(

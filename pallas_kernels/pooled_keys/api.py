@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels._checks import require_floats, require_positive, require_shape
 from pallas_kernels._dispatch import Op
+from pallas_kernels.checks import require_floats, require_positive, require_shape
 from pallas_kernels.pooled_keys import xla
 
 POOL_KEYS = Op("pool_keys", {"xla": xla.pool_keys})

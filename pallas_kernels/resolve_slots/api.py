@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax
 from jaxtyping import Array, Bool, Int32
 
-from pallas_kernels._checks import require_shape
 from pallas_kernels._dispatch import Op
+from pallas_kernels.checks import require_shape
 from pallas_kernels.resolve_slots import triton, xla
 
 RESOLVE_SLOTS = Op(

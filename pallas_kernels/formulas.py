@@ -1,0 +1,28 @@
+"""The formulas that the model and the kernels share."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def rotate(
+    x: Float[Array, "*rows h D"], cos: Float[Array, "*rows half"], sin: Float[Array, "*rows half"]
+) -> Float[Array, "*rows h D"]:
+    """Rotates dimension i with i + D/2 (`rotate_half` of RoPE), in float32, back in the dtype of `x`."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[..., None, :], sin[..., None, :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def importance_of(
+    v: Float[Array, "*rows K D"], scale: Float[Array, " K"], delta: Float[Array, "*KD heads"]
+) -> Float[Array, "*rows K"]:
+    """A * softplus(v delta) of every token in float32 (paper section 3.3), A being `scale`.
+
+    delta: maps the values of all K heads to one number per head, so its last axis is K long too.
+    """
+    flat = v.astype(jnp.float32).reshape(*v.shape[:-2], -1)
+    weights = delta.reshape(-1, delta.shape[-1])
+    return scale * jax.nn.softplus(jnp.matmul(flat, weights, precision="highest"))
