@@ -60,7 +60,7 @@ def step(
             ids = jnp.where(forced[index, part, :, :1] > -2, forced[index, part], ids)
             state, residence = kv.admit(state, ids, positions, index)
             after = residence.loads
-            state, out = kv.attend(state, q, k, v, residence, ids, positions, index)
+            state, out = kv.attend(state, q, k, v, residence, positions, index)
             outs.append(out)
             updated.append(state)
         mlp, x = layer_at(model.layers.mlp, index, x + attention.merge(jnp.concatenate(outs)[:, None]))

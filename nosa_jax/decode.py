@@ -377,7 +377,7 @@ def _step_layer(
         every = jnp.where(every <= own[:, None], every, -1)[:, None]
         ids = jnp.broadcast_to(every, (x.shape[0], config.num_kv_heads, state.num_blocks))
     state, residence = kv.admit(state, ids, positions, layer)
-    state, out = kv.attend(state, q, k, v, residence, ids, positions, layer)
+    state, out = kv.attend(state, q, k, v, residence, positions, layer)
     recorded = None
     if config.attention.is_sparse:
         loads = residence.loads

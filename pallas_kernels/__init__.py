@@ -1,10 +1,10 @@
 """The ops of NOSA attention. Each takes `implementation=` and has a slow float32 twin in its `reference` module."""
 
 from pallas_kernels._dispatch import KernelUnsupportedError
-from pallas_kernels.append_token import append_token
+from pallas_kernels.append_token import Summaries, append_token
 from pallas_kernels.block_attention import block_attention
 from pallas_kernels.block_scores import block_scores
-from pallas_kernels.decode_attention import decode_attention, update_and_attend
+from pallas_kernels.decode_attention import Residence, Store, Token, decode_attention, update_and_attend
 from pallas_kernels.fetch_blocks import fetch_blocks, write_back_blocks
 from pallas_kernels.pooled_keys import append_pooled_keys, pool_keys
 from pallas_kernels.resolve_slots import resolve_slots
@@ -12,6 +12,10 @@ from pallas_kernels.select_blocks import select_blocks
 
 __all__ = [
     "KernelUnsupportedError",
+    "Residence",
+    "Store",
+    "Summaries",
+    "Token",
     "append_pooled_keys",
     "append_token",
     "block_attention",

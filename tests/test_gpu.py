@@ -270,8 +270,9 @@ def test_one_step_of_the_cache():
     ids, slots, loads = (np.array(given[name]) for name in ("block_ids", "slots", "loads"))
     ids[0, :, :3], slots[0, :, 3:6], loads[0, :, 6:9] = WILD, WILD, WILD
     given |= {"block_ids": jnp.asarray(ids), "slots": jnp.asarray(slots), "loads": jnp.asarray(loads)}
-    out, pool = compiled(update_and_attend, given)
-    xla_out, xla_pool = compiled(update_and_attend, given, "xla")
+    step = decode_cases.arguments(given)
+    out, pool = compiled(update_and_attend, step)
+    xla_out, xla_pool = compiled(update_and_attend, step, "xla")
     np.testing.assert_array_equal(pool.astype(np.float32), xla_pool.astype(np.float32))
     np.testing.assert_allclose(out.astype(np.float32), xla_out.astype(np.float32), rtol=0.02, atol=0.02)
     alone = {name: given[name] for name in ("q", "bias", "slots", "block_ids", "positions", "layer")}

@@ -9,10 +9,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from targets import H200
 
 from nosa_jax import AttentionConfig, ModelConfig, presets
 from pallas_kernels import (
+    Residence,
+    Store,
+    Summaries,
+    Token,
     append_token,
     block_attention,
     block_scores,
@@ -23,14 +27,6 @@ from pallas_kernels import (
     select_blocks,
     update_and_attend,
     write_back_blocks,
-)
-from pallas_kernels.append_token import Summaries
-
-H200 = AbstractMesh(
-    (1,),
-    ("device",),
-    axis_types=(AxisType.Auto,),
-    abstract_device=AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu"),
 )
 
 
@@ -217,9 +213,11 @@ def test_decode_attention(decoding):
 
 
 def test_update_and_attend(decoding):
-    names = ("q", "k", "v", "pool", "host", "bias", "ids", "ids", "ids", "positions", "layer")
-    expected = ["update_and_attend", "decode_attention_sum"]
-    assert decode_kernels(decoding, update_and_attend, *names) == expected
+    def step(q, k, v, pool, host, bias, ids, positions, layer):
+        return update_and_attend(Token(q, k, v), Store(pool, host, bias), Residence(ids, ids, ids), positions, layer)
+
+    names = ("q", "k", "v", "pool", "host", "bias", "ids", "positions", "layer")
+    assert decode_kernels(decoding, step, *names) == ["update_and_attend", "decode_attention_sum"]
 
 
 def test_transport(decoding):

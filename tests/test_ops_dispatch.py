@@ -9,16 +9,17 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
+from targets import H200, target
 
 import pallas_kernels as ops
-from pallas_kernels import KernelUnsupportedError, _backend, _dispatch
+from pallas_kernels import KernelUnsupportedError, Residence, Store, Summaries, Token, _backend, _dispatch
 from pallas_kernels._dispatch import PREFERENCE, Op
-from pallas_kernels.append_token import Summaries
 from pallas_kernels.append_token.api import APPEND_TOKEN
 from pallas_kernels.bench.work import BENCHMARKS
 from pallas_kernels.block_attention.api import BLOCK_ATTENTION
 from pallas_kernels.block_scores.api import BLOCK_SCORES
 from pallas_kernels.decode_attention.api import DECODE_ATTENTION, UPDATE_AND_ATTEND
+from pallas_kernels.fetch_blocks import implementation_of
 from pallas_kernels.fetch_blocks.api import FETCH_BLOCKS, WRITE_BACK_BLOCKS
 from pallas_kernels.pooled_keys.api import APPEND_POOLED_KEYS, POOL_KEYS
 from pallas_kernels.resolve_slots.api import RESOLVE_SLOTS
@@ -38,6 +39,9 @@ def ints(*shape):
 
 
 HOST = jax.device_put(floats(L, B, K, M, 2, P, D), jax.memory.Space.Host)
+TOKEN = Token(floats(B, N, D), floats(B, K, D), floats(B, K, D))
+STORE = Store(floats(L, B, K, J, 2, P, D), HOST, floats(L, B, K, M, P))
+RESIDENCE = Residence(ints(B, K, J), ints(B, K, J), ints(B, K, J))
 
 # For each op: its table of implementations, array arguments that are right, static arguments.
 CALLS = {
@@ -92,9 +96,7 @@ CALLS = {
     "update_and_attend": (
         UPDATE_AND_ATTEND,
         {
-            "q": floats(B, N, D), "k": floats(B, K, D), "v": floats(B, K, D), "pool": floats(L, B, K, J, 2, P, D),
-            "host": HOST, "bias": floats(L, B, K, M, P), "loads": ints(B, K, J), "slots": ints(B, K, J),
-            "block_ids": ints(B, K, J), "positions": ints(B), "layer": LAYER,
+            "token": TOKEN, "store": STORE, "residence": RESIDENCE, "positions": ints(B), "layer": LAYER,
         },
         {},
     ),
@@ -278,8 +280,8 @@ def functions(*names, **unsupported):
 @pytest.fixture
 def on_a_gpu(monkeypatch):
     monkeypatch.setattr(_dispatch, "_warned", set())
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(_backend, "device", lambda: ("gpu", "NVIDIA H200"))
+    with jax.sharding.use_abstract_mesh(H200):
+        yield
 
 
 def odd(x):
@@ -293,14 +295,13 @@ def test_auto_takes_the_fastest(on_a_gpu):
     assert functions("xla", "triton", "mosaic", mosaic=odd)("auto", 2) == "mosaic"
 
 
-def test_mosaic_kernels_are_for_hopper(on_a_gpu, monkeypatch):
-    monkeypatch.setattr(_backend, "device", lambda: ("gpu", "NVIDIA A100-SXM4-80GB"))
+def test_mosaic_kernels_are_for_hopper():
     op = functions("xla", "triton", "mosaic")
-    assert op("auto", 1) == "triton"
-    with pytest.raises(
-        KernelUnsupportedError, match=r"cannot run: it needs an NVIDIA Hopper GPU, .*'gpu' \(NVIDIA A100"
-    ):
-        op("mosaic", 1)
+    reason = r"cannot run: it needs an NVIDIA Hopper GPU, .*'gpu' \(NVIDIA A100"
+    with jax.sharding.use_abstract_mesh(target("NVIDIA A100-SXM4-80GB")):
+        assert op("auto", 1) == "triton"
+        with pytest.raises(KernelUnsupportedError, match=reason):
+            op("mosaic", 1)
 
 
 def test_a_named_implementation_is_taken(on_a_gpu):
@@ -308,7 +309,7 @@ def test_a_named_implementation_is_taken(on_a_gpu):
     assert [op(name, 1) for name in PREFERENCE] == [op.pick(name, 1) for name in PREFERENCE] == list(PREFERENCE)
 
 
-def test_reasons(on_a_gpu, monkeypatch):
+def test_reasons(on_a_gpu):
     op = functions("xla", "triton", triton=odd)
     assert op.reason("xla", 1) is op.unavailable("xla") is None
     assert op.reason("mosaic", 2) == op.unavailable("mosaic") and "no 'mosaic' kernel" in op.unavailable("mosaic")
@@ -316,7 +317,10 @@ def test_reasons(on_a_gpu, monkeypatch):
     refusal = r"^sum_blocks: implementation='triton' cannot run: 1 is odd; use 'auto' or 'xla'$"
     with pytest.raises(KernelUnsupportedError, match=refusal):
         op("triton", 1)
-    monkeypatch.undo()
+
+
+def test_the_device_is_a_reason_too():
+    op = functions("xla", "triton", triton=odd)
     assert op.reason("triton", 1) == op.unavailable("triton") and "needs an NVIDIA GPU" in op.unavailable("triton")
 
 
@@ -442,3 +446,55 @@ def test_integers_are_no_floats(as_users_run, name, argument):
     _, arrays, _ = CALLS[name]
     with pytest.raises(TypeError, match=f"^{argument}: must hold floats, got int32"):
         call(name, **{argument: arrays[argument].astype(jnp.int32)})
+
+
+# ---- how blocks cross ----
+
+
+def test_one_name_for_the_transport():
+    """ "device_put" moves blocks so whatever attends; "auto" leaves the choice to `implementation`."""
+    assert implementation_of("auto") == "auto"
+    assert implementation_of("auto", "triton") == "triton"
+    assert implementation_of("device_put") == implementation_of("device_put", "xla") == "xla"
+    with _backend.interpreted():
+        for name in ("fetch_blocks", "write_back_blocks"):
+            assert "pallas_call" in call(name, "auto") and "pallas_call" not in call(
+                name, "auto", transport="device_put"
+            )
+        mixed = call("update_and_attend", "triton", transport="device_put")
+    assert "name=decode_attention" in mixed and "update_and_attend" not in mixed
+
+
+@pytest.mark.parametrize("name", ["fetch_blocks", "write_back_blocks", "update_and_attend"])
+def test_unknown_transports(name):
+    with pytest.raises(ValueError, match=r"^transport: must be one of \('auto', 'device_put'\), got 'nvlink'"):
+        call(name, transport="nvlink")
+
+
+@pytest.mark.parametrize("name", ["fetch_blocks", "write_back_blocks"])
+def test_a_transport_and_an_implementation_that_disagree(name):
+    with pytest.raises(ValueError, match=r"^implementation: must be 'auto' or 'xla' with transport='device_put'"):
+        call(name, "triton", transport="device_put")
+
+
+WRONG_PARTS = [
+    ("token", TOKEN._replace(q=floats(B, N, D + 1)), "store.pool"),
+    ("token", TOKEN._replace(k=floats(B, N, D)), "token.k"),
+    ("store", STORE._replace(bias=floats(L, B, K, M)), "store.bias"),
+    ("store", STORE._replace(host=floats(L, B, K, M, 2, P, D + 1)), "store.host"),
+    ("residence", RESIDENCE._replace(slots=ints(B, K, J + 1)), "residence.slots"),
+    ("residence", RESIDENCE._replace(loads=ints(B, J)), "residence.loads"),
+]
+
+
+@pytest.mark.parametrize("argument, wrong, part", WRONG_PARTS)
+def test_wrong_shapes_name_the_part(as_users_run, argument, wrong, part):
+    with pytest.raises(ValueError, match=rf"^{part}: must have shape "):
+        call("update_and_attend", **{argument: wrong})
+
+
+def test_a_host_store_needs_loads():
+    with pytest.raises(ValueError, match=r"^residence\.loads: must be given with store\.host, got None"):
+        call("update_and_attend", residence=RESIDENCE._replace(loads=None))
+    call("update_and_attend", residence=RESIDENCE._replace(loads=None), store=STORE._replace(host=None))
+    assert (STORE.num_slots, STORE.block_size) == (J, P)

@@ -42,6 +42,12 @@ def run(op, inputs, implementation="triton", **static):
     return jax.jit(functools.partial(op, implementation=implementation, **static))(**inputs)
 
 
+def step(implementation, transport="auto", **given):
+    """`update_and_attend` of arrays by name."""
+    call = attention_cases.arguments(given)
+    return update_and_attend(**call, transport=transport, implementation=implementation)
+
+
 # ---- transport ----
 
 
@@ -119,13 +125,13 @@ def offloaded(name):
 @pytest.mark.parametrize("name", ["k1_g16", "k2_g4_ragged", "k2_g8_no_bias", "runs_of_two_and_three"])
 def test_one_step_of_the_cache_gives_the_bits_of_its_parts(name):
     given, resident = offloaded(name)
-    out, pool = run(update_and_attend, given)
-    np.testing.assert_array_equal(pool, run(update_and_attend, given, "xla")[1])  # as XLA composes it
+    out, pool = run(step, given)
+    np.testing.assert_array_equal(pool, run(step, given, "xla")[1])  # as XLA composes it
     # Without a host store, and by attention alone over the resulting pool: the output to the bit.
-    np.testing.assert_array_equal(run(update_and_attend, resident)[0], out)
+    np.testing.assert_array_equal(run(step, resident)[0], out)
     alone = {name: given[name] for name in ("q", "bias", "slots", "block_ids", "positions", "layer")}
     np.testing.assert_array_equal(run(decode_attention, alone | {"pool": pool}), out)
-    portable = run(update_and_attend, given, zero_copy=False)
+    portable = run(step, given, transport="device_put")
     for ours, other in zip((out, pool), portable, strict=True):
         np.testing.assert_array_equal(ours, other)
 

@@ -6,7 +6,6 @@ Slices of the pool or the host store would be copies; only small tables are slic
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,16 @@ from nosa_jax.cache import host_store, slots
 from nosa_jax.cache.slots import SlotTable
 from nosa_jax.cache.state import DecodeState, put_table, table_at
 from nosa_jax.config import AttentionConfig, ModelConfig
-from pallas_kernels import append_token, blocks, resolve_slots, update_and_attend, write_back_blocks
+from pallas_kernels import (
+    Residence,
+    Store,
+    Token,
+    append_token,
+    blocks,
+    resolve_slots,
+    update_and_attend,
+    write_back_blocks,
+)
 from pallas_kernels.append_token import Summaries, append_summaries
 
 
@@ -61,13 +69,6 @@ def read_token(
     return dataclasses.replace(state, **summaries._asdict()), q, k, v
 
 
-class Residence(NamedTuple):
-    """slots of the selected blocks, and loads: the blocks that must be fetched into them, -1 for none."""
-
-    slots: Int32[Array, "B K J"]
-    loads: Int32[Array, "B K J"] | None
-
-
 def admit(
     state: DecodeState, block_ids: Int32[Array, "B K J"], positions: Int32[Array, " B"], layer: Int32[Array, ""]
 ) -> tuple[DecodeState, Residence]:
@@ -76,13 +77,13 @@ def admit(
     The query's own block takes a slot but is not fetched when it starts with this very token.
     """
     if state.host is None:
-        return state, Residence(block_ids, None)
+        return state, Residence(block_ids, block_ids, None)
     size = state.pool.shape[5]
     table = state.table
     held, last_used, slot_ids, missing = resolve_slots(table.blocks, table.last_used, block_ids, positions, layer)
     starts_now = (positions % size == 0)[:, None, None] & (block_ids == (positions // size)[:, None, None])
     loads = jnp.where(missing & ~starts_now, block_ids, -1)
-    return dataclasses.replace(state, table=SlotTable(held, last_used)), Residence(slot_ids, loads)
+    return dataclasses.replace(state, table=SlotTable(held, last_used)), Residence(block_ids, slot_ids, loads)
 
 
 def attend(
@@ -91,15 +92,12 @@ def attend(
     k: Float[Array, "B K D"],
     v: Float[Array, "B K D"],
     residence: Residence,
-    block_ids: Int32[Array, "B K J"],
     positions: Int32[Array, " B"],
     layer: Int32[Array, ""],
 ) -> tuple[DecodeState, Float[Array, "B N D"]]:
     """Adds one token per row, fetches the missing blocks and attends."""
-    out, pool = update_and_attend(
-        q, k, v, state.pool, state.host, state.importance, residence.loads, residence.slots, block_ids, positions,
-        layer, zero_copy=state.transport == "auto",
-    )  # fmt: skip
+    store = Store(state.pool, state.host, state.importance)
+    out, pool = update_and_attend(Token(q, k, v), store, residence, positions, layer, transport=state.transport)
     return dataclasses.replace(state, pool=pool), out
 
 
@@ -115,8 +113,7 @@ def write_back(state: DecodeState, positions: Int32[Array, " B"]) -> DecodeState
     match = (state.table.blocks == filled[..., None]) & (filled >= 0)[..., None]
     slot = jnp.where(match.any(-1), jnp.argmax(match, axis=-1).astype(jnp.int32), -1)[..., None]
     filled = jnp.broadcast_to(filled[..., None], slot.shape)
-    implementation = "auto" if state.transport == "auto" else "xla"
-    host = write_back_blocks(state.host, state.pool, filled, slot, implementation=implementation)
+    host = write_back_blocks(state.host, state.pool, filled, slot, transport=state.transport)
     return dataclasses.replace(state, host=host)
 
 

@@ -277,7 +277,11 @@ def _update_and_attend(case: decode_cases.Case, inputs: dict[str, Any]) -> Work:
     given = decode_cases.offloaded(inputs, jax.random.key(1))
     attended, moved = counts.decode_attention(given), counts.moved_blocks(given | {"block_ids": given["loads"]})
     floor = dataclasses.replace(attended, bytes=attended.bytes + moved.bytes, link_bytes=moved.link_bytes)
-    return Work(given, ops.update_and_attend, floor, updates=("pool",), updated=lambda output: output[1:])
+
+    def call(*, implementation: str, **arrays: Any) -> Any:
+        return ops.update_and_attend(**decode_cases.arguments(arrays), implementation=implementation)
+
+    return Work(given, call, floor, updates=("pool",), updated=lambda output: output[1:])
 
 
 def _append_token(case: append_cases.Case, inputs: dict[str, Any]) -> Work:
