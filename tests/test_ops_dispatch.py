@@ -131,6 +131,7 @@ def call(name, implementation="xla", **changes):
     """What would run, as text; nothing does. changes: of arguments, arrays or static."""
     _, arrays, static = CALLS[name]
     arrays, static = ({n: changes.get(n, x) for n, x in given.items()} for given in (arrays, static))
+    static |= {n: x for n, x in changes.items() if isinstance(x, str)}
     arrays |= {n: x for n, x in changes.items() if n not in static}
     run = lambda arrays: getattr(ops, name)(**arrays, **static, implementation=implementation)
     return str(jax.make_jaxpr(run)(arrays))
@@ -458,9 +459,8 @@ def test_one_name_for_the_transport():
     assert implementation_of("device_put") == implementation_of("device_put", "xla") == "xla"
     with _backend.interpreted():
         for name in ("fetch_blocks", "write_back_blocks"):
-            assert "pallas_call" in call(name, "auto") and "pallas_call" not in call(
-                name, "auto", transport="device_put"
-            )
+            assert "pallas_call" in call(name, "auto")
+            assert "pallas_call" not in call(name, "auto", transport="device_put")
         mixed = call("update_and_attend", "triton", transport="device_put")
     assert "name=decode_attention" in mixed and "update_and_attend" not in mixed
 
