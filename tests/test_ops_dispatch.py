@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from importlib import import_module
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,22 +14,25 @@ import pytest
 from targets import H200, target
 
 import pallas_kernels as ops
-from pallas_kernels import KernelUnsupportedError, Residence, Store, Summaries, Token, _backend, _dispatch
-from pallas_kernels._dispatch import PREFERENCE, Op
-from pallas_kernels.append_token.api import APPEND_TOKEN
+from pallas_kernels import (
+    IMPLEMENTATIONS,
+    OPS,
+    KernelUnsupportedError,
+    Op,
+    Residence,
+    Store,
+    Summaries,
+    Token,
+    _backend,
+    _dispatch,
+)
 from pallas_kernels.bench.work import BENCHMARKS
-from pallas_kernels.block_attention.api import BLOCK_ATTENTION
-from pallas_kernels.block_scores.api import BLOCK_SCORES
-from pallas_kernels.decode_attention.api import DECODE_ATTENTION, UPDATE_AND_ATTEND
 from pallas_kernels.fetch_blocks import implementation_of
-from pallas_kernels.fetch_blocks.api import FETCH_BLOCKS, WRITE_BACK_BLOCKS
-from pallas_kernels.pooled_keys.api import APPEND_POOLED_KEYS, POOL_KEYS
-from pallas_kernels.resolve_slots.api import RESOLVE_SLOTS
-from pallas_kernels.select_blocks.api import SELECT_BLOCKS
 
 # Sizes that every kernel takes.
 B, T, N, K, S, D, P, M, J, L, C, X = 2, 8, 4, 2, 40, 16, 16, 3, 3, 2, 4, 2
 LAYER = jnp.asarray(0, jnp.int32)
+FOLDERS = sorted(file.parent.name for file in Path(ops.__file__).parent.glob("*/reference.py"))
 
 
 def floats(*shape):
@@ -43,10 +48,9 @@ TOKEN = Token(floats(B, N, D), floats(B, K, D), floats(B, K, D))
 STORE = Store(floats(L, B, K, J, 2, P, D), HOST, floats(L, B, K, M, P))
 RESIDENCE = Residence(ints(B, K, J), ints(B, K, J), ints(B, K, J))
 
-# For each op: its table of implementations, array arguments that are right, static arguments.
+# For each op: array arguments that are right, static arguments.
 CALLS = {
     "block_attention": (
-        BLOCK_ATTENTION,
         {
             "q": floats(B, T, N, D), "k": floats(B, K, S, D), "v": floats(B, K, S, D), "bias": floats(B, K, S),
             "block_ids": ints(B, K, T, J), "positions": ints(B, T),
@@ -54,18 +58,15 @@ CALLS = {
         {"block_size": P},
     ),
     "block_scores": (
-        BLOCK_SCORES,
         {"q": floats(B, T, N, D), "pooled_keys": floats(B, K, C, D), "positions": ints(B, T)},
         {"num_blocks": M, "block_size": P, "stride": 8},
     ),
     "select_blocks": (
-        SELECT_BLOCKS,
         {"query_scores": floats(B, K, T, M), "importance_scores": floats(B, K, M), "positions": ints(B, T)},
         {"block_size": P, "num_selected_blocks": J, "num_sink_blocks": 1, "num_local_blocks": 1, "num_query_blocks": 1},
     ),
-    "pool_keys": (POOL_KEYS, {"keys": floats(B, K, S, D)}, {"stride": 2}),
+    "pool_keys": ({"keys": floats(B, K, S, D)}, {"stride": 2}),
     "append_pooled_keys": (
-        APPEND_POOLED_KEYS,
         {
             "pooled": floats(L, B, K, C, D), "sums": floats(L, B, K, 2, D), "new": floats(B, K, 1, D),
             "start": ints(B), "count": ints(B), "layer": LAYER,
@@ -73,7 +74,6 @@ CALLS = {
         {"stride": 2},
     ),
     "append_token": (
-        APPEND_TOKEN,
         {
             "qkv": floats(B, N + 2 * K, D), "cos": floats(B, D // 2), "sin": floats(B, D // 2),
             "scale": floats(L, K), "delta": floats(L, K * D, K),
@@ -86,7 +86,6 @@ CALLS = {
         {"kv_heads": K, "stride": 2},
     ),
     "decode_attention": (
-        DECODE_ATTENTION,
         {
             "q": floats(B, N, D), "pool": floats(L, B, K, J, 2, P, D), "bias": floats(L, B, K, M, P),
             "slots": ints(B, K, J), "block_ids": ints(B, K, J), "positions": ints(B), "layer": LAYER,
@@ -94,14 +93,12 @@ CALLS = {
         {},
     ),
     "update_and_attend": (
-        UPDATE_AND_ATTEND,
         {
             "token": TOKEN, "store": STORE, "residence": RESIDENCE, "positions": ints(B), "layer": LAYER,
         },
         {},
     ),
     "resolve_slots": (
-        RESOLVE_SLOTS,
         {
             "blocks": ints(L, B, K, J), "last_used": ints(L, B, K, J), "wanted": ints(B, K, J), "step": ints(B),
             "layer": LAYER,
@@ -109,7 +106,6 @@ CALLS = {
         {},
     ),
     "fetch_blocks": (
-        FETCH_BLOCKS,
         {
             "pool": floats(L, B, K, J, 2, P, D), "host": HOST,
             "block_ids": ints(B, K, X), "slots": ints(B, K, X), "layer": LAYER,
@@ -117,7 +113,6 @@ CALLS = {
         {},
     ),
     "write_back_blocks": (
-        WRITE_BACK_BLOCKS,
         {
             "host": HOST, "pool": floats(L, B, K, J, 2, P, D),
             "block_ids": ints(L, B, K, X), "slots": ints(L, B, K, X),
@@ -129,8 +124,7 @@ CALLS = {
 
 def call(name, implementation="xla", **changes):
     """What would run, as text; nothing does. changes: of arguments, arrays or static."""
-    _, arrays, static = CALLS[name]
-    arrays, static = ({n: changes.get(n, x) for n, x in given.items()} for given in (arrays, static))
+    arrays, static = ({n: changes.get(n, x) for n, x in given.items()} for given in CALLS[name])
     static |= {n: x for n, x in changes.items() if isinstance(x, str)}
     arrays |= {n: x for n, x in changes.items() if n not in static}
     run = lambda arrays: getattr(ops, name)(**arrays, **static, implementation=implementation)
@@ -138,23 +132,32 @@ def call(name, implementation="xla", **changes):
 
 
 def test_every_op_is_known():
-    """To this file, to the bench and so to `nosa doctor`, and to users."""
-    assert set(CALLS) == {benchmark.op.name for benchmark in BENCHMARKS.values()}
-    assert set(CALLS) <= set(ops.__all__)
+    """To this file and to users; it has a benchmark and a reference."""
+    modules = (import_module(f"pallas_kernels.{name}.reference") for name in FOLDERS)
+    references = {name for module in modules for name in vars(module) if name.endswith("_ref")}
+    assert set(CALLS) == set(OPS) == {benchmark.op.name for benchmark in BENCHMARKS.values()}
+    assert {f"{name}_ref" for name in OPS} == references
+    assert set(OPS) <= set(ops.__all__) and all(callable(getattr(ops, name)) for name in OPS)
+    assert all(op.name == name for name, op in OPS.items())
+
+
+def test_no_two_ops_have_one_name():
+    with pytest.raises(AssertionError, match="two ops are called block_attention"):
+        _dispatch.register("block_attention", {})
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_every_op_has_an_implementation_that_runs_anywhere(name):
-    op = CALLS[name][0]
+    op = OPS[name]
     assert op.name == name and "xla" in op.implementations
-    assert set(op.implementations) <= set(PREFERENCE)
+    assert set(op.implementations) <= set(IMPLEMENTATIONS)
     assert "pallas_call" not in call(name)
     assert "pallas_call" not in call(name, implementation="auto")
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_named_implementation_never_falls_back(name):
-    for missing in set(PREFERENCE) - set(CALLS[name][0].implementations):
+    for missing in set(IMPLEMENTATIONS) - set(OPS[name].implementations):
         with pytest.raises(
             KernelUnsupportedError,
             match=rf"^{name}: implementation='{missing}' cannot run: no '{missing}' kernel .*; use 'auto' or 'xla'",
@@ -174,7 +177,7 @@ def test_kernel_unsupported_is_a_not_implemented_error():
 
 # ---- kernels: where they run, and what they take ----
 
-KERNELS = [name for name in CALLS if "triton" in CALLS[name][0].implementations]
+KERNELS = [name for name in CALLS if "triton" in OPS[name].implementations]
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -264,7 +267,7 @@ def test_arguments_that_no_kernel_takes(name, changes, reason):
 @pytest.mark.parametrize("name", ["block_attention", "block_scores"])
 def test_no_kernel_takes_float64(name):
     with _backend.interpreted(), jax.enable_x64(True):
-        wide = {n: np.zeros(x.shape) for n, x in CALLS[name][1].items() if n in ("q", "k", "v", "pooled_keys")}
+        wide = {n: np.zeros(x.shape) for n, x in CALLS[name][0].items() if n in ("q", "k", "v", "pooled_keys")}
         with pytest.raises(KernelUnsupportedError, match=r"q must be bfloat16, float16 or float32, got float64"):
             call(name, implementation="triton", **wide)
         assert "pallas_call" not in call(name, implementation="auto", **wide)
@@ -307,7 +310,11 @@ def test_mosaic_kernels_are_for_hopper():
 
 def test_a_named_implementation_is_taken(on_a_gpu):
     op = functions("xla", "triton", "mosaic")
-    assert [op(name, 1) for name in PREFERENCE] == [op.pick(name, 1) for name in PREFERENCE] == list(PREFERENCE)
+    assert (
+        [op(name, 1) for name in IMPLEMENTATIONS]
+        == [op.pick(name, 1) for name in IMPLEMENTATIONS]
+        == list(IMPLEMENTATIONS)
+    )
 
 
 def test_reasons(on_a_gpu):
@@ -399,7 +406,7 @@ def test_wrong_shapes_name_the_argument(as_users_run, name, argument, wrong, let
 
 @pytest.mark.parametrize("name", ["block_attention", "block_scores", "decode_attention"])
 def test_heads_must_divide(as_users_run, name):
-    q = CALLS[name][1]["q"]
+    q = CALLS[name][0]["q"]
     odd = jnp.zeros((*q.shape[:-2], 3, q.shape[-1]), q.dtype)
     with pytest.raises(ValueError, match=r"^q: must have a multiple of K heads, got N=3, K=2"):
         call(name, q=odd)
@@ -433,7 +440,7 @@ def test_annotations_are_checked_here():
     [([[0, 2, 1, 3, 4, 5, 6, 7]], "2 before 1 in row 0"), ([[0, 1, 2, 3, 0, 1, 2, 3]], "3 before 0 in row 0")],
 )
 def test_positions_must_ascend(positions, names):
-    _, arrays, static = CALLS["block_attention"]
+    arrays, static = CALLS["block_attention"]
     changed = arrays | {"positions": jnp.asarray(positions * B, jnp.int32)}
     with pytest.raises(ValueError, match=rf"^positions: must ascend strictly along each row.*{names}"):
         ops.block_attention(**changed, **static)
@@ -444,7 +451,7 @@ def test_positions_must_ascend(positions, names):
     [("block_attention", "q"), ("block_attention", "bias"), ("block_scores", "q"), ("pool_keys", "keys")],
 )
 def test_integers_are_no_floats(as_users_run, name, argument):
-    _, arrays, _ = CALLS[name]
+    arrays, _ = CALLS[name]
     with pytest.raises(TypeError, match=f"^{argument}: must hold floats, got int32"):
         call(name, **{argument: arrays[argument].astype(jnp.int32)})
 

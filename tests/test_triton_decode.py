@@ -58,11 +58,11 @@ def test_moves_like_numpy(name):
     ids[0, 0, 0], ids[-1, -1, -1] = WILD[0], WILD[3]
     inputs["block_ids"] = jnp.asarray(ids)
     plain = on_numpy(inputs)
-    np.testing.assert_array_equal(run(fetch_blocks, inputs), fetch_reference.fetch_blocks(**plain))
+    np.testing.assert_array_equal(run(fetch_blocks, inputs), fetch_reference.fetch_blocks_ref(**plain))
     back = fetch_cases.of_all_layers(inputs)
     host = run(write_back_blocks, back)
     assert host.sharding.memory_kind == "pinned_host"
-    np.testing.assert_array_equal(host, fetch_reference.write_back_blocks(**on_numpy(back)))
+    np.testing.assert_array_equal(host, fetch_reference.write_back_blocks_ref(**on_numpy(back)))
 
 
 # ---- attention ----
@@ -83,7 +83,7 @@ def attention_of(name):
 @pytest.mark.parametrize("name", attention_cases.SMALL)
 def test_attention(name):
     inputs = attention_of(name)
-    expected = np.asarray(attention_reference.decode_attention(**inputs | {"layer": int(inputs["layer"])}))
+    expected = np.asarray(attention_reference.decode_attention_ref(**inputs | {"layer": int(inputs["layer"])}))
     out = run(decode_attention, inputs)
     np.testing.assert_allclose(out, expected, rtol=0, atol=16 * EPS * np.abs(expected).max())
 
@@ -92,7 +92,7 @@ def test_more_runs_for_more_blocks():
     """Of 300 blocks, beyond 16 runs."""
     case = attention_cases.Case((300 * 16 - 3,), 300, 1, 2, 16, 1, num_selected_blocks=300)
     inputs = attention_cases.make_inputs(case, jax.random.key(0))
-    expected = np.asarray(attention_reference.decode_attention(**inputs | {"layer": 0}))
+    expected = np.asarray(attention_reference.decode_attention_ref(**inputs | {"layer": 0}))
     np.testing.assert_allclose(run(decode_attention, inputs), expected, rtol=0, atol=32 * EPS)
 
 

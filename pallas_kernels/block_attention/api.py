@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels._dispatch import Op
+from pallas_kernels._dispatch import register
 from pallas_kernels.block_attention import mosaic, triton, vjp, xla
 from pallas_kernels.checks import (
     bad_value,
@@ -17,7 +17,7 @@ from pallas_kernels.checks import (
     require_shape,
 )
 
-BLOCK_ATTENTION = Op(
+BLOCK_ATTENTION = register(
     "block_attention",
     {
         "xla": vjp.differentiable(xla.forward, xla.backward),

@@ -26,7 +26,7 @@ def token_mask(
     return mask
 
 
-def block_attention(
+def block_attention_ref(
     q: Float[Array, "B T N D"],
     k: Float[Array, "B K S D"],
     v: Float[Array, "B K S D"],

@@ -7,19 +7,19 @@ import functools
 import jax
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels._dispatch import Op
+from pallas_kernels._dispatch import register
 from pallas_kernels.checks import bad_value, require_shape
 from pallas_kernels.decode_attention import triton, xla
 from pallas_kernels.decode_attention.arguments import Residence, Store, Token
 from pallas_kernels.fetch_blocks import implementation_of
 
-DECODE_ATTENTION = Op(
+DECODE_ATTENTION = register(
     "decode_attention",
     {"xla": xla.decode_attention, "triton": triton.decode_attention},
     {"triton": triton.unsupported},
 )
 
-UPDATE_AND_ATTEND = Op(
+UPDATE_AND_ATTEND = register(
     "update_and_attend",
     {"xla": xla.update_and_attend, "triton": triton.update_and_attend},
     {"triton": triton.update_unsupported},

@@ -5,14 +5,14 @@ from __future__ import annotations
 import jax
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels._dispatch import Op
+from pallas_kernels._dispatch import register
 from pallas_kernels.checks import bad_value, require_shape
 from pallas_kernels.fetch_blocks import triton, xla
 
-FETCH_BLOCKS = Op(
+FETCH_BLOCKS = register(
     "fetch_blocks", {"xla": xla.fetch_blocks, "triton": triton.fetch_blocks}, {"triton": triton.unsupported}
 )
-WRITE_BACK_BLOCKS = Op(
+WRITE_BACK_BLOCKS = register(
     "write_back_blocks",
     {"xla": xla.write_back_blocks, "triton": triton.write_back_blocks},
     {"triton": triton.unsupported},
