@@ -17,11 +17,20 @@ from pallas_kernels import _backend
 from pallas_kernels.checks import bad_value
 from pallas_kernels.device import current_device
 
-IMPLEMENTATIONS = ("mosaic", "triton", "xla")
+IMPLEMENTATIONS = ("cudnn", "mosaic", "triton", "xla")
 
 
 class KernelUnsupportedError(NotImplementedError):
     """The named implementation cannot run here; the message gives the reason."""
+
+
+# Why an implementation cannot run on this machine; None where it can.
+_UNAVAILABLE: Mapping[str, Callable[[], str | None]] = {
+    "cudnn": _backend.cudnn_unavailable,
+    "mosaic": _backend.mosaic_unavailable,
+    "triton": _backend.triton_unavailable,
+    "xla": lambda: None,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +53,9 @@ class Op:
         if implementation == "auto":
             chosen = next(name for name in IMPLEMENTATIONS if self.reason(name, *args, **kwargs) is None)
             if chosen == "xla" and len(self.implementations) > 1 and current_device().is_gpu:
-                _warn_slow_path(self.name, self.reason("triton", *args, **kwargs))
+                others = (name for name in IMPLEMENTATIONS if name in self.implementations and name != "xla")
+                reasons = (f"{name}: {self.reason(name, *args, **kwargs)}" for name in others)
+                _warn_slow_path(self.name, "; ".join(reasons))
             return chosen
         if implementation not in IMPLEMENTATIONS:
             raise bad_value(
@@ -66,9 +77,7 @@ class Op:
         """Why `implementation` takes no arguments at all on this machine; None where it takes some."""
         if implementation not in self.implementations:
             return f"no {implementation!r} kernel has been written for this op"
-        if implementation == "xla":
-            return None
-        return _backend.triton_unavailable() if implementation == "triton" else _backend.mosaic_unavailable()
+        return _UNAVAILABLE[implementation]()
 
 
 _registered: dict[str, Op] = {}
@@ -89,11 +98,11 @@ def register(
 _warned: set[str] = set()
 
 
-def _warn_slow_path(name: str, reason: str | None) -> None:
+def _warn_slow_path(name: str, reasons: str) -> None:
     if name not in _warned:
         _warned.add(name)
         warnings.warn(
-            f"{name}: no GPU kernel takes this call ({reason}), running the XLA implementation",
+            f"{name}: no GPU kernel takes this call ({reasons}), running the XLA implementation",
             RuntimeWarning,
             stacklevel=5,
         )

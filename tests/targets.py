@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from pallas_kernels import _backend
 
 
 def target(kind: str) -> AbstractMesh:
@@ -12,3 +19,19 @@ def target(kind: str) -> AbstractMesh:
 
 
 H200 = target("NVIDIA H200")
+
+
+@contextlib.contextmanager
+def cudnn_installed(version: int | None = 91000) -> Iterator[None]:
+    """Inside, JAX takes cuDNN for installed, which is all that lowering asks for; or for missing, with None."""
+
+    def check() -> int:
+        if version is None:
+            raise RuntimeError("cuDNN is not detected.")
+        return version
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused_attention_stablehlo, "check_cudnn_version", check)
+        _backend._cudnn_missing.cache_clear()
+        yield
+    _backend._cudnn_missing.cache_clear()

@@ -214,7 +214,7 @@ def test_a_run(capsys, tmp_path):
     [
         (["--ops", "fetch_*", "atention"], r"--ops: no match for 'atention'. Valid: pool_keys, .*write_back_blocks"),
         (["--ops", "fetch_blocks", "--cases", "k1_g1"], r"--cases: no match for 'k1_g1'. Valid: one_head, .*8b_step"),
-        (["--implementations", "cuda"], "--implementations: no match for 'cuda'. Valid: mosaic, triton, xla"),
+        (["--implementations", "cuda"], "--implementations: no match for 'cuda'. Valid: cudnn, mosaic, triton, xla"),
         (["--repeats", "0"], "--repeats: must be at least 1, got 0"),
     ],
 )

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
-from targets import H200, target
+from targets import H200, cudnn_installed, target
 
 import pallas_kernels as ops
 from pallas_kernels import (
@@ -264,6 +264,47 @@ def test_arguments_that_no_kernel_takes(name, changes, reason):
         assert "pallas_call" not in call(name, implementation="auto", **changes)
 
 
+def halves(**shapes):
+    return {name: jnp.zeros(shape, jnp.bfloat16) for name, shape in shapes.items()}
+
+
+WHOLE = halves(q=(B, S, N, D), k=(B, K, S, D), v=(B, K, S, D)) | {"bias": None, "block_ids": None, "positions": None}
+NOT_FOR_CUDNN = [
+    ({"block_ids": ints(B, K, S, J)}, "it knows only the causal mask of whole rows, block_ids must be None"),
+    ({"bias": floats(B, K, S)}, "it knows only the causal mask of whole rows, bias must be None"),
+    ({"first_block": ints(B, M)}, "it knows only the causal mask of whole rows, first_block must be None"),
+    ({"positions": ints(B, S)}, "it knows only the causal mask of whole rows, positions must be None"),
+    ({"q": floats(B, S, N, D)}, "q must be bfloat16 or float16, got float32"),
+    ({"k": floats(B, K, S, D)}, "q, k and v must have one dtype, got bfloat16, float32, bfloat16"),
+    (
+        halves(q=(B, S, N, 20), k=(B, K, S, 20), v=(B, K, S, 20)),
+        "the head dim must be a multiple of 8 up to 128, got 20",
+    ),
+    (
+        halves(q=(B, S, N, 256), k=(B, K, S, 256), v=(B, K, S, 256)),
+        "the head dim must be a multiple of 8 up to 128, got 256",
+    ),
+]
+
+
+@pytest.mark.parametrize("changes, reason", NOT_FOR_CUDNN)
+def test_arguments_that_cudnn_does_not_take(changes, reason):
+    with jax.sharding.use_abstract_mesh(H200), cudnn_installed():
+        with pytest.raises(KernelUnsupportedError, match=rf"^block_attention: .*'cudnn' cannot run: {reason}"):
+            call("block_attention", "cudnn", **WHOLE | changes)
+        call("block_attention", "cudnn", **WHOLE)
+
+
+def test_cudnn_needs_a_gpu():
+    with pytest.raises(KernelUnsupportedError, match="'cudnn' cannot run: it needs an NVIDIA GPU, the default device"):
+        call("block_attention", "cudnn", **WHOLE)
+
+
+def test_only_whole_rows_go_without_positions():
+    with pytest.raises(ValueError, match=rf"^positions: must be given unless .*, got None with T={T}, S={S}"):
+        call("block_attention", positions=None)
+
+
 @pytest.mark.parametrize("name", ["block_attention", "block_scores"])
 def test_no_kernel_takes_float64(name):
     with _backend.interpreted(), jax.enable_x64(True):
@@ -309,12 +350,8 @@ def test_mosaic_kernels_are_for_hopper():
 
 
 def test_a_named_implementation_is_taken(on_a_gpu):
-    op = functions("xla", "triton", "mosaic")
-    assert (
-        [op(name, 1) for name in IMPLEMENTATIONS]
-        == [op.pick(name, 1) for name in IMPLEMENTATIONS]
-        == list(IMPLEMENTATIONS)
-    )
+    op, every = functions("xla", "triton", "mosaic"), ["mosaic", "triton", "xla"]
+    assert [op(name, 1) for name in every] == [op.pick(name, 1) for name in every] == every
 
 
 def test_reasons(on_a_gpu):
@@ -339,7 +376,8 @@ def test_the_slow_path_on_a_gpu_warns_once(on_a_gpu):
         assert fast("auto", 1) == slow("auto", 2) == "triton"
         assert slow("xla", 1) == "xla"  # asked for by name: no surprise
     with pytest.warns(
-        RuntimeWarning, match=r"^sum_blocks: no GPU kernel takes this call \(1 is odd\), running the XLA implementation"
+        RuntimeWarning,
+        match=r"^sum_blocks: no GPU kernel takes this call \(triton: 1 is odd\), running the XLA implementation",
     ):
         assert slow("auto", 1) == "xla"
     with warnings.catch_warnings():

@@ -48,8 +48,8 @@ def versions() -> dict[str, str]:
 
 def require_whole_rows(inputs: dict[str, Any]) -> None:
     """Raises KernelUnsupportedError where a plain causal mask is another one than ours."""
-    every = np.arange(inputs["k"].shape[2])
-    whole = all(np.array_equal(row, every) for row in np.asarray(inputs["positions"]))
+    every, positions = np.arange(inputs["k"].shape[2]), inputs["positions"]
+    whole = positions is None or all(np.array_equal(row, every) for row in np.asarray(positions))
     if inputs["first_block"] is not None or not whole:
         raise KernelUnsupportedError("it is compared on whole rows of one document only")
 

@@ -218,11 +218,14 @@ def forward_and_backward(
 def attention(inputs: dict[str, Any], *, block_size: int, gradient: bool) -> Work:
     """Block attention of these inputs, forward alone or forward and backward with a random gradient `dout`."""
     attend = functools.partial(ops.block_attention, block_size=block_size)
-    floor = counts.attention(inputs, block_size=block_size, gradient=gradient)
     q = inputs["q"]
     batch, length, heads, _ = q.shape
+    numbered = inputs
+    if inputs["positions"] is None:
+        numbered = inputs | {"positions": blocks.whole_rows(batch, length)}
+    floor = counts.attention(numbered, block_size=block_size, gradient=gradient)
     at, compared = sample_of(length, _logits_bytes() // max(1, 4 * batch * heads * inputs["k"].shape[2]))
-    sampled = {name: inputs[name][:, at] for name in ("q", "positions")}
+    sampled = {name: numbered[name][:, at] for name in ("q", "positions")}
     if inputs["block_ids"] is not None:
         sampled["block_ids"] = inputs["block_ids"][:, :, at]
     slow = functools.partial(attention_reference.block_attention_ref, block_size=block_size)

@@ -110,7 +110,10 @@ def offloaded(inputs: dict[str, Any], key: Key[Array, ""], share: float = 0.05) 
 
 def arguments(given: dict[str, Any]) -> dict[str, Any]:
     """Arguments of `update_and_attend` from arrays by name."""
-    parts = {"token": Token, "store": Store, "residence": Residence}
-    return {name: part(**{field: given[field] for field in part._fields}) for name, part in parts.items()} | {
-        name: given[name] for name in ("positions", "layer")
+    return {
+        "token": Token(given["q"], given["k"], given["v"]),
+        "store": Store(given["pool"], given["host"], given["bias"]),
+        "residence": Residence(given["block_ids"], given["slots"], given["loads"]),
+        "positions": given["positions"],
+        "layer": given["layer"],
     }

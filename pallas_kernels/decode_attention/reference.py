@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
@@ -62,9 +63,7 @@ def update_and_attend_ref(
         block, place = divmod(int(positions[b]), store.block_size)
         if positions[b] >= 0 and block_ids[b, head, j] == block and 0 <= slots[b, head, j] < store.num_slots:
             pool[layer, b, head, slots[b, head, j], :, place] = token.k[b, head], token.v[b, head]
-    out = decode_attention_ref(
-        *(None if x is None else jnp.asarray(x) for x in (token.q, pool, store.bias, slots, block_ids, positions)),
-        layer,
-        scale=scale,
+    q, kv, bias, slots, block_ids, positions = jax.tree.map(
+        jnp.asarray, (token.q, pool, store.bias, slots, block_ids, positions)
     )
-    return out, pool
+    return decode_attention_ref(q, kv, bias, slots, block_ids, positions, layer, scale=scale), pool
