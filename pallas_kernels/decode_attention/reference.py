@@ -66,4 +66,5 @@ def update_and_attend_ref(
         if positions[b] >= 0 and block_ids[b, head, j] == block and 0 <= slots[b, head, j] < store.num_slots:
             pool[layer, b, head, slots[b, head, j], :, place] = token.k[b, head], token.v[b, head]
     arrays: Any = jax.tree.map(jnp.asarray, (token.q, pool, store.bias, slots, block_ids, positions))
-    return decode_attention_ref(*arrays, layer, scale=scale), pool
+    q, kv, bias, slots, block_ids, positions = arrays
+    return decode_attention_ref(q, kv, bias, slots, block_ids, positions, layer, scale=scale), pool
