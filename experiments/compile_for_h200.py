@@ -83,7 +83,7 @@ def decode_step(config: ModelConfig, batch: int, max_length: int, slots: int) ->
 
         def body(_: Any, carry: Any) -> Any:
             state, tokens = carry
-            state, out = decode.step(model, state, tokens)
+            state, out = decode.run_step(model, state, tokens)
             return state, jnp.argmax(out.logits, axis=-1).astype(jnp.int32)
 
         return jax.lax.fori_loop(0, 16, body, (state, tokens))[1]

@@ -6,8 +6,8 @@ A run is variant:context:batch:slots[:trace]; slots "device" keeps the cache on 
 at the start, or 8192-24576 for rows of lengths spread evenly from the one to the other. With "trace" the selection of
 every step is replaced, after it was computed, by one whose locality is the published one (`experiments.traces`);
 without, it is what the weights select. Weights are random unless a checkpoint is given, keys and values always; all
-loops are one jitted `lax.fori_loop` of `decode.step` with the state donated. Medians, synchronised. Shares compare the
-step with its bytes, weights and blocks and pooled keys at HBM and link bytes at the measured rate of `device_put`.
+loops are one jitted `lax.fori_loop` of `decode.run_step` with the state donated. Medians, synchronised. Shares compare
+the step with its bytes, weights and blocks and pooled keys at HBM and link bytes at the measured rate of `device_put`.
 """
 
 from __future__ import annotations
@@ -82,8 +82,9 @@ def make_state(config: ModelConfig, run: Run, max_length: int, ids: Array | None
         assert ids is not None
         step = jnp.broadcast_to(lengths[:, None] - 1, ids.shape[:-1])
         state = dataclasses.replace(state, host=host, table=slots.filled_table(ids, step, state.pool.shape[3]))
-    if state.keys is not None:
-        state = dataclasses.replace(state, keys=state.keys._replace(pooled=fill(state.keys.pooled)))
+    if state.pooled_keys is not None:
+        pooled_keys = state.pooled_keys._replace(pooled=fill(state.pooled_keys.pooled))
+        state = dataclasses.replace(state, pooled_keys=pooled_keys)
     if state.importance is not None:
         pooled = state.pooled_importance._replace(pooled=jnp.abs(fill(state.pooled_importance.pooled)))
         state = dataclasses.replace(state, importance=jnp.abs(fill(state.importance)), pooled_importance=pooled)
@@ -110,7 +111,7 @@ def loop(
         forced = None
         if ids is not None:
             forced = of_all_layers(ids[i], model.config.num_layers)
-        state, out = decode.step(model, state, token, None, forced)
+        state, out = decode.run_step(model, state, token, None, forced)
         if out.fetched is not None:
             fetched += jnp.sum(out.fetched)
         return state, jnp.argmax(out.logits, axis=-1).astype(jnp.int32), fetched

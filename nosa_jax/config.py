@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal, get_args
 
-from pallas_kernels.checks import bad_type, bad_value
+from pallas_kernels.checks import bad_type, bad_value, require_type
 
 Variant = Literal["full", "infllmv2", "dma", "nosa"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
@@ -138,6 +138,8 @@ class ModelConfig:
     """A Llama-style decoder with NOSA attention (N = num_heads, K = num_kv_heads, D = head_dim).
 
     max_context: the length the model was configured for; it picks the longrope factors and bounds nothing.
+    qkv_bias: queries, keys and values get a bias after their projection, as in Qwen2.
+    qk_norm: each head of queries and keys is normalised (RMS, learned weights) before RoPE, as in Qwen3.
     """
 
     vocab_size: int
@@ -150,6 +152,8 @@ class ModelConfig:
     max_context: int = 16384
     rms_norm_eps: float = 1e-5
     tie_embeddings: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
     rope: RopeConfig = RopeConfig()
     attention: AttentionConfig = AttentionConfig()
 
@@ -158,6 +162,8 @@ class ModelConfig:
             _require_int("ModelConfig", name, getattr(self, name), 1)
         _require_int("ModelConfig", "head_dim", self.head_dim, 2)
         _require_int("ModelConfig", "max_context", self.max_context, 1)
+        for name in ("qkv_bias", "qk_norm"):
+            require_type(f"ModelConfig.{name}", getattr(self, name), bool, "Pass True or False.")
         if self.num_heads % self.num_kv_heads:
             raise bad_value(
                 "ModelConfig.num_heads",

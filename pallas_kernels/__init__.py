@@ -1,7 +1,7 @@
 """The ops of NOSA attention. Each takes `implementation=` and has a slow float32 twin in its `reference` module."""
 
 from pallas_kernels._dispatch import KernelUnsupportedError
-from pallas_kernels.append_token import append_token
+from pallas_kernels.append_token import Summaries, append_token
 from pallas_kernels.block_attention import block_attention
 from pallas_kernels.block_scores import block_scores
 from pallas_kernels.decode_attention import decode_attention, update_and_attend
@@ -12,6 +12,7 @@ from pallas_kernels.select_blocks import select_blocks
 
 __all__ = [
     "KernelUnsupportedError",
+    "Summaries",
     "append_pooled_keys",
     "append_token",
     "block_attention",

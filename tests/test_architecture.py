@@ -18,7 +18,7 @@ FLOORS: list[set[str]] = [
     {"nosa_jax._pytree", "nosa_jax.config", "nosa_jax.presets"},
     {"nosa_jax.attention", "nosa_jax.rope"},
     {"nosa_jax.model"},
-    {"nosa_jax.cache", "nosa_jax.decode", "nosa_jax.generation", "nosa_jax.sampling", "nosa_jax.train"},
+    {"nosa_jax.cache", "nosa_jax.decode", "nosa_jax.train"},
     {"nosa_jax.hf", "nosa_jax.locality", "nosa_jax.recorder", "nosa_jax.plots", "nosa_jax.evals", "nosa_jax.tracking"},
     {"nosa_jax", "nosa_jax.ops"},  # what users import
     {"nosa_jax.cli"},

@@ -17,7 +17,7 @@ from nosa_jax import CacheConfig, DecodeState, NosaLM, Sampling, decode, localit
 from nosa_jax.cli.checkpoint import Dtype, GrowingText, load, load_tokenizer, stop_tokens
 from nosa_jax.cli.terminal import facts, size, working
 from nosa_jax.config import Variant
-from nosa_jax.sampling import row_keys, sample
+from nosa_jax.decode import row_keys, sample
 from pallas_kernels.checks import bad_value
 
 
@@ -137,7 +137,7 @@ class Continuation:
 )
 def _step(model: NosaLM, state: DecodeState, token: Any, keys: Any, sampling: Sampling) -> tuple[DecodeState, Any, Any]:
     """One token more: the new state, the token that follows, and the blocks fetched per layer, row and KV head."""
-    state, out = decode.step(model, state, token)
+    state, out = decode.run_step(model, state, token)
     return state, sample(out.logits, keys, state.lengths, sampling), out.fetched
 
 

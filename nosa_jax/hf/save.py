@@ -105,7 +105,7 @@ def _write_shard(model: NosaLM, file: Path, dtypes: dict[Piece, np.dtype]) -> No
 def _tensor(model: NosaLM, piece: Piece, dtype: np.dtype) -> np.ndarray:
     # Cut on the device, so that the host never holds more than one shard.
     part = piece.view(operator.attrgetter(piece.target)(model)[...])
-    return np.ascontiguousarray(jax.device_get(part).astype(dtype, copy=False))
+    return np.ascontiguousarray(jax.device_get(part).astype(dtype, copy=False)).reshape(piece.shape)
 
 
 def _importance_dtype(model: NosaLM, piece: Piece, dtype: np.dtype) -> np.dtype:

@@ -1,0 +1,70 @@
+"""Which blocks lie in the device pool during a decode step, how they get there, and attention over them.
+
+Whole [L, ...] arrays in, whole arrays out, `layer` an int32 scalar: slices of the pool or the host store would be
+copies; only small tables are sliced.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from nosa_jax.cache.slots import SlotTable
+from nosa_jax.cache.state import DecodeState
+from pallas_kernels import resolve_slots, update_and_attend, write_back_blocks
+
+
+def admit(
+    state: DecodeState, block_ids: Int32[Array, "B K J"], positions: Int32[Array, " B"], layer: Int32[Array, ""]
+) -> tuple[DecodeState, Int32[Array, "B K J"], Int32[Array, "B K J"] | None]:
+    """Gives every selected block a slot. Returns the slots, and which blocks `attend` must fetch into them.
+
+    Those are -1 where nothing is to be fetched, and None without a host store. The query's own block takes a slot but
+    is not fetched when it starts with this very token.
+    """
+    if state.host is None:
+        return state, block_ids, None
+    size = state.block_size
+    table = state.table
+    held, last_used, slots, missing = resolve_slots(table.blocks, table.last_used, block_ids, positions, layer)
+    starts_now = (positions % size == 0)[:, None, None] & (block_ids == (positions // size)[:, None, None])
+    loads = jnp.where(missing & ~starts_now, block_ids, -1)
+    return dataclasses.replace(state, table=SlotTable(held, last_used)), slots, loads
+
+
+def attend(
+    state: DecodeState,
+    q: Float[Array, "B N D"],
+    k: Float[Array, "B K D"],
+    v: Float[Array, "B K D"],
+    block_ids: Int32[Array, "B K J"],
+    slots: Int32[Array, "B K J"],
+    loads: Int32[Array, "B K J"] | None,
+    positions: Int32[Array, " B"],
+    layer: Int32[Array, ""],
+) -> tuple[DecodeState, Float[Array, "B N D"]]:
+    """Adds one token per row, fetches the missing blocks and attends."""
+    out, pool = update_and_attend(
+        q, k, v, state.pool, state.host, state.importance, loads, slots, block_ids, positions,
+        layer, zero_copy=state.transport == "auto",
+    )  # fmt: skip
+    return dataclasses.replace(state, pool=pool), out
+
+
+def write_back(state: DecodeState, positions: Int32[Array, " B"]) -> DecodeState:
+    """Copies the blocks that the tokens at `positions` (-1 for none) filled to the host store, in all layers.
+
+    A selection always holds the query's own block, so the slot table names it.
+    """
+    if state.host is None:
+        return state
+    size = state.block_size
+    filled = jnp.where(positions % size == size - 1, positions // size, -1)[:, None]
+    match = (state.table.blocks == filled[..., None]) & (filled >= 0)[..., None]
+    slot = jnp.where(match.any(-1), jnp.argmax(match, axis=-1).astype(jnp.int32), -1)[..., None]
+    filled = jnp.broadcast_to(filled[..., None], slot.shape)
+    implementation = "auto" if state.transport == "auto" else "xla"
+    host = write_back_blocks(state.host, state.pool, filled, slot, implementation=implementation)
+    return dataclasses.replace(state, host=host)
