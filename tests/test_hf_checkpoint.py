@@ -103,7 +103,7 @@ def test_every_tensor_lies_where_the_layout_says(name, dtype):
         q, k, v, o = (layer[f"self_attn.{letter}_proj.weight"].T for letter in "qkvo")
         gate, up, down = (layer[f"mlp.{word}_proj.weight"].T for word in ("gate", "up", "down"))
         q, k, v = (x.reshape(len(x), -1, model.config.head_dim) for x in (q, k, v))
-        check(attention.qkv[i], by_kv_head(q, k, v))
+        check(attention.qkv[i], np.asarray(by_kv_head(*(jnp.asarray(x) for x in (q, k, v)))))
         check(attention.output[i], o)
         check(attention.importance.A[i], layer["self_attn.A"], jnp.float32)
         delta = attention.importance.delta[i]
