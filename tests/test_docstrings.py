@@ -29,7 +29,8 @@ def docstrings() -> Iterator[tuple[str, str]]:
     """(dotted name, docstring) of every module."""
     for top in ("pallas_kernels", "nosa_jax", "experiments"):
         for file in sorted((ROOT / top).rglob("*.py")):
-            text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
+            # As it stands: cleaned, one whose only lines are an example would lose its indent.
+            text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")), clean=False)
             parts = file.relative_to(ROOT).with_suffix("").parts
             yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), text or ""
 
