@@ -87,7 +87,9 @@ def compare_offload() -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = Path("experiments/results/exactness_cpu.json")
-    parser.add_argument("--output", "--out", type=Path, default=default, help="where the JSON goes (default: %(default)s)")
+    parser.add_argument(
+        "--output", "--out", type=Path, default=default, help="where the JSON goes (default: %(default)s)"
+    )
     out = parser.parse_args().output
     jax.config.update("jax_default_matmul_precision", "highest")
     results: dict[str, Any] = {"environment": environment(), "cases": {}}

@@ -1,6 +1,6 @@
 """Draws the figure of `experiments.decode_throughput`: speed and transfers by slots, and the rivals at long contexts.
 
-    python -m experiments.plot_decode
+python -m experiments.plot_decode
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Draws the figures of `experiments.prefill`: time over dense attention by cuDNN, forward and with gradients.
 
-    python -m experiments.plot_prefill
+python -m experiments.plot_prefill
 """
 
 from __future__ import annotations

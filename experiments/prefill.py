@@ -203,7 +203,11 @@ PARTS: dict[str, Callable[[Table], None]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--parts", nargs="*", choices=PARTS, default=list(PARTS), help="what to time, in this order (default: all of it)"
+        "--parts",
+        nargs="*",
+        choices=PARTS,
+        default=list(PARTS),
+        help="what to time, in this order (default: all of it)",
     )
     args = gpu_arguments(parser)
     table = Table()

@@ -82,7 +82,9 @@ def measure(variant: Any, tokens: int, steps: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=16384, help="tokens of the batch, one row (default: 16384)")
-    parser.add_argument("--steps", type=int, default=5, help="steps that are timed, after two for warming up (default: 5)")
+    parser.add_argument(
+        "--steps", type=int, default=5, help="steps that are timed, after two for warming up (default: 5)"
+    )
     args = gpu_arguments(parser)
     steps = []
     for variant in ("nosa", "full"):

@@ -16,7 +16,9 @@ MODULES = sorted(
     for file in FOLDER.rglob("*.py")
     if file.name != "__init__.py"
 )
-COMMANDS = [module for module in MODULES if "\ndef main(" in (FOLDER.parent / f"{module.replace('.', '/')}.py").read_text()]
+COMMANDS = [
+    module for module in MODULES if "\ndef main(" in (FOLDER.parent / f"{module.replace('.', '/')}.py").read_text()
+]
 # Nothing here may ask for these before it runs; drawing is what the figures' scripts are for.
 OPTIONAL = ("torch", "fla", "triton", "transformers", "tyro", "grain", "tqdm", "safetensors", "tokenizers")
 RESULTS = FOLDER / "README.md"
