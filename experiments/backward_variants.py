@@ -3,8 +3,9 @@
     python -m experiments.backward_variants --output experiments/results/backward_variants_h200.json
 
 Two rivals are timed. "query-major": each tile of queries walks its blocks once and adds to dk, dv and dbias by float32
-atomics. "key-major": each block walks its queries once and adds to dq by float32 atomics. Both make 5 matrix products per pair instead of 7, and neither repeats its own bits. Float32 sums; the casts back to
-bfloat16 that both would need are not counted.
+atomics. "key-major": each block walks its queries once and adds to dq by float32 atomics. Both make 5 matrix products
+per pair instead of 7, and neither repeats its own bits. Sums are float32; the casts back to bfloat16 that both would
+need are not counted.
 """
 
 from __future__ import annotations

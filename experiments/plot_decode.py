@@ -1,6 +1,8 @@
 """Draws the figure of `experiments.decode_throughput`: speed and transfers by slots, and the rivals at long contexts.
 
-python -m experiments.plot_decode
+    python -m experiments.plot_decode
+
+Reads the JSON in `experiments/results` and writes `decode_h200.png` there. Needs matplotlib.
 """
 
 from __future__ import annotations

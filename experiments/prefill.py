@@ -3,9 +3,10 @@
     python -m experiments.prefill --output experiments/results/prefill_h200.json
 
 Times are medians after warm-up, all in one process; calls shorter than 5 ms are enqueued together and waited for once.
-Selections are what the ops select on correlated inputs (`experiments.correlated`), except where the entry says "random".
-The time of block attention includes building its lists; "whole" adds pooling, scores and selection. Gradients are for
-q, k, v and the bias. FLA's kernel needs torch and flash-linear-attention and is left out where they are missing.
+Selections are what the ops select on correlated inputs (`experiments.correlated`), except where the entry says
+"random". The time of block attention includes building its lists; "whole" adds pooling, scores and selection.
+Gradients are for q, k, v and the bias. FLA's kernel needs torch and flash-linear-attention and is left out where they
+are missing.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Examples in module docstrings run as they stand.
 
-The rule: an example is a run of lines that are indented by four spaces in a module's docstring, after an empty line. One
-whose first word is a command of the shell is not run here (`test_experiments.py` looks at those of the experiments); any
-other one is Python and runs in the names of its own module, of `nosa_jax` and of what a reader would have at hand: `model`, a
-NosaLM, and `tokens`, int32 [2, 65]. Python outside of an example is an error: it would be shown and not run.
+The rule: an example is a run of lines that are indented by four spaces in a module's docstring, after an empty line.
+One whose first word is a command of the shell is not run here (`test_experiments.py` looks at those of the
+experiments); any other one is Python and runs in the names of its own module, of `nosa_jax` and of what a reader would
+have at hand: `model`, a NosaLM, and `tokens`, int32 [2, 65]. Python outside of an example is an error: it would be
+shown and not run.
 """
 
 from __future__ import annotations

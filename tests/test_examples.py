@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 
 import jax
@@ -47,10 +46,9 @@ def test_decode_loop(capsys):
 
 
 def test_locality_study(tmp_path, capsys, monkeypatch):
-    config = functools.partial(locality_study.train.TrainConfig, batch_size=1, length=64)
-    monkeypatch.setattr(
-        locality_study.train, "TrainConfig", lambda *args, **fields: config(*args, steps=fields["steps"])
-    )
+    real = locality_study.train.TrainConfig
+    small = lambda model, steps, **fields: real(model, steps=steps, batch_size=1, length=64)
+    monkeypatch.setattr(locality_study.train, "TrainConfig", small)
     reports = locality_study.main(f"--train-steps 2 --prompt 200 --new 24 --slots 8 10 --out {tmp_path}".split())
     assert list(reports) == ["nosa", "infllmv2"]
     assert "misses per step, 10 slots" in capsys.readouterr().out

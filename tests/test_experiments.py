@@ -11,20 +11,18 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parents[1] / "experiments"
-MODULES = sorted(
-    ".".join(file.relative_to(FOLDER.parent).with_suffix("").parts)
-    for file in FOLDER.rglob("*.py")
+FILES = {
+    ".".join(file.relative_to(FOLDER.parent).with_suffix("").parts): file
+    for file in sorted(FOLDER.rglob("*.py"))
     if file.name != "__init__.py"
-)
-COMMANDS = [
-    module for module in MODULES if "\ndef main(" in (FOLDER.parent / f"{module.replace('.', '/')}.py").read_text()
-]
+}
+COMMANDS = [module for module, file in FILES.items() if "\ndef main(" in file.read_text(encoding="utf-8")]
 # Nothing here may ask for these before it runs; drawing is what the figures' scripts are for.
 OPTIONAL = ("torch", "fla", "triton", "transformers", "tyro", "grain", "tqdm", "safetensors", "tokenizers")
 RESULTS = FOLDER / "README.md"
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", FILES)
 def test_imports_without_optional_packages(module, monkeypatch):
     for name in OPTIONAL:
         monkeypatch.setitem(sys.modules, name, None)
@@ -58,7 +56,7 @@ def test_a_module_that_needs_a_gpu_says_so_before_any_work(monkeypatch, capsys):
     assert end.value.code == 2 and "needs an NVIDIA GPU" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", FILES)
 def test_the_readme_lists_it(module):
     assert f"`{module.removeprefix('experiments.')}`" in RESULTS.read_text(), f"say in {RESULTS.name} what it is for"
 
