@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import jax
 import numpy as np
 from flax import nnx
 
@@ -38,10 +37,10 @@ def main(arguments: list[str] | None = None) -> np.ndarray:
     # The state is one pytree: the pool of blocks on the device, the store in host memory, which block lies where.
     room = prompts.shape[1] + args.new + turn.shape[1]
     state, logits = nosa_jax.prefill(model, prompts, lengths, max_length=room, cache=cache)
-    step = jax.jit(nosa_jax.decode_step, donate_argnums=1, compiler_options=nosa_jax.COMPILER_OPTIONS)
     tokens = [logits.argmax(-1)]
     while len(tokens) < args.new:
-        state, logits = step(model, state, tokens[-1])  # the old state is donated: go on with the new one
+        # The old state is donated, that is, gone: go on with the new one.
+        state, logits = nosa_jax.jit_decode_step(model, state, tokens[-1])
         tokens.append(logits.argmax(-1))  # your sampling, your stop rule
     ours = np.stack(tokens, axis=1).astype(np.int32)
     print("tokens in the cache:", state.lengths.tolist(), "of at most", state.max_length)
