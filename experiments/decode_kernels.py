@@ -1,6 +1,6 @@
 """The kernels of a decode step that move bytes, alone: the fetch against `device_put`, attention against device memory.
 
-python -m experiments.decode_kernels --output experiments/results/decode_kernels_h200.json
+    python -m experiments.decode_kernels --output experiments/results/decode_kernels_h200.json
 
 Kernel times are the profiler's, means of the calls of one loop over the layers of an 8B-shaped cache (K = 2, D = 128,
 blocks of 64, bfloat16). The rates they are compared with are measured in the same process: `device_put` of 1 GiB from

@@ -3,7 +3,8 @@
     from nosa_jax import presets, train
 
     corpus = train.load_corpus(train.stdlib_files())
-    result = train.train(train.TrainConfig(presets.tiny()), corpus, "runs/tiny")
+    config = train.TrainConfig(presets.tiny(), steps=20, length=128, eval_batches=4)
+    result = train.train(config, corpus, "runs/tiny")
     model = train.load_model("runs/tiny/checkpoints")
 
 Needs the extra `train`: pip install "nosa-jax[train]".

@@ -1,9 +1,11 @@
 """Local text as bytes, cut into windows and served in seeded batches whose position can be saved.
 
-corpus = load_corpus(stdlib_files())
-batches = train_batches(corpus.train, batch_size=8, length=512, seed=0)
-next(batches)        # int32 [8, 513]: the inputs are [:, :-1], the targets [:, 1:]
-batches.get_state()  # JSON; set_state() continues on exactly the next batch
+    corpus = load_corpus(stdlib_files())
+    batches = train_batches(corpus.train, batch_size=8, length=512, seed=0)
+    next(batches)        # int32 [8, 513]: the inputs are [:, :-1], the targets [:, 1:]
+    batches.get_state()  # JSON; set_state() continues on exactly the next batch
+
+Text of your own goes in as a `Corpus` of token ids.
 """
 
 from __future__ import annotations
