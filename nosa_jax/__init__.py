@@ -8,8 +8,8 @@ from nosa_jax.config import AttentionConfig, CacheConfig, ModelConfig, RopeConfi
 from nosa_jax.decode import COMPILER_OPTIONS, decode_step, extend, prefill
 from nosa_jax.generation import Generation, generate, stream
 from nosa_jax.hf import from_pretrained, save_pretrained
+from nosa_jax.locality import Selections
 from nosa_jax.model import ForwardOutput, NosaLM, cast, forward, num_parameters, with_attention
-from nosa_jax.recorder import Selections
 from nosa_jax.sampling import Sampling
 from pallas_kernels import KernelUnsupportedError
 

@@ -23,12 +23,17 @@ def set_host_memory_limit(gib: int) -> None:
     require_type("gib", gib, int, "Pass a whole number.")
     if gib < 1:
         raise bad_value("gib", "must be >= 1", gib, "64 is the default.")
-    if xla_bridge.backends_are_initialized():
+    if has_device():
         raise RuntimeError(
             "set_host_memory_limit: must be called before JAX first uses a device, and it has used one; "
             "call it right after the imports."
         )
     os.environ[_PINNED_LIMIT_VARIABLE] = str(gib)
+
+
+def has_device() -> bool:
+    """Whether JAX has begun to use a device; asking does not make it begin."""
+    return xla_bridge.backends_are_initialized()
 
 
 def host_limit() -> tuple[int, str]:

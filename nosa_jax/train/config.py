@@ -8,9 +8,8 @@ from typing import Literal
 import jax
 
 from nosa_jax.config import ModelConfig
-from nosa_jax.train._require import require_int
 from nosa_jax.train.optim import OptimizerConfig
-from pallas_kernels.checks import bad_type, bad_value
+from pallas_kernels.checks import bad_type, bad_value, require_int
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nosa_jax.train._require import require_int, require_number
-from pallas_kernels.checks import bad_value
+from pallas_kernels.checks import bad_value, require_int, require_number
 
 
 @dataclasses.dataclass(frozen=True)
