@@ -9,6 +9,7 @@ import jax
 from jax._src import xla_bridge  # nothing public says whether JAX has a device yet
 
 from pallas_kernels.checks import bad_value, require_type
+from pallas_kernels.device import current_device
 
 _PINNED_LIMIT_VARIABLE = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 _PINNED_LIMIT_DEFAULT_GIB = 64  # XLA's own default for pinned host memory; it counts in GiB whatever the name says
@@ -41,7 +42,7 @@ def host_limit() -> tuple[int, str]:
 
     On a GPU this is XLA's pool of pinned memory. Physical memory is not asked there: virtual machines grow theirs.
     """
-    if jax.default_backend() == "gpu":
+    if current_device().is_gpu:
         limit = int(os.environ.get(_PINNED_LIMIT_VARIABLE, _PINNED_LIMIT_DEFAULT_GIB))
         remedy = f"nosa_jax.set_host_memory_limit, called first, or {_PINNED_LIMIT_VARIABLE} raises it"
         return limit * 2**30, f"XLA's pinned memory pool; {remedy}"

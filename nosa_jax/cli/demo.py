@@ -19,6 +19,7 @@ from nosa_jax.environment import environment
 from nosa_jax.locality import comparison_table, draw, record
 from nosa_jax.train import Corpus, OptimizerConfig, TrainConfig
 from pallas_kernels.checks import bad_value
+from pallas_kernels.device import current_device
 
 _COMPARED = ("logits", "tokens", "block_ids")
 _SHOWN_LINES, _SHOWN_COLUMNS = 8, 90
@@ -55,7 +56,7 @@ class Demo:
         self.out.mkdir(parents=True, exist_ok=True)
         timer = Timer()
         heading("nosa demo: sparse attention with the KV cache in host memory, from training to figures")
-        facts([("device", jax.local_devices()[0].device_kind), ("output", self.out.resolve())])
+        facts([("device", current_device().kind), ("output", self.out.resolve())])
 
         heading("1/5  Training")
         with timer.part("training"):

@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-import jax
-
 from nosa_jax.config import ModelConfig
 from nosa_jax.train.optim import OptimizerConfig
 from pallas_kernels.checks import bad_type, bad_value, require_int
+from pallas_kernels.device import current_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +62,7 @@ class TrainConfig:
             )
 
     def resolved_dtype(self) -> str:
-        """`compute_dtype` with "auto" decided for the default backend."""
+        """`compute_dtype` with "auto" decided for the device at hand."""
         if self.compute_dtype != "auto":
             return self.compute_dtype
-        return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        return "float32" if current_device().platform == "cpu" else "bfloat16"
