@@ -201,7 +201,7 @@ class StepBytes(NamedTuple):
 
 
 def step_bytes(
-    config: ModelConfig, lengths: Iterable[int], *, dtype: Any = jnp.bfloat16, fetched: float, offloaded: bool
+    config: ModelConfig, lengths: Iterable[int], *, dtype: Any = jnp.bfloat16, fetched: float | int, offloaded: bool
 ) -> StepBytes:
     """What a decode step of rows of `lengths` tokens must move.
 

@@ -16,12 +16,12 @@ class TrainConfig:
     """A training run.
 
     model: what is trained, e.g. `presets.tiny(variant="infllmv2")`.
-    steps: of the whole run; the horizon of the learning rate schedule.
+    steps: how many the whole run takes, which is the horizon of the learning rate schedule.
     batch_size, length: windows per step and target tokens per window.
     accumulate: parts a batch is split into to save memory; divides `batch_size`.
     remat: recompute each layer in the backward pass, slower in less memory.
-    compute_dtype: of forward and backward pass; "auto" is float32 on a CPU and bfloat16 elsewhere.
-    seed: of the initial weights and the order of the data.
+    compute_dtype: dtype of the forward and backward pass; "auto" is float32 on a CPU and bfloat16 elsewhere.
+    seed: seed of the initial weights and of the order of the data.
     log_every: steps between two log records (the first and the last step are always logged).
     eval_every, checkpoint_every: steps between two of them; 0 leaves only the one at the end.
     eval_batches: held-out batches per evaluation, at most.
