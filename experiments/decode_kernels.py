@@ -22,10 +22,10 @@ from jaxtyping import Array, Int32
 
 from experiments.environment import gpu_arguments, save
 from experiments.profiling import link_rate, memory_rate, profile
-from pallas_kernels import fetch_blocks, update_and_attend
+from pallas_kernels import blocks, fetch_blocks, update_and_attend
 
 LAYERS, KV_HEADS, GROUP, SIZE, DIM, SELECTED, SLOTS, BLOCKS = 2, 2, 16, 64, 128, 64, 80, 256
-BLOCK_BYTES = 2 * SIZE * DIM * 2
+BLOCK_BYTES = blocks.block_bytes(SIZE, DIM, itemsize=2)
 CALLS = 32
 
 

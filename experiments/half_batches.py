@@ -74,7 +74,15 @@ def step(
 
 
 def measure(
-    model: NosaLM, run: Run, halves: int, staggered: bool, ids: np.ndarray, steps: int, repeats: int, max_length: int
+    model: NosaLM,
+    run: Run,
+    *,
+    halves: int,
+    staggered: bool,
+    ids: np.ndarray,
+    steps: int,
+    repeats: int,
+    max_length: int,
 ) -> dict[str, Any]:
     """Milliseconds per step of a batch in this many parts, in both kinds of CUDA graphs."""
     part = dataclasses.replace(run, batch=run.batch // halves)

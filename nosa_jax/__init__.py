@@ -18,8 +18,8 @@ from nosa_jax.decode import (
     stream,
 )
 from nosa_jax.hf import from_pretrained, save_pretrained
+from nosa_jax.locality import Selections
 from nosa_jax.model import ForwardOutput, NosaLM, cast, forward, num_parameters, with_attention
-from nosa_jax.recorder import Selections
 from pallas_kernels import KernelUnsupportedError
 
 __version__ = "0.1.0"

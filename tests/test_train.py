@@ -373,7 +373,7 @@ def test_heldout_text_must_fill_a_window():
 
 def test_a_missing_package_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "grain", None)
-    with pytest.raises(ImportError, match=r'Training needs grain. Install it: pip install "nosa-jax\[train\]"'):
+    with pytest.raises(ImportError, match=r'grain is needed for training: pip install "nosa-jax\[train\]"'):
         train(CONFIG, CORPUS, progress=False)
 
 

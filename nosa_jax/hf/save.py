@@ -15,8 +15,9 @@ import jax
 import numpy as np
 from jax.typing import DTypeLike
 
+from nosa_jax._extras import import_extra
 from nosa_jax.hf.config_json import CONFIG_NAME, render_config
-from nosa_jax.hf.files import INDEX_NAME, SINGLE_NAME, import_extra
+from nosa_jax.hf.files import INDEX_NAME, SINGLE_NAME
 from nosa_jax.hf.keymap import Piece, model_pieces
 from nosa_jax.hf.load import check_dtype
 from nosa_jax.model import NosaLM

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Integer
 
-from nosa_jax.train._require import import_extra, require_int, require_number
-from pallas_kernels.checks import bad_type, bad_value
+from nosa_jax._extras import import_extra
+from pallas_kernels.checks import bad_type, bad_value, require_int, require_number
 
 _STDLIB_SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 

@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nosa_jax.train._require import require_int, require_number
-from pallas_kernels.checks import bad_value
+from pallas_kernels.checks import bad_value, require_int, require_number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +21,7 @@ class OptimizerConfig:
     final_learning_rate: the rate reached when the last step is done.
     warmup_fraction, decay_fraction: shares of all steps spent rising to and falling from `learning_rate`, linearly.
         Continued pretraining as published is a small step down: e.g. 3e-4 and 2e-4 with `decay_fraction=1.0`.
-    beta1, beta2, epsilon: of Adam.
+    beta1, beta2, epsilon: Adam's decay of the two moments, and its term against division by zero.
     weight_decay: pulls matrices towards 0 by this times the learning rate; see `decays`.
     clip_norm: gradients with a larger global norm are scaled down to it.
 
