@@ -1,11 +1,11 @@
 """One-pass backward passes with atomics, against the two passes without them that `block_attention` runs.
 
-python -m experiments.backward_variants --output experiments/results/backward_variants_h200.json
+    python -m experiments.backward_variants --output experiments/results/backward_variants_h200.json
 
-query-major: each tile of queries walks its blocks once and adds to dk, dv and dbias by float32 atomics.
-key-major: each block walks its queries once and adds to dq by float32 atomics.
-Both make 5 matrix products per pair instead of 7, and neither repeats its own bits. Float32 sums; the casts back to
-bfloat16 that both would need are not counted.
+Two rivals are timed. "query-major": each tile of queries walks its blocks once and adds to dk, dv and dbias by float32
+atomics. "key-major": each block walks its queries once and adds to dq by float32 atomics. Both make 5 matrix products
+per pair instead of 7, and neither repeats its own bits. Sums are float32; the casts back to bfloat16 that both would
+need are not counted.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def key_major(refs: Any, *, gathered: int, scale: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--tokens", type=int, default=32768, help="length of the row (default: 32768)")
     args = gpu_arguments(parser)
     inputs = correlated.make_inputs(args.tokens)
     settings, kv_heads = Settings(SIZE, inputs.q.shape[-1] ** -0.5), inputs.k.shape[1]

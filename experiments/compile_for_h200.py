@@ -1,6 +1,6 @@
 """Compiles the kernels for an H200 on a machine without a GPU: what the lowering tests cannot see.
 
-pip install ".[cuda13]"; python -m experiments.compile_for_h200
+    pip install ".[cuda13]"; python -m experiments.compile_for_h200
 
 Goes through Triton, Mosaic and ptxas to machine code, so it finds sizes that do not fit shared memory and kernels that
 take a minute to compile; prints compile seconds and XLA's temporary bytes, and fails if a kernel does. Slow (minutes on
@@ -9,6 +9,7 @@ two cores), hence not a test.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 import sys
@@ -83,7 +84,7 @@ def decode_step(config: ModelConfig, batch: int, max_length: int, slots: int) ->
 
         def body(_: Any, carry: Any) -> Any:
             state, tokens = carry
-            state, out = decode.step(model, state, tokens)
+            state, out = decode.run_step(model, state, tokens)
             return state, jnp.argmax(out.logits, axis=-1).astype(jnp.int32)
 
         return jax.lax.fori_loop(0, 16, body, (state, tokens))[1]
@@ -110,6 +111,7 @@ def programs() -> Iterator[Program]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     topology = topologies.get_topology_desc("h200", "cuda", target_config=TARGET, topology="1x1x1")
     sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
     device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")

@@ -1,6 +1,6 @@
 """The kernels of a decode step that move bytes, alone: the fetch against `device_put`, attention against device memory.
 
-python -m experiments.decode_kernels --output experiments/results/decode_kernels_h200.json
+    python -m experiments.decode_kernels --output experiments/results/decode_kernels_h200.json
 
 Kernel times are the profiler's, means of the calls of one loop over the layers of an 8B-shaped cache (K = 2, D = 128,
 blocks of 64, bfloat16). The rates they are compared with are measured in the same process: `device_put` of 1 GiB from
@@ -22,10 +22,10 @@ from jaxtyping import Array, Int32
 
 from experiments.environment import gpu_arguments, save
 from experiments.profiling import link_rate, memory_rate, profile
-from pallas_kernels import Residence, Store, Token, fetch_blocks, update_and_attend
+from pallas_kernels import Residence, Store, Token, blocks, fetch_blocks, update_and_attend
 
 LAYERS, KV_HEADS, GROUP, SIZE, DIM, SELECTED, SLOTS, BLOCKS = 2, 2, 16, 64, 128, 64, 80, 256
-BLOCK_BYTES = 2 * SIZE * DIM * 2
+BLOCK_BYTES = blocks.block_bytes(SIZE, DIM, itemsize=2)
 CALLS = 32
 
 

@@ -6,8 +6,9 @@ A run is variant:context:batch:slots[:trace]; slots "device" keeps the cache on 
 at the start, or 8192-24576 for rows of lengths spread evenly from the one to the other. With "trace" the selection of
 every step is replaced, after it was computed, by one whose locality is the published one (`experiments.traces`);
 without, it is what the weights select. Weights are random unless a checkpoint is given, keys and values always; all
-loops are one jitted `lax.fori_loop` of `decode.step` with the state donated. Medians, synchronised. Shares compare the
-step with its bytes, weights and blocks and pooled keys at HBM and link bytes at the measured rate of `device_put`.
+loops are one jitted `lax.fori_loop` of `decode.run_step` with the state donated. Medians, synchronised. Shares compare
+the step with its bytes (`nosa_jax.cache.plan.step_bytes`) at rates measured in the same process: a sum over device
+memory for what it reads there, `device_put` for what crosses the link.
 """
 
 from __future__ import annotations
@@ -30,16 +31,16 @@ from jaxtyping import Array, Int32
 
 from experiments import traces
 from experiments.environment import gpu_arguments, save
-from experiments.profiling import link_rate, profile
+from experiments.profiling import link_rate, memory_rate, profile
 from nosa_jax import CacheConfig, ModelConfig, NosaLM, decode, from_pretrained, presets
 from nosa_jax.cache import host_store, slots
-from nosa_jax.cache.plan import plan
+from nosa_jax.cache.plan import plan, step_bytes
 from nosa_jax.cache.state import DecodeState, empty_state
 from nosa_jax.locality import replay_misses
 from nosa_jax.model import with_attention
 from pallas_kernels import blocks
+from pallas_kernels.device import Rates
 
-HBM = 4.3e12  # bytes per second of device memory, as large reads and matrix products reach on an H200
 TRACED_HEADS = 8  # independent traces per row; layers beyond repeat them
 
 
@@ -82,8 +83,9 @@ def make_state(config: ModelConfig, run: Run, max_length: int, ids: Array | None
         assert ids is not None
         step = jnp.broadcast_to(lengths[:, None] - 1, ids.shape[:-1])
         state = dataclasses.replace(state, host=host, table=slots.filled_table(ids, step, state.pool.shape[3]))
-    if state.keys is not None:
-        state = dataclasses.replace(state, keys=state.keys._replace(pooled=fill(state.keys.pooled)))
+    if state.pooled_keys is not None:
+        pooled_keys = state.pooled_keys._replace(pooled=fill(state.pooled_keys.pooled))
+        state = dataclasses.replace(state, pooled_keys=pooled_keys)
     if state.importance is not None:
         pooled = state.pooled_importance._replace(pooled=jnp.abs(fill(state.pooled_importance.pooled)))
         state = dataclasses.replace(state, importance=jnp.abs(fill(state.importance)), pooled_importance=pooled)
@@ -110,7 +112,7 @@ def loop(
         forced = None
         if ids is not None:
             forced = of_all_layers(ids[i], model.config.num_layers)
-        state, out = decode.step(model, state, token, None, forced)
+        state, out = decode.run_step(model, state, token, None, forced)
         if out.fetched is not None:
             fetched += jnp.sum(out.fetched)
         return state, jnp.argmax(out.logits, axis=-1).astype(jnp.int32), fetched
@@ -130,7 +132,15 @@ def launches(text: str) -> int:
     return max((n for name, n in bodies.items() if name.startswith("region")), default=0)
 
 
-def measure(model: NosaLM, run: Run, steps: int, repeats: int, link: float, options: dict[str, Any]) -> dict[str, Any]:
+def measure(
+    model: NosaLM,
+    run: Run,
+    *,
+    steps: int,
+    repeats: int,
+    rates: Rates,
+    options: dict[str, Any],
+) -> dict[str, Any]:
     model = with_attention(model, variant=run.variant)
     config = model.config
     attention = config.attention
@@ -176,24 +186,16 @@ def measure(model: NosaLM, run: Run, steps: int, repeats: int, link: float, opti
     arguments = jax.block_until_ready((model, state, token, given(repeats + 1)))
     kernels = {name: ms / steps for name, ms in profile(lambda: compiled(*arguments)).items()}
     tables = config.num_layers * run.batch * config.num_kv_heads
-    block_bytes = 2 * attention.block_size * config.head_dim * 2
-    moved = statistics.mean(fetched[1:])
-    written = 0.0 if state.host is None else tables / attention.block_size
-    weights = sum(x.nbytes for x in jax.tree.leaves(model)) - model.embed[...].nbytes
-    tokens = run.lengths.mean()
-    selected = attention.num_selected_blocks if attention.is_sparse else tokens / attention.block_size
-    read = selected * (block_bytes + (4 * attention.block_size if attention.uses_importance else 0))
-    if attention.uses_query_scores:
-        read += tokens / attention.pooling_stride * config.head_dim * 2
-    hbm_bytes, link_bytes = weights + tables * read, (moved + written) * block_bytes
-    hbm_ms, link_ms = 1e3 * hbm_bytes / HBM, 1e3 * link_bytes / link
+    moved = statistics.mean(fetched[1:]) / tables
+    least = step_bytes(config, run.lengths, fetched=moved, offloaded=state.host is not None)
+    hbm_ms, link_ms = 1e3 * least.device / rates.memory, 1e3 * least.link / rates.link
     memory = compiled.memory_analysis()
     return {
         "run": dataclasses.asdict(run), "steps": steps, "tokens_per_second": round(run.batch / step_seconds, 1),
         "step_ms": round(1e3 * step_seconds, 3), "samples_ms": [round(1e3 * s, 3) for s in seconds[1:]],
-        "fetched_per_table": round(moved / tables, 3), "replayed_per_table": replayed,
-        "hbm_gb": round(hbm_bytes / 1e9, 3),
-        "link_gb": round(link_bytes / 1e9, 4), "hbm_ms": round(hbm_ms, 3), "link_ms": round(link_ms, 3),
+        "fetched_per_table": round(moved, 3), "replayed_per_table": replayed,
+        "hbm_gb": round(least.device / 1e9, 3),
+        "link_gb": round(least.link / 1e9, 4), "hbm_ms": round(hbm_ms, 3), "link_ms": round(link_ms, 3),
         "share_of_sum": round((hbm_ms + link_ms) / (1e3 * step_seconds), 3),
         "share_of_larger": round(max(hbm_ms, link_ms) / (1e3 * step_seconds), 3),
         "kernel_ms": {name: round(ms, 4) for name, ms in sorted(kernels.items(), key=lambda x: -x[1])[:40]},
@@ -215,26 +217,27 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--xla", nargs="*", default=[], metavar="FLAG=VALUE", help="compiler options to try")
     args = gpu_arguments(parser)
+    rates = Rates(memory=memory_rate(), link=link_rate())
     if args.model:
         model = from_pretrained(args.model, dtype=jnp.bfloat16)
     else:
         config = getattr(presets, args.preset)()
         model = jax.jit(lambda: NosaLM(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))()
     options: dict[str, Any] = dict(option.split("=", 1) for option in args.xla)
-    link = link_rate()
-    print(f"link {link / 1e9:.1f} GB/s", flush=True)
+    print(f"link {rates.link / 1e9:.1f} GB/s, device memory {rates.memory / 1e12:.2f} TB/s", flush=True)
+    measured = functools.partial(measure, steps=args.steps, repeats=args.repeats, rates=rates, options=options)
     entries = []
     for run in args.runs:
         try:
-            entries.append(measure(model, run, args.steps, args.repeats, link, options))
+            entries.append(measured(model, run))
         except Exception as error:  # one failure must not lose the rest of the run
             entries.append({"run": dataclasses.asdict(run), "failed": f"{type(error).__name__}: {error}"[:300]})
         print(json.dumps(entries[-1]), flush=True)
         save(
             args.output,
             model=args.model.name if args.model else args.preset,
-            link_bytes_per_second=link,
-            hbm_bytes_per_second=HBM,
+            link_bytes_per_second=rates.link,
+            hbm_bytes_per_second=rates.memory,
             repeats=args.repeats,
             compiler_options=decode.COMPILER_OPTIONS | options,
             entries=entries,

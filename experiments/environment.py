@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import jax
-import jaxlib
+
+from nosa_jax.environment import versions
+from pallas_kernels.device import current_device
 
 
 def environment() -> dict[str, Any]:
@@ -18,13 +19,12 @@ def environment() -> dict[str, Any]:
     git = lambda *args: subprocess.run(
         ["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True
     ).stdout.strip()
+    found = versions()
     changed = "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
     return {
-        "device": jax.local_devices()[0].device_kind,
+        "device": current_device().kind,
         "devices": jax.local_device_count(),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
+        **{package: found[package] for package in ("python", "jax", "jaxlib")},
         "commit": (git("rev-parse", "--short", "HEAD") or "unknown") + changed,
     }
 
@@ -33,8 +33,8 @@ def gpu_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The parsed command line with `--output`. Ends the program, before any work, where there is no GPU."""
     parser.add_argument("--output", type=Path, help="where the JSON goes")
     args = parser.parse_args()
-    if jax.default_backend() != "gpu":
-        parser.error(f"it needs an NVIDIA GPU, the default device is {jax.default_backend()!r}")
+    if not current_device().is_gpu:
+        parser.error(f"it needs an NVIDIA GPU, the default device is {current_device().kind!r}")
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
     return args

@@ -1,9 +1,10 @@
-"""How far the model is from the published reference code, and offloaded from on-device decoding. Writes JSON.
+"""How far the model is from the published reference code, and offloaded decoding from decoding on the device.
 
-    python -m experiments.exactness --out experiments/results/exactness_cpu.json
+    python -m experiments.exactness --output experiments/results/exactness_cpu.json
 
-Prompt logits and every selection of the golden cases, teacher-forced decode steps, and generations with the cache
-offloaded at several numbers of slots against the cache on the device, float32.
+Compares the prompt logits, every selection and teacher-forced decode steps of the golden cases (`tests/golden`); then
+generations with the cache in host memory, at several numbers of slots, against the cache on the device. All in float32.
+Writes JSON. Runs anywhere.
 """
 
 from __future__ import annotations
@@ -85,8 +86,11 @@ def compare_offload() -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("experiments/results/exactness_cpu.json"))
-    out = parser.parse_args().out
+    default = Path("experiments/results/exactness_cpu.json")
+    parser.add_argument(
+        "--output", "--out", type=Path, default=default, help="where the JSON goes (default: %(default)s)"
+    )
+    out = parser.parse_args().output
     jax.config.update("jax_default_matmul_precision", "highest")
     results: dict[str, Any] = {"environment": environment(), "cases": {}}
     for name in CASES:

@@ -60,7 +60,7 @@ def step(
             ids = jnp.where(forced[index, part, :, :1] > -2, forced[index, part], ids)
             state, residence = kv.admit(state, ids, positions, index)
             after = residence.loads
-            state, out = kv.attend(state, q, k, v, residence, positions, index)
+            state, out = kv.attend(state, q, k, v, residence, ids, positions, index)
             outs.append(out)
             updated.append(state)
         mlp, x = layer_at(model.layers.mlp, index, x + attention.merge(jnp.concatenate(outs)[:, None]))
@@ -74,7 +74,15 @@ def step(
 
 
 def measure(
-    model: NosaLM, run: Run, halves: int, staggered: bool, ids: np.ndarray, steps: int, repeats: int, max_length: int
+    model: NosaLM,
+    run: Run,
+    *,
+    halves: int,
+    staggered: bool,
+    ids: np.ndarray,
+    steps: int,
+    repeats: int,
+    max_length: int,
 ) -> dict[str, Any]:
     """Milliseconds per step of a batch in this many parts, in both kinds of CUDA graphs."""
     part = dataclasses.replace(run, batch=run.batch // halves)

@@ -1,6 +1,6 @@
 """Long generations from a cache in host memory: the same numbers as reading everything again, and no memory that grows.
 
-python -m experiments.long_run --output experiments/results/long_run_h200.json
+    python -m experiments.long_run --output experiments/results/long_run_h200.json
 
 Eight ragged rows of the golden G = 16 model, sampled, float32 with exact products. At ten places prompt and generation
 are read again as one text, with the selections of the generation replayed; then ten generations run in one process.
@@ -102,8 +102,8 @@ def generate_again(model: NosaLM, batch: int, count: int, times: int) -> dict[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--new-tokens", type=int, default=8192)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--new-tokens", type=int, default=8192, help="tokens that every row generates (default: 8192)")
+    parser.add_argument("--batch", type=int, default=8, help="rows, each of another length (default: 8)")
     parser.add_argument("--output", type=Path, help="where the JSON goes")
     args = parser.parse_args()
     if args.new_tokens < 2 or args.batch < 1:

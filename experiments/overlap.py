@@ -1,9 +1,9 @@
 """Can XLA fetch blocks while it multiplies matrices? A fetch and a product that do not need each other, in one loop.
 
-python -m experiments.overlap --output experiments/results/overlap_h200.json
+    python -m experiments.overlap --output experiments/results/overlap_h200.json
 
-Milliseconds per trip of a `fori_loop`, medians: the fetch alone, the product alone, both, and both with the fetch
-annotated for a stream of its own (`jax.experimental.compute_on`, "gpu_stream:1"); under several compiler options.
+Gives milliseconds per trip of a `fori_loop` (medians) for the fetch alone, the product alone, both, and both with the
+fetch annotated for a stream of its own (`jax.experimental.compute_on`, "gpu_stream:1"), under several compiler options.
 """
 
 from __future__ import annotations

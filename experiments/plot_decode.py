@@ -1,10 +1,13 @@
 """Draws the figure of `experiments.decode_throughput`: speed and transfers by slots, and the rivals at long contexts.
 
-python -m experiments.plot_decode
+    python -m experiments.plot_decode
+
+Reads the JSON in `experiments/results` and writes `decode_h200.png` there. Needs matplotlib.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -63,6 +66,7 @@ def rivals(axes: Axes) -> None:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     figure, (speed, moved, long) = plt.subplots(1, 3, figsize=(13.5, 3.8))
     by_slots(speed, moved)
     rivals(long)

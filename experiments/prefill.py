@@ -1,11 +1,12 @@
 """Times of sparse attention over whole rows on a GPU, against dense attention by cuDNN and FLA's NSA kernel.
 
-python -m experiments.prefill --output experiments/results/prefill_h200.json
+    python -m experiments.prefill --output experiments/results/prefill_h200.json
 
-Medians after warm-up, all in one process; calls shorter than 5 ms are enqueued together and waited for once. Selections
-are the real ones on correlated inputs (`experiments.correlated`), except where the entry says "random". Block attention
-includes building its lists; "whole" adds pooling, scores and selection. Gradients are for q, k, v and the bias. Needs
-torch and fla for the NSA peer, else it is left out.
+Times are medians after warm-up, all in one process; calls shorter than 5 ms are enqueued together and waited for once.
+Selections are what the ops select on correlated inputs (`experiments.correlated`), except where the entry says
+"random". The time of block attention includes building its lists; "whole" adds pooling, scores and selection.
+Gradients are for q, k, v and the bias. FLA's kernel needs torch and flash-linear-attention and is left out where they
+are missing.
 """
 
 from __future__ import annotations
@@ -202,7 +203,13 @@ PARTS: dict[str, Callable[[Table], None]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
+    parser.add_argument(
+        "--parts",
+        nargs="*",
+        choices=PARTS,
+        default=list(PARTS),
+        help="what to time, in this order (default: all of it)",
+    )
     args = gpu_arguments(parser)
     table = Table()
     for part in args.parts:

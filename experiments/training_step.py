@@ -1,9 +1,9 @@
 """A training step of a 1B model on a GPU: `nosa` against `full` with cuDNN, and where the time goes.
 
-python -m experiments.training_step --output experiments/results/training_step_1b_h200.json
+    python -m experiments.training_step --output experiments/results/training_step_1b_h200.json
 
-Random weights and tokens, bfloat16 compute on float32 masters, AdamW, remat. Tokens per second are of whole steps
-(median, synchronised). Shares come from a profile of further steps: device time by kernel name.
+Weights and tokens are random; compute is bfloat16 on float32 masters, with AdamW and remat. Tokens per second are of
+whole steps (median, synchronised). Shares come from a profile of further steps: device time by kernel name.
 """
 
 from __future__ import annotations
@@ -81,8 +81,10 @@ def measure(variant: Any, tokens: int, steps: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=16384)
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=16384, help="tokens of the batch, one row (default: 16384)")
+    parser.add_argument(
+        "--steps", type=int, default=5, help="steps that are timed, after two for warming up (default: 5)"
+    )
     args = gpu_arguments(parser)
     steps = []
     for variant in ("nosa", "full"):

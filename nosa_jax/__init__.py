@@ -5,12 +5,21 @@ from nosa_jax.cache.memory import set_host_memory_limit
 from nosa_jax.cache.plan import CacheTooLargeError, Plan, plan
 from nosa_jax.cache.state import DecodeState
 from nosa_jax.config import AttentionConfig, CacheConfig, ModelConfig, RopeConfig
-from nosa_jax.decode import COMPILER_OPTIONS, decode_step, extend, prefill
-from nosa_jax.generation import Generation, generate, stream
+from nosa_jax.decode import (
+    COMPILER_OPTIONS,
+    Generation,
+    Sampling,
+    Step,
+    decode_step,
+    extend,
+    generate,
+    jit_decode_step,
+    prefill,
+    stream,
+)
 from nosa_jax.hf import from_pretrained, save_pretrained
+from nosa_jax.locality import Selections
 from nosa_jax.model import ForwardOutput, NosaLM, cast, forward, num_parameters, with_attention
-from nosa_jax.recorder import Selections
-from nosa_jax.sampling import Sampling
 from pallas_kernels import KernelUnsupportedError
 
 __version__ = "0.1.0"
@@ -30,12 +39,14 @@ __all__ = [
     "RopeConfig",
     "Sampling",
     "Selections",
+    "Step",
     "cast",
     "decode_step",
     "extend",
     "forward",
     "from_pretrained",
     "generate",
+    "jit_decode_step",
     "locality",
     "num_parameters",
     "ops",

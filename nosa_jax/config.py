@@ -5,17 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal, get_args
 
-from pallas_kernels.checks import bad_type, bad_value
+from pallas_kernels.checks import bad_type, bad_value, require_int, require_type
 
 Variant = Literal["full", "infllmv2", "dma", "nosa"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
-
-
-def _require_int(owner: str, name: str, value: Any, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise bad_type(f"{owner}.{name}", "must be an int", repr(value), f"Pass a whole number >= {minimum}.")
-    if value < minimum:
-        raise bad_value(f"{owner}.{name}", f"must be >= {minimum}", value, f"Raise it to at least {minimum}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +48,7 @@ class AttentionConfig:
             ("num_local_blocks", 1),
             ("num_query_blocks", 0),
         ):
-            _require_int("AttentionConfig", name, getattr(self, name), minimum)
+            require_int(f"AttentionConfig.{name}", getattr(self, name), minimum)
         if self.pooling_window != 2 * self.pooling_stride:
             raise bad_value(
                 "AttentionConfig.pooling_window",
@@ -138,6 +131,8 @@ class ModelConfig:
     """A Llama-style decoder with NOSA attention (N = num_heads, K = num_kv_heads, D = head_dim).
 
     max_context: the length the model was configured for; it picks the longrope factors and bounds nothing.
+    qkv_bias: queries, keys and values get a bias after their projection, as in Qwen2.
+    qk_norm: each head of queries and keys is normalised (RMS, learned weights) before RoPE, as in Qwen3.
     """
 
     vocab_size: int
@@ -150,14 +145,18 @@ class ModelConfig:
     max_context: int = 16384
     rms_norm_eps: float = 1e-5
     tie_embeddings: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
     rope: RopeConfig = RopeConfig()
     attention: AttentionConfig = AttentionConfig()
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
-            _require_int("ModelConfig", name, getattr(self, name), 1)
-        _require_int("ModelConfig", "head_dim", self.head_dim, 2)
-        _require_int("ModelConfig", "max_context", self.max_context, 1)
+            require_int(f"ModelConfig.{name}", getattr(self, name), 1)
+        require_int("ModelConfig.head_dim", self.head_dim, 2)
+        require_int("ModelConfig.max_context", self.max_context, 1)
+        for name in ("qkv_bias", "qk_norm"):
+            require_type(f"ModelConfig.{name}", getattr(self, name), bool, "Pass True or False.")
         if self.num_heads % self.num_kv_heads:
             raise bad_value(
                 "ModelConfig.num_heads",
@@ -222,7 +221,7 @@ class CacheConfig:
                     f"slots={self.slots} with offload=False",
                     "Drop slots or set offload=True.",
                 )
-            _require_int("CacheConfig", "slots", self.slots, 1)
+            require_int("CacheConfig.slots", self.slots, 1)
         if self.transport not in ("auto", "device_put"):
             raise bad_value(
                 "CacheConfig.transport",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -15,6 +16,7 @@ from nosa_jax.attention import layout
 from nosa_jax.attention.importance import Importance
 from nosa_jax.attention.layer import SELECTION, Attention
 from nosa_jax.config import ModelConfig
+from nosa_jax.norm import rms_norm
 from pallas_kernels.checks import bad_value, is_concrete, require_integers, require_shape, require_type
 from pallas_kernels.device import current_device
 
@@ -32,21 +34,22 @@ class ForwardOutput:
 
 
 class MLP(nnx.Module):
-    """SwiGLU of all layers, stacked. gate_up [L, H, 2F]: gate columns, then up columns. down [L, F, H]."""
+    """SwiGLU of all layers, stacked. gate_up [L, H, 2, F]: gate, then up. down [L, F, H]."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
         layers, hidden, inner = config.num_layers, config.hidden_size, config.intermediate_size
         scale = 0.02 / (2 * layers) ** 0.5
-        self.gate_up = nnx.Param(0.02 * jax.random.normal(rngs.params(), (layers, hidden, 2 * inner), dtype))
+        self.gate_up = nnx.Param(0.02 * jax.random.normal(rngs.params(), (layers, hidden, 2, inner), dtype))
         self.down = nnx.Param(scale * jax.random.normal(rngs.params(), (layers, inner, hidden), dtype))
 
     def __call__(self, x: Float[Array, "B T H"]) -> Float[Array, "B T H"]:
-        gate, up = jnp.split(x @ self.gate_up[...], 2, axis=-1)
+        weight = self.gate_up[...]
+        gate, up = jnp.split(x @ weight.reshape(weight.shape[0], -1), 2, axis=-1)
         return (jax.nn.silu(gate) * up) @ self.down[...]
 
 
 class Layers(nnx.Module):
-    """All decoder layers; `lax.scan` over this module yields one layer at a time."""
+    """All decoder layers, stacked; `lax.scan` over this module yields one layer at a time."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
         shape = (config.num_layers, config.hidden_size)
@@ -55,9 +58,34 @@ class Layers(nnx.Module):
         self.mlp_norm = nnx.Param(jnp.ones(shape, dtype))
         self.mlp = MLP(config, rngs=rngs, dtype=dtype)
 
-    def feed_forward(self, config: ModelConfig, x: Float[Array, "B T H"]) -> Float[Array, "B T H"]:
-        """The MLP half of one layer, residual included."""
-        return x + self.mlp(rms_norm(x, self.mlp_norm[...], config.rms_norm_eps))
+    def block[R](
+        self,
+        config: ModelConfig,
+        x: Float[Array, "B T H"],
+        attend: Callable[[Attention, Float[Array, "B T H"]], tuple[Float[Array, "B T H"], R]],
+        index: Int32[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B T H"], R]:
+        """The way through one layer: norm, attend, residual, norm, MLP, residual.
+
+        attend: from one layer's attention and its input to its output and anything else, which is returned too.
+        index: which layer; None where this module is one layer's slice already, as a scan hands it out.
+        """
+        half = lambda parts, x: (parts, x) if index is None else _layer_at(parts, index, x)
+        (norm, attention), x = half((self.attention_norm, self.attention), x)
+        out, rest = attend(attention, rms_norm(x, norm[...], config.rms_norm_eps))
+        (norm, mlp), x = half((self.mlp_norm, self.mlp), x + out)
+        return x + mlp(rms_norm(x, norm[...], config.rms_norm_eps)), rest
+
+
+def _layer_at[Parts](parts: Parts, index: Int32[Array, ""], x: Array) -> tuple[Parts, Array]:
+    """One layer of stacked parameters, at the index of a loop.
+
+    On a GPU the matrix products read the stack itself, where they see the loop's own index. Elsewhere the layer is
+    sliced only once `x` is computed: a step then keeps one slice at a time.
+    """
+    if not current_device().is_gpu:
+        index, x = jax.lax.optimization_barrier((index, x))
+    return jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, index, keepdims=False), parts), x
 
 
 class NosaLM(nnx.Module):
@@ -94,13 +122,6 @@ class NosaLM(nnx.Module):
         return rms_norm(x, self.norm[...], self.config.rms_norm_eps)
 
 
-def rms_norm(x: Float[Array, "*rest H"], weight: Float[Array, " H"], eps: float) -> Float[Array, "*rest H"]:
-    """x / rms(x) * weight in float32, back in the dtype of `x`."""
-    wide = x.astype(jnp.float32)
-    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return (wide * weight.astype(jnp.float32)).astype(x.dtype)
-
-
 def forward(
     model: NosaLM,
     tokens: ArrayLike,
@@ -133,18 +154,17 @@ def forward(
     else:
         segment_ids = layout.as_segment_ids(segment_ids, tokens.shape, config.attention.block_size)
         rows = layout.packed_layout(segment_ids, lengths, config.attention.block_size)
-    block_ids = as_block_ids(config, block_ids, rows.positions)
+    forced_block_ids = as_block_ids(config, block_ids, rows.positions)
 
     def run_layer(x: Array, inputs: tuple[Layers, Array | None]) -> tuple[Array, Array | None]:
-        layer, ids = inputs
-        normed = rms_norm(x, layer.attention_norm[...], config.rms_norm_eps)
-        attended, ids = layer.attention(config, normed, rows, ids)
-        return layer.feed_forward(config, x + attended), ids if record else None
+        layer, forced = inputs
+        x, ids = layer.block(config, x, lambda attention, x: attention(config, x, rows, forced))
+        return x, ids if record else None
 
     # The selection is kept: it is small, takes no gradient, and making it again would mean all scores again.
     policy = jax.checkpoint_policies.save_only_these_names(SELECTION)
     body = jax.checkpoint(run_layer, policy=policy) if remat else run_layer
-    x, recorded = jax.lax.scan(body, model.embed[...][tokens], (model.layers, block_ids))
+    x, recorded = jax.lax.scan(body, model.embed[...][tokens], (model.layers, forced_block_ids))
     hidden = model.final_norm(x)
     if logits == "none":
         return ForwardOutput(None, hidden, recorded)
@@ -179,17 +199,6 @@ def as_block_ids(
                 "Use ids recorded on rows of the same lengths.",
             )
     return block_ids
-
-
-def layer_at[Stack: nnx.Module](stack: Stack, index: Int32[Array, ""], x: Array) -> tuple[Stack, Array]:
-    """One layer of stacked parameters, at the index of a loop.
-
-    On a GPU the matrix products read the stack itself, where they see the loop's own index. Elsewhere the layer is
-    sliced only once `x` is computed: a step then keeps one slice at a time.
-    """
-    if not current_device().is_gpu:
-        index, x = jax.lax.optimization_barrier((index, x))
-    return jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, index, keepdims=False), stack), x
 
 
 def with_attention(model: NosaLM, **overrides: Any) -> NosaLM:

@@ -18,6 +18,11 @@ def num_blocks(num_tokens: int, block_size: int) -> int:
     return -(-num_tokens // block_size)
 
 
+def block_bytes(block_size: int, head_dim: int, itemsize: int) -> int:
+    """Bytes of one block of one layer and KV head, K and V, of numbers of `itemsize` bytes."""
+    return 2 * block_size * head_dim * itemsize
+
+
 def num_windows(num_tokens: int, stride: int) -> int:
     """C: complete windows of 2 * stride tokens among `num_tokens`; 0 when there are too few."""
     return max(0, num_tokens // stride - 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -61,6 +62,23 @@ def require_ascending(argument: str, positions: Any) -> None:
                 f"{real[wrong[0]]} before {real[wrong[0] + 1]} in row {row}",
                 "Sort the queries, and count along the whole row.",
             )
+
+
+def require_int(argument: str, value: Any, minimum: int) -> None:
+    """Raises TypeError unless `value` is an int and no bool, ValueError when it is below `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise bad_type(argument, "must be an int", repr(value), f"Pass a whole number >= {minimum}.")
+    if value < minimum:
+        raise bad_value(argument, f"must be >= {minimum}", value, f"Raise it to at least {minimum}.")
+
+
+def require_number(argument: str, value: Any, low: float, high: float = math.inf) -> None:
+    """Raises TypeError unless `value` is a number and no bool, ValueError unless `low <= value <= high` (finite)."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise bad_type(argument, "must be a number", repr(value), "Pass an int or a float.")
+    if not (low <= value <= high and math.isfinite(value)):
+        rule = f"must be >= {low}" if high == math.inf else f"must lie between {low} and {high}"
+        raise bad_value(argument, f"{rule} and finite", value, "Change it.")
 
 
 def require_positive(argument: str, value: int) -> None:

@@ -12,7 +12,6 @@ from flax import nnx
 import nosa_jax
 from nosa_jax import AttentionConfig, ModelConfig, NosaLM, rope
 from nosa_jax.attention.layout import row_layout
-from nosa_jax.model import rms_norm
 from pallas_kernels import blocks, pool_keys
 from pallas_kernels.block_scores.reference import block_scores_ref as block_scores
 
@@ -60,7 +59,8 @@ def lively_model(config: ModelConfig, seed: int = 0) -> NosaLM:
         key_a, key_d = jax.random.split(jax.random.key(seed + 1))
         importance = attention.importance
         importance.A[...] = jax.random.normal(key_a, importance.A.shape)
-        importance.delta[...] = jax.random.normal(key_d, importance.delta.shape) / importance.delta.shape[1] ** 0.5
+        width = config.num_kv_heads * config.head_dim
+        importance.delta[...] = jax.random.normal(key_d, importance.delta.shape) / width**0.5
     return model
 
 
@@ -88,21 +88,22 @@ def _selection_scores(model: NosaLM, tokens: jax.Array, block_ids: jax.Array) ->
     scores = []
     for index in range(config.num_layers):
         layer = jax.tree.map(lambda p, index=index: p[index], model.layers)
-        normed = rms_norm(x, layer.attention_norm[...], config.rms_norm_eps)
-        q, k, _, importance = layer.attention.project(config, normed, *rope.of_positions(config, layout.rope_positions))
-        query = block_scores(
-            q, pool_keys(k, stride=stride), layout.positions, num_blocks=num_blocks, block_size=size, stride=stride
-        )
-        query = query[0]
-        if importance is not None:
-            pooled = pool_keys(importance[..., None], stride=stride)[..., 0]
-            fill = blocks.pool_windows_to_blocks(pooled, None, blocks=num_blocks, ratio=size // stride)
-            fill = jnp.broadcast_to(fill[0][:, None], query.shape)
-        else:
+
+        def attend(attention_module, x, index=index):
+            places = rope.of_positions(config, layout.rope_positions)
+            q, k, _, importance = attention_module.project(config, x, *places)
+            query = block_scores(
+                q, pool_keys(k, stride=stride), layout.positions, num_blocks=num_blocks, block_size=size, stride=stride
+            )[0]
             fill = query
-        scores.append((query, fill))
-        out, _ = layer.attention(config, normed, layout, block_ids[index])
-        x = layer.feed_forward(config, x + out)
+            if importance is not None:
+                pooled = pool_keys(importance[..., None], stride=stride)[..., 0]
+                fill = blocks.pool_windows_to_blocks(pooled, None, blocks=num_blocks, ratio=size // stride)
+                fill = jnp.broadcast_to(fill[0][:, None], query.shape)
+            return attention_module(config, x, layout, block_ids[index])[0], (query, fill)
+
+        x, of_layer = layer.block(config, x, attend)
+        scores.append(of_layer)
     return scores
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import builtins
 import dataclasses
 import json
 import re
+import sys
 import tomllib
 from pathlib import Path
 
@@ -15,15 +15,14 @@ import pytest
 from flax import nnx
 
 import nosa_jax
+from nosa_jax._extras import EXTRAS, Extra, require_extras
 from nosa_jax.cli import main
 from nosa_jax.cli.app import TRACEBACK_VARIABLE
-from nosa_jax.cli.checkpoint import GrowingText, load_tokenizer, stop_tokens
 from nosa_jax.cli.demo import _lines, _window, same_bits
-from nosa_jax.cli.extras import EXTRAS, require
-from nosa_jax.cli.locality import record
 from nosa_jax.cli.terminal import duration, size
 from nosa_jax.cli.train import Train
-from nosa_jax.hf import ByteTokenizer
+from nosa_jax.hf import ByteTokenizer, GrowingText, load_tokenizer, stop_tokens
+from nosa_jax.locality import record
 from nosa_jax.train import OptimizerConfig, TrainConfig, read_log
 
 ROOT = Path(__file__).parents[1]
@@ -142,7 +141,10 @@ def test_recording_is_forced_to_the_text_or_free():
     tokens = np.arange(150, dtype=np.int32)
     with pytest.MonkeyPatch.context() as patch:
         seen = []
-        patch.setattr(nosa_jax, "generate", lambda *_, **options: seen.append(options) or fake_generation(model))
+        patch.setattr(
+            "nosa_jax.locality.selections.generate",
+            lambda *_, **options: seen.append(options) or fake_generation(model),
+        )
         for forced in (tokens[:3], None):
             chosen = record(model, tokens, 3, forced)
             assert chosen.positions.tolist() == [[149, 150, 151]] and chosen.itemsize == 4
@@ -288,22 +290,15 @@ def test_traceback_on_request(monkeypatch):
 
 
 def test_missing_packages_are_named_with_their_extra(monkeypatch, capsys):
-    real = builtins.__import__
-
-    def without_tyro(name, *args, **kwargs):
-        if name == "tyro":
-            raise ModuleNotFoundError("No module named 'tyro'")
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without_tyro)
-    assert fails(["plan"], capsys) == 'the command line needs tyro: pip install "nosa-jax[cli]"'
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    assert fails(["plan"], capsys) == 'tyro is needed for the command line: pip install "nosa-jax[cli]"'
     monkeypatch.undo()
-    monkeypatch.setitem(EXTRAS, "plots", ("no_such_module",))
-    monkeypatch.setitem(EXTRAS, "hf", ("no_such_other",))
+    monkeypatch.setitem(EXTRAS, "plots", Extra("figures", ("no_such_module",)))
+    monkeypatch.setitem(EXTRAS, "hf", Extra("checkpoints", ("no_such_other",)))
     with pytest.raises(
         ImportError, match=re.escape('needs no_such_other, no_such_module: pip install "nosa-jax[hf,plo')
     ):
-        require("train", "hf", "plots")
+        require_extras("train", "hf", "plots")
 
 
 def test_interrupt_exits_with_130(monkeypatch, capsys):

@@ -10,7 +10,7 @@ from support import lively_model, random_tokens, small_config
 
 import nosa_jax
 from nosa_jax import Sampling
-from nosa_jax.sampling import filter_logits, sample
+from nosa_jax.decode.sampling import filter_logits, sample
 
 LENGTHS = np.array([90, 40])
 SAMPLED = Sampling(temperature=1.0, top_k=20, top_p=0.9)

@@ -14,6 +14,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+from nosa_jax.attention.layer import by_kv_head
 from nosa_jax.config import AttentionConfig, ModelConfig, RopeConfig
 from nosa_jax.hf import from_pretrained, save_pretrained
 from nosa_jax.model import NosaLM
@@ -101,11 +102,13 @@ def test_every_tensor_lies_where_the_layout_says(name, dtype):
         layer = {k.removeprefix(f"model.layers.{i}."): v for k, v in tensors.items() if f"layers.{i}." in k}
         q, k, v, o = (layer[f"self_attn.{letter}_proj.weight"].T for letter in "qkvo")
         gate, up, down = (layer[f"mlp.{word}_proj.weight"].T for word in ("gate", "up", "down"))
-        check(attention.qkv[i], np.concatenate([q, k, v], axis=1))
+        q, k, v = (x.reshape(len(x), -1, model.config.head_dim) for x in (q, k, v))
+        check(attention.qkv[i], np.asarray(by_kv_head(*(jnp.asarray(x) for x in (q, k, v)))))
         check(attention.output[i], o)
         check(attention.importance.A[i], layer["self_attn.A"], jnp.float32)
-        check(attention.importance.delta[i], layer["self_attn.delta.weight"].T, jnp.float32)
-        check(layers.mlp.gate_up[i], np.concatenate([gate, up], axis=1))
+        delta = attention.importance.delta[i]
+        check(delta.reshape(-1, delta.shape[-1]), layer["self_attn.delta.weight"].T, jnp.float32)
+        check(layers.mlp.gate_up[i], np.stack([gate, up], axis=1))
         check(layers.mlp.down[i], down)
         check(layers.attention_norm[i], layer["input_layernorm.weight"])
         check(layers.mlp_norm[i], layer["post_attention_layernorm.weight"])

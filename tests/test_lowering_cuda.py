@@ -171,10 +171,10 @@ def decode_arguments(shape, slots=80):
     cache = lambda dtype, *sizes: jax.ShapeDtypeStruct((2, 2, kv_heads, *sizes), dtype)
     return {
         "q": row(dtype, kv_heads * group, dim),
-        "qkv": row(dtype, (group + 2) * kv_heads, dim),
+        "qkv": row(dtype, kv_heads, group + 2, dim),
         "cos": row("float32", dim // 2),
         "scale": jax.ShapeDtypeStruct((2, kv_heads), "float32"),
-        "delta": jax.ShapeDtypeStruct((2, kv_heads * dim, kv_heads), "float32"),
+        "delta": jax.ShapeDtypeStruct((2, kv_heads, dim, kv_heads), "float32"),
         "k": row(dtype, kv_heads, dim),
         "v": row(dtype, kv_heads, dim),
         "pool": cache(dtype, slots, 2, size, dim),
@@ -233,8 +233,7 @@ def test_the_rest_of_a_decode_step(decoding):
 
     def append(qkv, cos, scale, delta, pooled, sums, bias, positions, layer):
         summaries = Summaries((pooled, sums), bias, (sums[..., :1], sums[..., :1]))
-        static = {"kv_heads": delta.shape[2], "stride": stride}
-        return append_token(qkv, cos, cos, scale, delta, summaries, positions, layer, **static)
+        return append_token(qkv, cos, cos, scale, delta, summaries, positions, layer, stride=stride)
 
     names = ("qkv", "cos", "scale", "delta", "pooled", "sums", "bias", "positions", "layer")
     assert decode_kernels(decoding, append, *names) == ["append_token"]

@@ -13,7 +13,7 @@ from support import SMALL, _selection_scores, forward, lively_model, random_toke
 
 import nosa_jax
 from nosa_jax import locality, presets
-from nosa_jax.model import rms_norm
+from nosa_jax.norm import rms_norm
 from pallas_kernels.block_attention.reference import token_mask
 
 
@@ -39,9 +39,9 @@ def dense_loss(params, config, tokens, block_ids):
     x = params["embed"][tokens]
     for index in range(config.num_layers):
         at = {name: value[index] for name, value in params.items() if name not in ("embed", "norm")}
-        h = norm(x, at["attention_norm"]) @ at["qkv"]
-        q, k, v = jnp.split(h.reshape(length, -1, dim), (heads, heads + kv_heads), axis=1)
-        bias = at["A"] * jnp.log1p(jnp.exp(v.reshape(length, -1) @ at["delta"]))  # [T, K]
+        qkv = jnp.einsum("th,hkmd->tkmd", norm(x, at["attention_norm"]), at["qkv"])
+        q, k, v = qkv[:, :, :-2].reshape(length, heads, dim), qkv[:, :, -2], qkv[:, :, -1]
+        bias = at["A"] * jnp.log1p(jnp.exp(jnp.einsum("tkd,kdn->tn", v, at["delta"])))  # [T, K]
         q, k = rotate(q), rotate(k)
         ids = None if block_ids is None else block_ids[index]
         mask = token_mask(ids, positions, None, num_tokens=length, block_size=config.attention.block_size)[0]
@@ -52,7 +52,7 @@ def dense_loss(params, config, tokens, block_ids):
             weights = jax.nn.softmax(jnp.where(mask[g], logits, -jnp.inf), axis=-1)
             outs.append(weights @ v[:, g])
         x = x + jnp.concatenate(outs, -1) @ at["output"]
-        gate, up = jnp.split(norm(x, at["mlp_norm"]) @ at["gate_up"], 2, -1)
+        gate, up = jnp.einsum("th,hnf->ntf", norm(x, at["mlp_norm"]), at["gate_up"])
         x = x + (gate * jax.nn.sigmoid(gate) * up) @ at["down"]
     logits = norm(x, params["norm"]) @ params["embed"].T
     log_p = jax.nn.log_softmax(logits[:-1])
@@ -150,8 +150,8 @@ def test_bfloat16_model_keeps_importance_and_logits_in_float32():
     assert out.logits.dtype == jnp.float32
     assert out.hidden.dtype == jnp.bfloat16
     state, logits = nosa_jax.prefill(model, tokens, max_length=120)
-    assert state.pool.dtype == state.keys.pooled.dtype == jnp.bfloat16
-    assert state.importance.dtype == state.keys.sums.dtype == jnp.float32
+    assert state.pool.dtype == state.pooled_keys.pooled.dtype == jnp.bfloat16
+    assert state.importance.dtype == state.pooled_keys.sums.dtype == jnp.float32
     exact = forward(lively_model(small_config()), tokens).logits[0, -1]
     assert np.corrcoef(np.asarray(logits[0]), np.asarray(exact))[0, 1] > 0.98
 

@@ -55,7 +55,7 @@ def poisoned(monkeypatch):
         return dataclasses.replace(empty, pool=jnp.full_like(empty.pool, jnp.nan))
 
     monkeypatch.setattr(host_store, "allocate", allocate)
-    monkeypatch.setattr("nosa_jax.decode.empty_state", poisoned_state)
+    monkeypatch.setattr("nosa_jax.decode.prompt.empty_state", poisoned_state)
     yield
     assert calls  # or a program compiled without the poison was found
 

@@ -51,7 +51,7 @@ def test_nothing_else_changes(implementation):
     for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
         np.testing.assert_array_equal(new[0], old[0])
         np.testing.assert_array_equal(new[1, [0, 4]], old[1, [0, 4]])
-    read = lambda summaries: (summaries.keys[0], summaries.importance, summaries.pooled_importance[0])
+    read = lambda summaries: (summaries.pooled_keys[0], summaries.importance, summaries.pooled_importance[0])
     for old, new in zip(read(before), read(after), strict=True):
         np.testing.assert_array_equal(new[1, :5], old[1, :5])  # nothing that a selection or attention reads
     assert (after.importance[1, 5] != before.importance[1, 5]).sum() == case.kv_heads
@@ -63,7 +63,7 @@ def test_the_means_are_those_of_whole_rows(dtype):
     case = SMALL["bfloat16"]
     inputs, static = make_inputs(case, jax.random.key(2)), options(case)
     summaries = jax.tree.map(jnp.zeros_like, inputs["summaries"])
-    summaries = summaries._replace(keys=(summaries.keys[0].astype(dtype), summaries.keys[1]))
+    summaries = summaries._replace(pooled_keys=(summaries.pooled_keys[0].astype(dtype), summaries.pooled_keys[1]))
     start, rng, keys = jnp.array([0, 3, 0], jnp.int32), np.random.default_rng(0), []
     step, at = jax.jit(functools.partial(append_token, implementation="triton", **static)), start
     for _ in range(13):
@@ -72,9 +72,9 @@ def test_the_means_are_those_of_whole_rows(dtype):
             _, k, _, summaries = step(**(inputs | {"qkv": qkv, "summaries": summaries, "positions": at}))
         keys.append(k)
         at = at + 1
-    empty = jax.tree.map(jnp.zeros_like, summaries.keys)
+    empty = jax.tree.map(jnp.zeros_like, summaries.pooled_keys)
     count, layer = jnp.full((3,), 13, jnp.int32), inputs["layer"]
     whole = append_pooled_keys(*empty, jnp.stack(keys, axis=2), start, count, layer, stride=case.stride)
     assert (np.asarray(whole[0]) != 0).any()
-    for ours, expected in zip(summaries.keys, whole, strict=True):
+    for ours, expected in zip(summaries.pooled_keys, whole, strict=True):
         np.testing.assert_array_equal(ours, expected)

@@ -75,15 +75,15 @@ CALLS = {
     ),
     "append_token": (
         {
-            "qkv": floats(B, N + 2 * K, D), "cos": floats(B, D // 2), "sin": floats(B, D // 2),
-            "scale": floats(L, K), "delta": floats(L, K * D, K),
+            "qkv": floats(B, K, N // K + 2, D), "cos": floats(B, D // 2), "sin": floats(B, D // 2),
+            "scale": floats(L, K), "delta": floats(L, K, D, K),
             "summaries": Summaries(
                 (floats(L, B, K, C, D), floats(L, B, K, 2, D)), floats(L, B, K, M, P),
                 (floats(L, B, K, C, 1), floats(L, B, K, 2, 1)),
             ),
             "positions": ints(B), "layer": LAYER,
         },
-        {"kv_heads": K, "stride": 2},
+        {"stride": 2},
     ),
     "decode_attention": (
         {
@@ -206,7 +206,7 @@ def heads_of(dim):
 UNSUPPORTED = [
     (
         "append_token",
-        {"qkv": floats(B, N + 2 * K, 24), "cos": floats(B, 12), "sin": floats(B, 12), "scale": None, "delta": None}
+        {"qkv": floats(B, K, N // K + 2, 24), "cos": floats(B, 12), "sin": floats(B, 12), "scale": None, "delta": None}
         | {"summaries": Summaries(None, None, None)},
         "the head dim must be a power of two of at least 2, got 24",
     ),

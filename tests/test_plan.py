@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 
@@ -14,8 +15,9 @@ from support import lively_model, random_tokens, small_config
 import nosa_jax
 from nosa_jax import CacheConfig, presets
 from nosa_jax.cache import memory
-from nosa_jax.cache.plan import expected_misses
+from nosa_jax.cache.plan import default_rates, expected_misses, parameter_bytes, step_bytes
 from nosa_jax.cache.state import empty_state
+from pallas_kernels import device
 
 
 @pytest.mark.parametrize(
@@ -45,6 +47,37 @@ def test_bytes_equal_the_arrays(variant, cache):
     assert plan.device.get("slot tables", 0) == sizes["table"]
     model = lively_model(config)
     assert plan.device["weights"] == sum(x.nbytes for x in jax.tree.leaves(model))
+
+
+def test_importance_is_float32_in_a_16_bit_model():
+    model = nosa_jax.cast(lively_model(small_config()), jnp.bfloat16)
+    assert parameter_bytes(model.config, jnp.bfloat16) == sum(x.nbytes for x in jax.tree.leaves(model))
+
+
+@pytest.mark.parametrize("variant", ["nosa", "infllmv2", "dma", "full"])
+def test_bytes_of_a_step_follow_the_rows(variant):
+    """By hand: blocks of 16 tokens, 8 selected, windows every 4 tokens; two layers of two KV heads of 32, float32."""
+    config = small_config().with_attention(variant=variant)
+    bias, scored = variant in ("nosa", "dma"), variant in ("nosa", "infllmv2")
+    attended = (2 + 8) if variant != "full" else (2 + 20)  # blocks of rows of 20 and 320 tokens
+    expected = attended * (2 * 16 * 32 * 4 + 16 * 4 * bias) + ((20 // 4 - 1) + (320 // 4 - 1)) * 32 * 4 * scored
+    moved = step_bytes(config, [20, 320], dtype=jnp.float32, fetched=1.5, offloaded=True)
+    assert moved.device == parameter_bytes(config, jnp.float32) + 4 * expected  # tied: the input embedding is read
+    assert moved.link == 4 * 2 * (1.5 + 1 / 16) * 4096
+    assert step_bytes(config, [20, 320], dtype=jnp.float32, fetched=0, offloaded=False).link == 0
+    untied = dataclasses.replace(config, tie_embeddings=False)
+    moved_untied = step_bytes(untied, [20, 320], dtype=jnp.float32, fetched=1.5, offloaded=True)
+    assert moved_untied == moved  # the output's embedding for the input's
+
+
+def test_rates_are_those_of_the_card_at_hand(monkeypatch):
+    assert default_rates() == device.RATES["NVIDIA H200"]  # of an unknown card
+    monkeypatch.setattr("nosa_jax.cache.plan.current_device", lambda: device.Device("gpu", "NVIDIA H100 80GB HBM3"))
+    jax.devices()
+    assert default_rates() == (3.0e12, 55e9)
+    plan = nosa_jax.plan(small_config(), 1, 8)
+    assert (plan.hbm_bytes_per_second, plan.link_bytes_per_second) == (3.0e12, 55e9)
+    assert nosa_jax.plan(small_config(), 1, 8, link_bytes_per_second=1e9).link_bytes_per_second == 1e9
 
 
 def test_the_released_8b_model():
@@ -94,6 +127,7 @@ def test_host_store_and_pool_share_a_laptops_memory(monkeypatch):
 
 _SET_LIMIT = """
 import os, jax, nosa_jax
+nosa_jax.plan(nosa_jax.presets.nosa_8b(), 64, 65536)  # uses no device
 nosa_jax.set_host_memory_limit(200)
 assert os.environ["XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"] == "200"
 jax.devices()

@@ -31,3 +31,7 @@ def test_python_blocks_run_in_order(elsewhere):
 def test_every_local_link_and_picture_exists():
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README.read_text()):
         assert (README.parent / target).exists(), target
+
+
+def test_it_is_short():
+    assert len(README.read_text().splitlines()) <= 200

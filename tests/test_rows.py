@@ -9,7 +9,9 @@ import pytest
 from support import REDUCED, SMALL, forward, forward_one, lively_model, random_tokens, small_config, sure_rows
 
 import nosa_jax
-from nosa_jax import CacheConfig, decode
+from nosa_jax import CacheConfig
+from nosa_jax.decode.checks import as_prompt
+from nosa_jax.decode.prompt import read_prompt
 
 LENGTHS = (1, 15, 16, 31, 32, 63, 64, 65, 700, 1203, 1500)
 TOLERANCE = 5e-5
@@ -78,7 +80,7 @@ def test_extend_equals_whole_prefill(width, offload):
         logits = jnp.where((counts > 0)[:, None], new_logits, logits)
     np.testing.assert_array_equal(state.lengths, whole.lengths)
     np.testing.assert_allclose(logits, whole_logits, atol=TOLERANCE)
-    for ours, theirs in ((state.keys, whole.keys), (state.pooled_importance, whole.pooled_importance)):
+    for ours, theirs in ((state.pooled_keys, whole.pooled_keys), (state.pooled_importance, whole.pooled_importance)):
         np.testing.assert_allclose(ours.pooled, theirs.pooled, atol=TOLERANCE)
     if offload:
         np.testing.assert_array_equal(state.table.blocks, whole.table.blocks)
@@ -191,8 +193,7 @@ def test_state_after_forced_prefill_holds_the_forced_selection():
     forced = np.broadcast_to(forced, (2, 1, 2, 1, 8))
     gen = nosa_jax.generate(model, tokens, max_new_tokens=1, forced_block_ids=forced, record=True)
     np.testing.assert_array_equal(gen.block_ids, forced)
-    state, out = decode._prefill(
-        model, tokens, np.array([200]), forced[:, :, :, 0], max_length=208, cache=CacheConfig(), chunk=64
-    )
+    prompt = as_prompt(model, tokens, None)
+    state, out = read_prompt(model, prompt, forced[:, :, :, 0], max_length=208, cache=CacheConfig(), chunk=64)
     np.testing.assert_array_equal(state.table.blocks[..., :8], forced[:, :, :, 0])
     np.testing.assert_allclose(out.logits, gen.logits[:, 0], atol=TOLERANCE)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from nosa_jax.config import AttentionConfig
 from pallas_kernels import blocks
 from pallas_kernels.block_scores import block_scores
 from pallas_kernels.select_blocks import select_blocks
 
+KEEP_SELECTION = -2  # first id of a row of forced block ids that replaces nothing
 _CHUNK_SCORES = 2**25  # block scores held at once, all rows and heads
 
 
@@ -83,3 +84,12 @@ def _kv_heads(pooled_keys: Array | None, fill: Array | None) -> int:
         return pooled_keys.shape[-3]
     assert fill is not None
     return fill.shape[1]
+
+
+def replace_selection(
+    block_ids: Int32[Array, "*queries J"],
+    forced_block_ids: Int32[Array, "*forced J"],
+    where: Bool[Array, "*where"],
+) -> Int32[Array, "*queries J"]:
+    """The forced ids where `where` (broadcast over J) says so and they do not say KEEP_SELECTION, else the selected."""
+    return jnp.where(where & (forced_block_ids[..., :1] > KEEP_SELECTION), forced_block_ids, block_ids)

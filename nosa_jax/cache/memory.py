@@ -9,6 +9,7 @@ import jax
 from jax._src import xla_bridge  # nothing public says whether JAX has a device yet
 
 from pallas_kernels.checks import bad_value, require_type
+from pallas_kernels.device import current_device
 
 _PINNED_LIMIT_VARIABLE = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 _PINNED_LIMIT_DEFAULT_GIB = 64  # XLA's own default for pinned host memory; it counts in GiB whatever the name says
@@ -23,7 +24,7 @@ def set_host_memory_limit(gib: int) -> None:
     require_type("gib", gib, int, "Pass a whole number.")
     if gib < 1:
         raise bad_value("gib", "must be >= 1", gib, "64 is the default.")
-    if xla_bridge.backends_are_initialized():
+    if has_device():
         raise RuntimeError(
             "set_host_memory_limit: must be called before JAX first uses a device, and it has used one; "
             "call it right after the imports."
@@ -31,12 +32,17 @@ def set_host_memory_limit(gib: int) -> None:
     os.environ[_PINNED_LIMIT_VARIABLE] = str(gib)
 
 
+def has_device() -> bool:
+    """Whether JAX has begun to use a device; asking does not make it begin."""
+    return xla_bridge.backends_are_initialized()
+
+
 def host_limit() -> tuple[int, str]:
     """Bytes that a host store may take, and where the number comes from.
 
     On a GPU this is XLA's pool of pinned memory. Physical memory is not asked there: virtual machines grow theirs.
     """
-    if jax.default_backend() == "gpu":
+    if current_device().is_gpu:
         limit = int(os.environ.get(_PINNED_LIMIT_VARIABLE, _PINNED_LIMIT_DEFAULT_GIB))
         remedy = f"nosa_jax.set_host_memory_limit, called first, or {_PINNED_LIMIT_VARIABLE} raises it"
         return limit * 2**30, f"XLA's pinned memory pool; {remedy}"

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import nnx
 
 from nosa_jax.cache import memory
 from nosa_jax.config import CacheConfig, ModelConfig
+from nosa_jax.model import NosaLM
 from pallas_kernels import blocks
 from pallas_kernels.checks import bad_value, require_type
+from pallas_kernels.device import RATES, Rates, current_device
 
 GB = 10**9
 
@@ -116,36 +123,39 @@ def plan(
     *,
     dtype: Any = jnp.bfloat16,
     misses: float | None = None,
-    link_bytes_per_second: float = 53e9,
-    hbm_bytes_per_second: float = 4.3e12,
+    link_bytes_per_second: float | None = None,
+    hbm_bytes_per_second: float | None = None,
 ) -> Plan:
     """Counts bytes for `batch` rows that may grow to `max_length` tokens.
 
-    misses: blocks fetched per step, layer, KV head and row; default from published measurements by slots. The two rates
-    default to what an H200 on PCIe 5 measures. Raises ValueError for sizes below 1 or slots that cannot work.
+    dtype: of weights and cache; importance is float32 in any.
+    misses: blocks fetched per step, layer, KV head and row; None takes published measurements by slots.
+    link_bytes_per_second, hbm_bytes_per_second: rates of the link and of device memory; None takes what was measured
+        on the card that JAX uses, if it is a known one (H100 or H200), else on an H200. Planning alone makes JAX use
+        no device, so that `set_host_memory_limit` can follow it: before the first use it is an H200's, too.
+    Raises ValueError for sizes below 1 or slots that cannot work.
     """
     require_type("config", config, ModelConfig, "Pass presets.nosa_8b() or model.config.")
     for name, value in (("batch", batch), ("max_length", max_length)):
         if value < 1 or value != int(value):
             raise bad_value(name, "must be a whole number >= 1", value, "Raise it.")
-    for name, rate in (
-        ("link_bytes_per_second", link_bytes_per_second),
-        ("hbm_bytes_per_second", hbm_bytes_per_second),
-    ):
+    rates = default_rates()
+    link = rates.link if link_bytes_per_second is None else link_bytes_per_second
+    memory_rate = rates.memory if hbm_bytes_per_second is None else hbm_bytes_per_second
+    for name, rate in (("link_bytes_per_second", link), ("hbm_bytes_per_second", memory_rate)):
         if rate <= 0:
             raise bad_value(name, "must be above 0", rate, "Pass bytes per second.")
     if misses is not None and misses < 0:
         raise bad_value("misses", "must be >= 0", misses, "Pass blocks per step, layer, KV head and row.")
-    attention = config.attention
-    itemsize = jnp.dtype(dtype).itemsize
+    attention, itemsize = config.attention, jnp.dtype(dtype).itemsize
     m = blocks.num_blocks(max_length, attention.block_size)
     slots = cache.resolve_slots(attention, m)
     tables = config.num_layers * batch * config.num_kv_heads  # one per layer, row and KV head
-    block_bytes = 2 * attention.block_size * config.head_dim * itemsize
+    block_bytes = blocks.block_bytes(attention.block_size, config.head_dim, itemsize)
     windows = blocks.num_windows(m * attention.block_size, attention.pooling_stride)
 
     device = {
-        "weights": _weight_count(config) * itemsize,
+        "weights": parameter_bytes(config, dtype),
         "pool": tables * (m if slots is None else slots) * block_bytes,
     }
     if attention.uses_query_scores:
@@ -155,18 +165,12 @@ def plan(
     if slots is not None:
         device["slot tables"] = tables * slots * 2 * 4
 
-    selected = min(attention.num_selected_blocks, m) if attention.is_sparse else m
     if slots is None or slots >= m:
         misses = 0.0
     elif misses is None:
         misses = expected_misses(config, slots)
-    per_row = config.num_layers * config.num_kv_heads
-    written = 0.0 if slots is None else 1 / attention.block_size
-    read = selected * (block_bytes + (4 * attention.block_size if attention.uses_importance else 0))
-    if attention.uses_query_scores:
-        read += windows * config.head_dim * itemsize
-    # Of the input embedding a step reads a row per token; it counts where it is the output's, too.
-    unread = 0 if config.tie_embeddings else config.vocab_size * config.hidden_size * itemsize
+    full_rows = [m * attention.block_size] * batch
+    moved = step_bytes(config, full_rows, dtype=dtype, fetched=misses, offloaded=slots is not None)
     return Plan(
         batch=batch,
         max_length=max_length,
@@ -176,11 +180,69 @@ def plan(
         host_bytes=0 if slots is None else tables * m * block_bytes,
         device=device,
         misses_per_step=misses,
-        pcie_bytes_per_token=per_row * (misses + written) * block_bytes,
-        hbm_bytes_per_token=(device["weights"] - unread) / batch + per_row * read,
-        link_bytes_per_second=link_bytes_per_second,
-        hbm_bytes_per_second=hbm_bytes_per_second,
+        pcie_bytes_per_token=moved.link / batch,
+        hbm_bytes_per_token=moved.device / batch,
+        link_bytes_per_second=link,
+        hbm_bytes_per_second=memory_rate,
     )
+
+
+def default_rates() -> Rates:
+    """What was measured on the card that JAX uses; on an H200 for an unknown card and before JAX uses any."""
+    kind = current_device().kind if memory.has_device() else ""
+    return RATES.get(kind, RATES["NVIDIA H200"])
+
+
+class StepBytes(NamedTuple):
+    """Bytes that one decode step of a batch moves. device: read from device memory. link: between host and device."""
+
+    device: int
+    link: float
+
+
+def step_bytes(
+    config: ModelConfig, lengths: Iterable[int], *, dtype: Any = jnp.bfloat16, fetched: float | int, offloaded: bool
+) -> StepBytes:
+    """What a decode step of rows of `lengths` tokens must move.
+
+    From device memory it reads the weights once, and for each row, layer and KV head the selected blocks with the bias
+    of their tokens, and the pooled keys that are scored. Across the link go the blocks that are fetched, `fetched` per
+    row, layer and KV head, and those that fill up and are written back, one every `block_size` steps.
+
+    lengths: tokens in the cache of each row.   dtype: of weights and cache.   offloaded: whether the cache is in host
+    memory; without, nothing crosses.
+    """
+    attention, itemsize = config.attention, jnp.dtype(dtype).itemsize
+    block_bytes = blocks.block_bytes(attention.block_size, config.head_dim, itemsize)
+    attended_bytes = block_bytes + (4 * attention.block_size if attention.uses_importance else 0)
+    read, rows = 0, 0
+    for length in lengths:
+        held = blocks.num_blocks(int(length), attention.block_size)
+        read += attended_bytes * (min(attention.num_selected_blocks, held) if attention.is_sparse else held)
+        if attention.uses_query_scores:
+            read += blocks.num_windows(int(length), attention.pooling_stride) * config.head_dim * itemsize
+        rows += 1
+    heads = config.num_layers * config.num_kv_heads
+    crossing = heads * rows * (fetched + 1 / attention.block_size) * block_bytes if offloaded else 0.0
+    return StepBytes(_weights(config, jnp.dtype(dtype)).read + heads * read, crossing)
+
+
+def parameter_bytes(config: ModelConfig, dtype: Any = jnp.bfloat16) -> int:
+    """Bytes of all parameters of a model of this configuration in `dtype`; importance is float32 in any."""
+    return _weights(config, jnp.dtype(dtype)).all
+
+
+class _Weights(NamedTuple):
+    all: int
+    read: int  # by a decode step
+
+
+@functools.lru_cache(maxsize=64)
+def _weights(config: ModelConfig, dtype: np.dtype) -> _Weights:
+    model = nnx.eval_shape(lambda: NosaLM(config, rngs=nnx.Rngs(0), dtype=dtype))
+    size = lambda part: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(part))
+    # Of the input embedding a step reads a row per token; it counts where it is the output's, too.
+    return _Weights(size(model), size(model) - (0 if config.tie_embeddings else size(model.embed)))
 
 
 def expected_misses(config: ModelConfig, slots: int) -> float:
@@ -194,13 +256,3 @@ def expected_misses(config: ModelConfig, slots: int) -> float:
             share = high + (low - high) * (max(ratio, left) - left) / (right - left)
             break
     return share * selected * _MISS_FACTOR[config.attention.variant]
-
-
-def _weight_count(config: ModelConfig) -> int:
-    hidden, dim = config.hidden_size, config.head_dim
-    attention = hidden * dim * (2 * config.num_heads + 2 * config.num_kv_heads)
-    embeddings = config.vocab_size * hidden * (1 if config.tie_embeddings else 2)
-    layer = attention + 3 * hidden * config.intermediate_size + 2 * hidden
-    if config.attention.uses_importance:
-        layer += config.num_kv_heads * (1 + config.num_kv_heads * dim)
-    return config.num_layers * layer + embeddings + hidden

@@ -33,7 +33,7 @@ class DecodeState:
     pool: [L, B, K, slots, 2, P, D], blocks on the device (index 0: K, 1: V). Without offload, slot = block id.
     host: [L, B, K, M, 2, P, D] in pinned_host; holds every full block. None without offload.
     table: which block lies in which slot. None without offload.
-    keys: pooled keys. None where the variant does not score by query.
+    pooled_keys: None where the variant does not score by query.
     importance: [L, B, K, M, P] float32, the bias of each token. None without bias.
     pooled_importance: the same pooled over windows, D = 1.
     lengths: int32 [B], tokens in the cache.
@@ -45,7 +45,7 @@ class DecodeState:
     pool: Any
     host: Any
     table: Any
-    keys: Any
+    pooled_keys: Any
     importance: Any
     pooled_importance: Any
     lengths: Any
@@ -53,9 +53,19 @@ class DecodeState:
     transport: str = static_field()
 
     @property
+    def block_size(self) -> int:
+        """P, tokens of a block."""
+        return self.pool.shape[5]
+
+    @property
+    def num_slots(self) -> int:
+        """Blocks of a row, layer and KV head that are on the device."""
+        return self.pool.shape[3]
+
+    @property
     def num_blocks(self) -> int:
         """M, blocks that a row may fill."""
-        return self.pool.shape[3] if self.host is None else self.host.shape[3]
+        return self.num_slots if self.host is None else self.host.shape[3]
 
 
 def empty_state(config: ModelConfig, batch: int, max_length: int, cache: CacheConfig, dtype: Any) -> DecodeState:
@@ -75,7 +85,7 @@ def empty_state(config: ModelConfig, batch: int, max_length: int, cache: CacheCo
         pool=jnp.zeros((*lead, m if slots is None else slots, *block), dtype),
         host=None if slots is None else host_store.allocate((*lead, m, *block), dtype),
         table=None if slots is None else empty_table((*lead, slots)),
-        keys=pooled(dim, dtype) if attention.uses_query_scores else None,
+        pooled_keys=pooled(dim, dtype) if attention.uses_query_scores else None,
         importance=jnp.zeros((*lead, m, size), jnp.float32) if attention.uses_importance else None,
         pooled_importance=pooled(1, jnp.float32) if attention.uses_importance else None,
         lengths=jnp.zeros((batch,), jnp.int32),
@@ -87,7 +97,7 @@ def empty_state(config: ModelConfig, batch: int, max_length: int, cache: CacheCo
 def require_fitting(state: DecodeState, config: ModelConfig, dtype: Any) -> None:
     """Raises ValueError unless a model of this configuration and dtype could have made the state."""
     remedy = "Prefill with this model: a state fits no other layers, heads, attention or dtype."
-    slots, offload = state.pool.shape[3], state.host is not None
+    slots, offload = state.num_slots, state.host is not None
     selected = config.attention.num_selected_blocks
     if offload and slots < min(selected, state.num_blocks):
         raise bad_value("state", f"must hold one selection of the model, {selected} blocks", f"{slots} slots", remedy)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 import nosa_jax
+from nosa_jax._extras import import_extra
 from nosa_jax.cli.demo import Demo
 from nosa_jax.cli.doctor import Doctor
 from nosa_jax.cli.generate import Generate
@@ -58,12 +59,9 @@ def _describe(error: Exception) -> str:
 
 
 def _parse(arguments: list[str]) -> Command:
-    try:
-        import tyro
-    except ImportError as error:
-        raise ImportError('the command line needs tyro: pip install "nosa-jax[cli]"') from error
+    tyro = import_extra("tyro")
     return tyro.cli(
-        Command,  # type: ignore[arg-type]
+        Command,
         prog="nosa",
         description=_DESCRIPTION,
         args=arguments,

@@ -11,13 +11,15 @@ import numpy as np
 
 import nosa_jax
 from nosa_jax import CacheConfig, Generation, NosaLM, Sampling, presets, train
-from nosa_jax.cli import extras
-from nosa_jax.cli.locality import as_json, draw, record, write_json
+from nosa_jax._extras import require_extras
+from nosa_jax.cli.locality import as_json, write_json
 from nosa_jax.cli.terminal import Timer, duration, facts, heading, indented, size, working
 from nosa_jax.cli.train import describe, read_text
-from nosa_jax.locality import comparison_table
-from nosa_jax.train import Corpus, OptimizerConfig, TrainConfig, environment
+from nosa_jax.environment import environment
+from nosa_jax.locality import comparison_table, draw, record
+from nosa_jax.train import Corpus, OptimizerConfig, TrainConfig
 from pallas_kernels.checks import bad_value
+from pallas_kernels.device import current_device
 
 _COMPARED = ("logits", "tokens", "block_ids")
 _SHOWN_LINES, _SHOWN_COLUMNS = 8, 90
@@ -44,17 +46,17 @@ class Demo:
     locality_tokens: int = 512
     """Held-out bytes after the prompt over which locality is measured."""
     temperature: float = 0.8
-    """Of sampling; 0 always takes the likeliest byte."""
+    """Temperature of the sampling; 0 always takes the likeliest byte."""
     seed: int = 0
-    """Of weights, order of the text and sampling."""
+    """Seed of the weights, of the order of the text and of the sampling."""
 
     def run(self) -> int:
-        extras.require("train", "hf", "plots")
+        require_extras("train", "hf", "plots")
         self._check()
         self.out.mkdir(parents=True, exist_ok=True)
         timer = Timer()
         heading("nosa demo: sparse attention with the KV cache in host memory, from training to figures")
-        facts([("device", jax.local_devices()[0].device_kind), ("output", self.out.resolve())])
+        facts([("device", current_device().kind), ("output", self.out.resolve())])
 
         heading("1/5  Training")
         with timer.part("training"):

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
-import platform
 
 import jax
 
 import nosa_jax
+from nosa_jax import _extras
 from nosa_jax.cache import memory
-from nosa_jax.cli.extras import EXTRAS, missing_modules
 from nosa_jax.cli.terminal import facts, heading, size
+from nosa_jax.environment import versions
 from pallas_kernels import IMPLEMENTATIONS, OPS, Op
 
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _AVAILABLE = "available"
 
 
@@ -24,13 +22,8 @@ class Doctor:
 
     def run(self) -> int:
         heading("Versions")
-        facts(
-            [
-                ("python", platform.python_version()),
-                ("nosa-jax", nosa_jax.__version__),
-                *((package, _version(package)) for package in _PACKAGES),
-            ]
-        )
+        found = {"nosa-jax": nosa_jax.__version__, **versions()}
+        facts((package, version or "not installed") for package, version in found.items())
         heading("Devices and memory")
         for device in jax.local_devices():
             kinds = ", ".join(sorted(kind.kind for kind in device.addressable_memories()))
@@ -40,7 +33,7 @@ class Doctor:
         heading('Kernels (implementation="auto")')
         print(kernel_table())
         heading("Extras")
-        facts((name, _extra(name)) for name in EXTRAS)
+        facts((name, _extras.status(name)) for name in _extras.EXTRAS)
         return 0
 
 
@@ -58,17 +51,3 @@ def kernel_table() -> str:
 def _cell(op: Op, implementation: str, notes: dict[str, int]) -> str:
     reason = op.unavailable(implementation)
     return _AVAILABLE if reason is None else f"[{notes.setdefault(reason, len(notes) + 1)}]"
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _extra(name: str) -> str:
-    missing = missing_modules(name)
-    if not missing:
-        return "installed"
-    return f'missing {", ".join(missing)}: pip install "nosa-jax[{name}]"'

@@ -14,10 +14,11 @@ import jax
 import numpy as np
 
 from nosa_jax import CacheConfig, DecodeState, NosaLM, Sampling, decode, locality, prefill
-from nosa_jax.cli.checkpoint import Dtype, GrowingText, load, load_tokenizer, stop_tokens
+from nosa_jax.cli.checkpoint import Dtype, load
 from nosa_jax.cli.terminal import facts, size, working
 from nosa_jax.config import Variant
-from nosa_jax.sampling import row_keys, sample
+from nosa_jax.decode import row_keys, sample
+from nosa_jax.hf import GrowingText, load_tokenizer, stop_tokens
 from pallas_kernels.checks import bad_value
 
 
@@ -32,23 +33,23 @@ class Generate:
     max_new_tokens: int = 256
     """Tokens to generate at most; an end-of-text token that the checkpoint names ends it earlier."""
     temperature: float = 0.0
-    """Of sampling; 0 always takes the likeliest token."""
+    """Temperature of the sampling; 0 always takes the likeliest token."""
     top_k: int | None = None
     """Sample among the k likeliest tokens."""
     top_p: float = 1.0
     """Sample among the fewest tokens whose probability reaches p."""
     seed: int = 0
-    """Of sampling."""
+    """Seed of the sampling."""
     offload: bool = True
     """Whether the KV cache lives in host memory, with a pool of blocks on the device."""
     slots: int | None = None
-    """Size of that pool in blocks; default: 5/4 of the blocks that a query selects."""
+    """Size of the pool on the device, in blocks; default: 5/4 of the blocks that a query selects."""
     chunk: int | None = None
     """Tokens of the prompt read at once; default: all. Less needs less memory."""
     variant: Variant | None = None
     """How blocks are selected; default: what the checkpoint says."""
     dtype: Dtype = "auto"
-    """Of weights and cache; auto: float32 on a CPU, bfloat16 elsewhere."""
+    """Dtype of weights and cache; auto: float32 on a CPU, bfloat16 elsewhere."""
 
     def run(self) -> int:
         if self.max_new_tokens < 1:
@@ -137,7 +138,7 @@ class Continuation:
 )
 def _step(model: NosaLM, state: DecodeState, token: Any, keys: Any, sampling: Sampling) -> tuple[DecodeState, Any, Any]:
     """One token more: the new state, the token that follows, and the blocks fetched per layer, row and KV head."""
-    state, out = decode.step(model, state, token)
+    state, out = decode.run_step(model, state, token)
     return state, sample(out.logits, keys, state.lengths, sampling), out.fetched
 
 

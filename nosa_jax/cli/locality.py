@@ -7,17 +7,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-import nosa_jax
-from nosa_jax import CacheConfig, NosaLM, Selections, plots
-from nosa_jax.cli import extras
-from nosa_jax.cli.checkpoint import Dtype, load, load_tokenizer
+from nosa_jax import CacheConfig, NosaLM, Selections
+from nosa_jax._extras import require_extras
+from nosa_jax.cli.checkpoint import Dtype, load
 from nosa_jax.cli.terminal import facts, heading, indented, working
 from nosa_jax.cli.train import read_text
 from nosa_jax.config import Variant
-from nosa_jax.locality import LocalityReport, comparison_table
+from nosa_jax.hf import load_tokenizer
+from nosa_jax.locality import LocalityReport, comparison_table, draw, record
 from pallas_kernels.checks import bad_value
 
 
@@ -46,12 +45,12 @@ class Locality:
     chunk: int | None = None
     """Tokens of the prompt read at once; default: all. Less needs less memory."""
     dtype: Dtype = "auto"
-    """Of weights and cache; auto: float32 on a CPU, bfloat16 elsewhere."""
+    """Dtype of weights and cache; auto: float32 on a CPU, bfloat16 elsewhere."""
     out: Path = Path("locality-output")
     """Folder for figures and JSON."""
 
     def run(self) -> int:
-        extras.require("hf", "plots")
+        require_extras("hf", "plots")
         self._check()
         self.out.mkdir(parents=True, exist_ok=True)
         selections: dict[str, Selections] = {}
@@ -109,36 +108,8 @@ class Locality:
         return tokens
 
 
-def record(
-    model: NosaLM, prompt: np.ndarray, new_tokens: int, forced: np.ndarray | None, *, chunk: int | None = None
-) -> Selections:
-    """The selections behind `new_tokens` decoded tokens: those of `forced`, or the model's own where it is None."""
-    generation = nosa_jax.generate(
-        model,
-        prompt[None],
-        max_new_tokens=new_tokens,
-        cache=CacheConfig(),
-        forced_tokens=None if forced is None else forced[None],
-        record=("block_ids",),
-        chunk=chunk,
-    )
-    jax.block_until_ready(generation)
-    return Selections.from_generation(
-        generation, np.asarray([len(prompt)]), config=model.config, itemsize=model.embed.dtype.itemsize
-    )
-
-
-def draw(selections: dict[str, Selections], reports: dict[str, LocalityReport], out: Path) -> list[Path]:
-    """Writes the comparison and one map of selections per method into the folder `out`; returns the files."""
-    written = [out / "locality.png"]
-    plots.plot_comparison(reports, written[0])
-    for name, chosen in selections.items():
-        written.append(out / f"selections-{name}.png")
-        plots.plot_selection_map(chosen, layer=chosen.block_ids.shape[0] // 2, path=written[-1])
-    return written
-
-
 def as_json(reports: dict[str, LocalityReport]) -> dict[str, Any]:
+    """The reports in plain types, by name of the method."""
     return {name: report.to_dict() for name, report in reports.items()}
 
 

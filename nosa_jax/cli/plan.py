@@ -8,12 +8,13 @@ from typing import Literal
 
 from nosa_jax import CacheConfig, ModelConfig, plan, presets
 from nosa_jax.config import Variant
+from pallas_kernels.device import current_device
 
 PresetName = Literal["tiny", "nosa_1b", "nosa_3b", "nosa_8b"]
 
 
 def preset(name: PresetName, variant: Variant) -> ModelConfig:
-    """The preset of that name."""
+    """The preset `name` with another way to select blocks."""
     return getattr(presets, name)(variant=variant)
 
 
@@ -22,9 +23,9 @@ class Plan:
     """Say what a batch will cost: bytes on the host and on the device, bytes moved per token, and a bound on speed."""
 
     preset: PresetName = "nosa_8b"
-    """The model."""
+    """Shape of the model."""
     variant: Variant = "nosa"
-    """How it selects blocks."""
+    """How the model selects blocks."""
     batch: int = 1
     """Rows that run together."""
     max_length: int | None = None
@@ -32,20 +33,21 @@ class Plan:
     offload: bool = True
     """Whether the KV cache lives in host memory, with a pool of blocks on the device."""
     slots: int | None = None
-    """Size of that pool in blocks; default: 5/4 of the blocks that a query selects."""
+    """Size of the pool on the device, in blocks; default: 5/4 of the blocks that a query selects."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Of weights and cache."""
+    """Dtype of weights and cache."""
     misses: float | None = None
     """Blocks fetched per step, layer, KV head and row, as measured by `nosa locality`; default: published figures."""
-    link_bytes_per_second: float = 53e9
-    """Speed of the link between host and device; default: PCIe 5 x16 as measured."""
-    hbm_bytes_per_second: float = 4.3e12
-    """Speed of the device's memory; default: an H200 as measured."""
+    link_bytes_per_second: float | None = None
+    """Speed of the link to the host; default: as measured on the card at hand where it is known, else on an H200."""
+    hbm_bytes_per_second: float | None = None
+    """Speed of the device's memory; default: as measured on the card at hand where it is known, else on an H200."""
     json: bool = False
     """Print JSON instead of a table."""
 
     def run(self) -> int:
         config = preset(self.preset, self.variant)
+        current_device()  # `plan` looks for the card at hand only where JAX has one
         result = plan(
             config,
             self.batch,

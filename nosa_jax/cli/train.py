@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import nosa_jax
 from nosa_jax import train
-from nosa_jax.cli import extras
+from nosa_jax._extras import require_extras
 from nosa_jax.cli.plan import PresetName, preset
 from nosa_jax.cli.terminal import facts, heading, working
 from nosa_jax.config import Variant
@@ -22,7 +22,7 @@ class Train:
     preset: PresetName = "tiny"
     """Shape of the model."""
     variant: Variant = "nosa"
-    """How it selects blocks."""
+    """How the model selects blocks."""
     files: tuple[str, ...] = ()
     """Files, folders or globs to read; default: the source of Python's standard library."""
     heldout_fraction: float = 0.05
@@ -30,7 +30,7 @@ class Train:
     out: Path | None = None
     """Folder for checkpoints, log and model; default: runs/PRESET-VARIANT."""
     resume: bool = False
-    """Continue from the newest checkpoint in that folder."""
+    """Continue from the newest checkpoint in the folder of --out."""
 
     steps: int = TrainConfig.steps
     """Steps of the whole run, the horizon of the learning rate."""
@@ -43,9 +43,9 @@ class Train:
     remat: bool = TrainConfig.remat
     """Recompute each layer in the backward pass: slower, in less memory."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = TrainConfig.compute_dtype
-    """Of forward and backward pass; auto: float32 on a CPU, bfloat16 elsewhere."""
+    """Dtype of the forward and backward pass; auto: float32 on a CPU, bfloat16 elsewhere."""
     seed: int = TrainConfig.seed
-    """Of the initial weights and the order of the text."""
+    """Seed of the initial weights and of the order of the text."""
     log_every: int = TrainConfig.log_every
     """Steps between two records of the log."""
     eval_every: int = TrainConfig.eval_every
@@ -58,13 +58,13 @@ class Train:
     """How many of the newest checkpoints stay."""
 
     learning_rate: float = OptimizerConfig.learning_rate
-    """Of the stable phase of the schedule."""
+    """Learning rate of the stable phase of the schedule."""
     final_learning_rate: float = OptimizerConfig.final_learning_rate
-    """Reached with the last step."""
+    """Learning rate that the last step reaches."""
     warmup_fraction: float = OptimizerConfig.warmup_fraction
-    """Share of the steps in which the learning rate rises."""
+    """Share of the steps, the first ones, in which the learning rate rises."""
     decay_fraction: float = OptimizerConfig.decay_fraction
-    """Share of the steps in which it falls."""
+    """Share of the steps, the last ones, in which the learning rate falls."""
     beta1: float = OptimizerConfig.beta1
     """Adam's decay of the first moment."""
     beta2: float = OptimizerConfig.beta2
@@ -72,7 +72,7 @@ class Train:
     epsilon: float = OptimizerConfig.epsilon
     """Adam's term against division by zero."""
     weight_decay: float = OptimizerConfig.weight_decay
-    """Pulls matrices towards 0 by this times the learning rate."""
+    """Matrices are pulled towards 0 by this times the learning rate."""
     clip_norm: float = OptimizerConfig.clip_norm
     """Gradients with a larger norm are scaled down to it."""
 
@@ -86,7 +86,7 @@ class Train:
         return {name: getattr(self, name) for name in names}
 
     def run(self) -> int:
-        extras.require("train", "hf")
+        require_extras("train", "hf")
         config = self.config()
         out = Path("runs", f"{self.preset}-{self.variant}") if self.out is None else self.out
         corpus = read_text(self.files, self.heldout_fraction)
@@ -116,5 +116,5 @@ def read_text(files: tuple[str, ...] = (), heldout_fraction: float = 0.05) -> Co
 
 
 def describe(corpus: Corpus) -> str:
-    """Its size in words."""
+    """The size of a corpus in words."""
     return f"{len(corpus.train) / 1e6:.2f} MB to train on, {len(corpus.heldout) / 1e6:.2f} MB held out"

@@ -5,27 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
+from nosa_jax._extras import import_extra
 from pallas_kernels.checks import bad_value
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-
-
-def import_extra(module: str) -> ModuleType:
-    """Imports a module of the optional extra `hf`; raises ImportError that names the extra."""
-    import importlib
-
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f'{module.split(".")[0]} is needed for checkpoints and tokenizers: pip install "nosa-jax[hf]"'
-        ) from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,23 +18,25 @@ class Piece:
     name, shape: as the checkpoint has them (linear weights are [out, in]).
     target: our parameter, as a dotted path from the model.
     layer: index on the leading axis of a stacked parameter, None where there is no such axis.
-    columns: range on the last axis of a fused parameter, None where the tensor is the whole of it.
-    transpose: whether our orientation is the other one.
+    part: index into what is left of the parameter, whose axes are [in, ..., out, ...]; empty for the whole of it.
+    inputs: how many of its axes are inputs, which the checkpoint has last; 0 for vectors and the embedding.
     """
 
     name: str
     shape: tuple[int, ...]
     target: str
     layer: int | None = None
-    columns: tuple[int, int] | None = None
-    transpose: bool = False
+    part: tuple[Any, ...] = ()
+    inputs: int = 0
 
     def view(self, parameter: Any) -> Any:
-        """The part of `parameter` (numpy or jax, whole) that is this tensor, with the shape the checkpoint gives it."""
+        """The part of `parameter` (numpy or jax, whole) that is this tensor, its axes in the checkpoint's order.
+
+        [out, ..., in, ...], where the checkpoint's matrix has the outputs and the inputs as one axis each.
+        """
         part = parameter if self.layer is None else parameter[self.layer]
-        if self.columns is not None:
-            part = part[..., slice(*self.columns)]
-        return part.T if self.transpose else part
+        part = part[self.part]
+        return part.transpose(*range(self.inputs, part.ndim), *range(self.inputs))
 
     @property
     def is_importance(self) -> bool:
@@ -53,31 +55,37 @@ def model_pieces(config: ModelConfig, *, importance: bool | None = None) -> list
         pieces += _layer_pieces(config, layer, importance)
     pieces.append(Piece("model.norm.weight", (hidden,), "norm"))
     if not config.tie_embeddings:
-        pieces.append(Piece("lm_head.weight", (vocab, hidden), "lm_head", transpose=True))
+        pieces.append(Piece("lm_head.weight", (vocab, hidden), "lm_head", inputs=1))
     return pieces
 
 
 def _layer_pieces(config: ModelConfig, layer: int, importance: bool) -> Iterator[Piece]:
     hidden, ffn = config.hidden_size, config.intermediate_size
-    heads, kv_heads = config.num_heads, config.num_kv_heads
+    heads, kv_heads, group = config.num_heads, config.num_kv_heads, config.group_size
     q_width, kv_width = heads * config.head_dim, kv_heads * config.head_dim
     prefix = f"model.layers.{layer}."
 
     def piece(name: str, shape: tuple[int, ...], target: str, **rest: Any) -> Piece:
         return Piece(prefix + name, shape, f"layers.{target}", layer, **rest)
 
-    def fused(name: str, target: str, start: int, width: int) -> Piece:
-        return piece(name, (width, hidden), target, columns=(start, start + width), transpose=True)
+    def of_heads(letter: str, width: int, members: slice | int) -> Piece:
+        """members: which of the group of a KV head."""
+        every = slice(None)
+        part = (every, every, members)
+        return piece(f"self_attn.{letter}_proj.weight", (width, hidden), "attention.qkv", part=part, inputs=1)
 
-    yield fused("self_attn.q_proj.weight", "attention.qkv", 0, q_width)
-    yield fused("self_attn.k_proj.weight", "attention.qkv", q_width, kv_width)
-    yield fused("self_attn.v_proj.weight", "attention.qkv", q_width + kv_width, kv_width)
-    yield piece("self_attn.o_proj.weight", (hidden, q_width), "attention.output", transpose=True)
+    def of_mlp(name: str, half: int) -> Piece:
+        return piece(f"mlp.{name}_proj.weight", (ffn, hidden), "mlp.gate_up", part=(slice(None), half), inputs=1)
+
+    yield of_heads("q", q_width, slice(group))
+    yield of_heads("k", kv_width, group)
+    yield of_heads("v", kv_width, group + 1)
+    yield piece("self_attn.o_proj.weight", (hidden, q_width), "attention.output", inputs=1)
     if importance:
         yield piece("self_attn.A", (kv_heads,), "attention.importance.A")
-        yield piece("self_attn.delta.weight", (kv_heads, kv_width), "attention.importance.delta", transpose=True)
-    yield fused("mlp.gate_proj.weight", "mlp.gate_up", 0, ffn)
-    yield fused("mlp.up_proj.weight", "mlp.gate_up", ffn, ffn)
-    yield piece("mlp.down_proj.weight", (hidden, ffn), "mlp.down", transpose=True)
+        yield piece("self_attn.delta.weight", (kv_heads, kv_width), "attention.importance.delta", inputs=2)
+    yield of_mlp("gate", 0)
+    yield of_mlp("up", 1)
+    yield piece("mlp.down_proj.weight", (hidden, ffn), "mlp.down", inputs=1)
     yield piece("input_layernorm.weight", (hidden,), "attention_norm")
     yield piece("post_attention_layernorm.weight", (hidden,), "mlp_norm")

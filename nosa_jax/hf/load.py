@@ -91,9 +91,12 @@ def _by_target(pieces: list[Piece]) -> dict[str, list[Piece]]:
 
 
 def _copy(into: np.ndarray, tensor: np.ndarray) -> None:
+    """Fills `into`, whose axes may be finer than those of the tensor."""
+    tensor = tensor.reshape(into.shape)
     # In bands of rows: a whole transposed copy of a large matrix is bound by cache misses.
-    for start in range(0, tensor.shape[0], _ROWS_PER_COPY):
-        into[start : start + _ROWS_PER_COPY] = tensor[start : start + _ROWS_PER_COPY]
+    for at in np.ndindex(into.shape[:-2]):
+        for start in range(0, len(into[at]), _ROWS_PER_COPY):
+            into[at][start : start + _ROWS_PER_COPY] = tensor[at][start : start + _ROWS_PER_COPY]
 
 
 def _check_tensors(folder: Path, config: ModelConfig, pieces: list[Piece], files: CheckpointFiles) -> None:

@@ -15,8 +15,9 @@ import jax
 import numpy as np
 from jax.typing import DTypeLike
 
+from nosa_jax._extras import import_extra
 from nosa_jax.hf.config_json import CONFIG_NAME, render_config
-from nosa_jax.hf.files import INDEX_NAME, SINGLE_NAME, import_extra
+from nosa_jax.hf.files import INDEX_NAME, SINGLE_NAME
 from nosa_jax.hf.keymap import Piece, model_pieces
 from nosa_jax.hf.load import check_dtype
 from nosa_jax.model import NosaLM
@@ -105,7 +106,7 @@ def _write_shard(model: NosaLM, file: Path, dtypes: dict[Piece, np.dtype]) -> No
 def _tensor(model: NosaLM, piece: Piece, dtype: np.dtype) -> np.ndarray:
     # Cut on the device, so that the host never holds more than one shard.
     part = piece.view(operator.attrgetter(piece.target)(model)[...])
-    return np.ascontiguousarray(jax.device_get(part).astype(dtype, copy=False))
+    return np.ascontiguousarray(jax.device_get(part).astype(dtype, copy=False)).reshape(piece.shape)
 
 
 def _importance_dtype(model: NosaLM, piece: Piece, dtype: np.dtype) -> np.dtype:

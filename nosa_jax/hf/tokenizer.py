@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from nosa_jax.hf.files import import_extra
+from nosa_jax._extras import import_extra
 from pallas_kernels.checks import bad_type, bad_value
 
 Ids = Sequence[int] | np.ndarray | jax.Array

@@ -3,17 +3,19 @@
     from nosa_jax import presets, train
 
     corpus = train.load_corpus(train.stdlib_files())
-    result = train.train(train.TrainConfig(presets.tiny()), corpus, "runs/tiny")
+    config = train.TrainConfig(presets.tiny(), steps=20, length=128, eval_batches=4)
+    result = train.train(config, corpus, "runs/tiny")
     model = train.load_model("runs/tiny/checkpoints")
 
 Needs the extra `train`: pip install "nosa-jax[train]".
 """
 
+from nosa_jax.environment import environment
 from nosa_jax.train.checkpoint import Checkpoints, load_model, model_config_from_dict
 from nosa_jax.train.config import TrainConfig
 from nosa_jax.train.data import Corpus, find_files, heldout_batches, load_corpus, stdlib_files, train_batches
 from nosa_jax.train.evaluation import Evaluation, evaluate
-from nosa_jax.train.log import environment, read_log
+from nosa_jax.train.log import read_log
 from nosa_jax.train.loop import TrainResult, train
 from nosa_jax.train.loss import bits_per_byte, length_mask, next_token_loss
 from nosa_jax.train.optim import OptimizerConfig, learning_rate_schedule, make_optimizer

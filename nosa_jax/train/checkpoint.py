@@ -17,9 +17,8 @@ from flax import nnx
 
 from nosa_jax.config import AttentionConfig, ModelConfig, RopeConfig
 from nosa_jax.model import NosaLM
-from nosa_jax.train._require import require_int
 from nosa_jax.train.step import TrainState
-from pallas_kernels.checks import bad_value
+from pallas_kernels.checks import bad_value, require_int
 
 
 class Checkpoints:

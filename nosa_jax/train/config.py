@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-import jax
-
 from nosa_jax.config import ModelConfig
-from nosa_jax.train._require import require_int
 from nosa_jax.train.optim import OptimizerConfig
-from pallas_kernels.checks import bad_type, bad_value
+from pallas_kernels.checks import bad_type, bad_value, require_int
+from pallas_kernels.device import current_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,12 +16,12 @@ class TrainConfig:
     """A training run.
 
     model: what is trained, e.g. `presets.tiny(variant="infllmv2")`.
-    steps: of the whole run; the horizon of the learning rate schedule.
+    steps: how many the whole run takes, which is the horizon of the learning rate schedule.
     batch_size, length: windows per step and target tokens per window.
     accumulate: parts a batch is split into to save memory; divides `batch_size`.
     remat: recompute each layer in the backward pass, slower in less memory.
-    compute_dtype: of forward and backward pass; "auto" is float32 on a CPU and bfloat16 elsewhere.
-    seed: of the initial weights and the order of the data.
+    compute_dtype: dtype of the forward and backward pass; "auto" is float32 on a CPU and bfloat16 elsewhere.
+    seed: seed of the initial weights and of the order of the data.
     log_every: steps between two log records (the first and the last step are always logged).
     eval_every, checkpoint_every: steps between two of them; 0 leaves only the one at the end.
     eval_batches: held-out batches per evaluation, at most.
@@ -64,7 +62,7 @@ class TrainConfig:
             )
 
     def resolved_dtype(self) -> str:
-        """`compute_dtype` with "auto" decided for the default backend."""
+        """`compute_dtype` with "auto" decided for the device at hand."""
         if self.compute_dtype != "auto":
             return self.compute_dtype
-        return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        return "float32" if current_device().platform == "cpu" else "bfloat16"

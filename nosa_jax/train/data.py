@@ -1,9 +1,11 @@
 """Local text as bytes, cut into windows and served in seeded batches whose position can be saved.
 
-corpus = load_corpus(stdlib_files())
-batches = train_batches(corpus.train, batch_size=8, length=512, seed=0)
-next(batches)        # int32 [8, 513]: the inputs are [:, :-1], the targets [:, 1:]
-batches.get_state()  # JSON; set_state() continues on exactly the next batch
+    corpus = load_corpus(stdlib_files())
+    batches = train_batches(corpus.train, batch_size=8, length=512, seed=0)
+    next(batches)        # int32 [8, 513]: the inputs are [:, :-1], the targets [:, 1:]
+    batches.get_state()  # JSON; set_state() continues on exactly the next batch
+
+Text of your own goes in as a `Corpus` of token ids.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Integer
 
-from nosa_jax.train._require import import_extra, require_int, require_number
-from pallas_kernels.checks import bad_type, bad_value
+from nosa_jax._extras import import_extra
+from pallas_kernels.checks import bad_type, bad_value, require_int, require_number
 
 _STDLIB_SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
-import platform
 from pathlib import Path
 from typing import Any
-
-import jax
 
 
 class JsonLines:
@@ -43,18 +39,3 @@ def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             records = [old for old in records if old.get("step", 0) <= record["step"]]
         records.append(record)
     return records
-
-
-def environment() -> dict[str, Any]:
-    """Versions and devices, for the log."""
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-    versions = {package: _version(package) for package in packages}
-    devices = sorted({device.device_kind for device in jax.devices()})
-    return {"versions": {"python": platform.python_version(), **versions}, "devices": devices}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -16,14 +16,15 @@ from typing import Any
 import jax
 from flax import nnx
 
+from nosa_jax._extras import import_extra
+from nosa_jax.environment import environment
 from nosa_jax.model import NosaLM, num_parameters
 from nosa_jax.train._interrupt import interrupt_flag
-from nosa_jax.train._require import import_extra
 from nosa_jax.train.checkpoint import Checkpoints
 from nosa_jax.train.config import TrainConfig
 from nosa_jax.train.data import Corpus, train_batches
 from nosa_jax.train.evaluation import Evaluation, evaluate
-from nosa_jax.train.log import JsonLines, environment
+from nosa_jax.train.log import JsonLines
 from nosa_jax.train.loss import bits_per_byte
 from nosa_jax.train.step import TrainState, init_state, jit_train_step
 from pallas_kernels.checks import bad_value

@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nosa_jax.train._require import require_int, require_number
-from pallas_kernels.checks import bad_value
+from pallas_kernels.checks import bad_value, require_int, require_number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +21,7 @@ class OptimizerConfig:
     final_learning_rate: the rate reached when the last step is done.
     warmup_fraction, decay_fraction: shares of all steps spent rising to and falling from `learning_rate`, linearly.
         Continued pretraining as published is a small step down: e.g. 3e-4 and 2e-4 with `decay_fraction=1.0`.
-    beta1, beta2, epsilon: of Adam.
+    beta1, beta2, epsilon: Adam's decay of the two moments, and its term against division by zero.
     weight_decay: pulls matrices towards 0 by this times the learning rate; see `decays`.
     clip_norm: gradients with a larger global norm are scaled down to it.
 
@@ -79,14 +78,14 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> Callable[[Any
     return learning_rate
 
 
-def decays(path: tuple[Any, ...], parameter: Any) -> bool:
-    """Whether weight decay applies: to matrices, not to norms and not to the importance vector `A`.
+def decays(path: tuple[Any, ...]) -> bool:
+    """Whether weight decay applies: to matrices, not to norms, biases and the importance vector `A`.
 
-    `path` is the key path of `parameter` in the model. Parameters below `layers` are stacked, so their first axis
-    counts layers: norms `[L, H]` and `A` `[L, K]` are vectors in spite of their two axes.
+    path: key path of the parameter in the model. The name tells: layers and heads add axes to norms, too.
     """
-    stacked = any(getattr(key, "name", getattr(key, "key", None)) == "layers" for key in path)
-    return parameter.ndim - stacked >= 2
+    names = [key.name if isinstance(key, jax.tree_util.GetAttrKey) else getattr(key, "key", None) for key in path]
+    name = str([name for name in names if name != "value"][-1])
+    return not (name == "A" or name.endswith(("norm", "bias")))
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
@@ -97,7 +96,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
     def add_decay(updates: Any, params: Any) -> Any:
         return jax.tree.map_with_path(
-            lambda path, update, param: update + config.weight_decay * param if decays(path, param) else update,
+            lambda path, update, param: update + config.weight_decay * param if decays(path) else update,
             updates,
             params,
         )

@@ -1,8 +1,10 @@
 """The state of training and the pure function that advances it.
 
-step = jax.jit(partial(train_step, optimizer=OptimizerConfig(), steps=1000), donate_argnums=0)
-state = init_state(model, OptimizerConfig(), steps=1000)
-state, metrics = step(state, tokens)
+    optimizer = OptimizerConfig()
+    state = init_state(model, optimizer)
+    state, metrics = jit_train_step(state, tokens, optimizer=optimizer, steps=1000)
+
+`jit_train_step` is `train_step` compiled; jit the plain function yourself where you want other options.
 """
 
 from __future__ import annotations

@@ -16,42 +16,43 @@ APPEND_TOKEN = register(
 
 
 def append_token(
-    qkv: Float[Array, "B heads D"],
+    qkv: Float[Array, "B K G_plus_2 D"],
     cos: Float[Array, "B half"],
     sin: Float[Array, "B half"],
     scale: Float[Array, "L K"] | None,
-    delta: Float[Array, "L KD K"] | None,
+    delta: Float[Array, "L K D heads"] | None,
     summaries: Summaries,
     positions: Int32[Array, " B"],
     layer: Int32[Array, ""],
     *,
-    kv_heads: int,
     stride: int,
     implementation: str = "auto",
 ) -> tuple[Float[Array, "B N D"], Float[Array, "B K D"], Float[Array, "B K D"], Summaries]:
     """Returns the token's queries and key, rotated, its value, and the summaries with it.
 
-    qkv: N query heads, then K key and K value heads, before rotation; what comes back has its dtype. cos, sin: float32
-    of the rows' positions. scale, delta: float32 weights of the importance A * softplus(v delta); None where the
-    summaries have none. positions: of the token, which is how many came before it; -1 for rows without one.
+    qkv: of each KV head its G query heads, its key and its value, before rotation; what comes back has its dtype.
+    cos, sin: float32, of the rows' positions.
+    scale, delta: float32 weights A [L, K] and delta [L, K, D, K] of the importance A * softplus(v delta); None where
+        the summaries have none.
+    summaries: of all layers.
+    positions: of the token, which is how many came before it; -1 for rows without one.
+    layer: which of the L layers.
+    stride: of the pooling windows, in tokens.
+
     Raises ValueError for shapes that do not go together.
     """
-    require_positive("kv_heads", kv_heads)
     require_positive("stride", stride)
-    require_shape("qkv", qkv, (None,) * 3, "[B, N + 2 K, D]")
-    batch, heads, dim = qkv.shape
-    if heads <= 2 * kv_heads or heads % kv_heads:
-        raise bad_value(
-            "qkv", f"must have N + 2 K heads, N a multiple of K = {kv_heads}", heads, "Check the head axis."
-        )
+    require_shape("qkv", qkv, (None,) * 4, "[B, K, G + 2, D]")
+    batch, kv_heads, members, dim = qkv.shape
+    if members < 3:
+        rule = "must hold at least one query head, the key and the value of each KV head"
+        raise bad_value("qkv", rule, f"{members} of each", "Check its third axis.")
     require_shape("cos", cos, (batch, dim // 2), "[B, D / 2]")
     require_shape("sin", sin, cos.shape, "[B, D / 2]")
     require_shape("positions", positions, (batch,), "[B]")
     _check_summaries(scale, delta, summaries, batch, kv_heads, dim)
     with jax.named_scope("append_token"):
-        return APPEND_TOKEN(
-            implementation, qkv, cos, sin, scale, delta, summaries, positions, layer, kv_heads=kv_heads, stride=stride
-        )
+        return APPEND_TOKEN(implementation, qkv, cos, sin, scale, delta, summaries, positions, layer, stride=stride)
 
 
 def _check_summaries(
@@ -65,7 +66,7 @@ def _check_summaries(
         raise bad_value(missing[0], f"must be given with {', '.join(parts)}, or none of them", None, "Pass all four.")
     leaves = jax.tree.leaves(summaries)
     lead = (leaves[0].shape[0] if leaves else None, batch, kv_heads)
-    for name, cache, width in (("keys", keys, dim), ("pooled_importance", pooled, 1)):
+    for name, cache, width in (("pooled_keys", keys, dim), ("pooled_importance", pooled, 1)):
         if cache is not None:
             means, sums = cache
             require_shape(f"summaries.{name}[0]", means, (*lead, None, width), "[L, B, K, C, D]")
@@ -73,4 +74,4 @@ def _check_summaries(
     if importance is not None:
         require_shape("summaries.importance", importance, (*lead, None, None), "[L, B, K, M, P]")
         require_shape("scale", scale, (lead[0], kv_heads), "[L, K]")
-        require_shape("delta", delta, (lead[0], kv_heads * dim, kv_heads), "[L, K D, K]")
+        require_shape("delta", delta, (lead[0], kv_heads, dim, kv_heads), "[L, K, D, K]")

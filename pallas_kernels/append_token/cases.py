@@ -46,7 +46,7 @@ CASES = SMALL | REAL
 
 def options(case: Case) -> dict[str, Any]:
     """Static arguments of `append_token`."""
-    return {"kv_heads": case.kv_heads, "stride": case.stride}
+    return {"stride": case.stride}
 
 
 def make_inputs(case: Case, key: Key[Array, ""]) -> dict[str, Any]:
@@ -59,11 +59,11 @@ def make_inputs(case: Case, key: Key[Array, ""]) -> dict[str, Any]:
     pooled = lambda dim, dtype: (normal(*lead, windows, dim).astype(dtype), normal(*lead, 2, dim))
     angles = normal(batch, case.dim // 2)
     return {
-        "qkv": normal(batch, (case.group + 2) * case.kv_heads, case.dim).astype(case.dtype),
+        "qkv": normal(batch, case.kv_heads, case.group + 2, case.dim).astype(case.dtype),
         "cos": jnp.cos(angles),
         "sin": jnp.sin(angles),
         "scale": normal(case.layers, case.kv_heads) if case.biased else None,
-        "delta": normal(case.layers, width, case.kv_heads) / width**0.5 if case.biased else None,
+        "delta": normal(case.layers, case.kv_heads, case.dim, case.kv_heads) / width**0.5 if case.biased else None,
         "summaries": Summaries(
             pooled(case.dim, case.dtype) if case.scored else None,
             normal(*lead, case.num_blocks, case.block_size) if case.biased else None,

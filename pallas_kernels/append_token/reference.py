@@ -19,12 +19,11 @@ def append_token_ref(
     positions: np.ndarray,
     layer: int,
     *,
-    kv_heads: int,
     stride: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, Summaries]:
     """Everything float64; the key is rounded to the dtype of `qkv` before it is summed."""
     dtype, qkv = qkv.dtype, qkv.astype(np.float64)
-    q, k, v = np.split(qkv, (qkv.shape[1] - 2 * kv_heads, qkv.shape[1] - kv_heads), axis=1)
+    q, k, v = qkv[:, :, :-2].reshape(len(qkv), -1, qkv.shape[3]), qkv[:, :, -2], qkv[:, :, -1]
 
     def rotate(x: np.ndarray) -> np.ndarray:
         first, second = np.split(x, 2, axis=-1)
@@ -51,7 +50,7 @@ def append_token_ref(
         keys = append(keys, k.astype(dtype).astype(np.float64))
     if importance is not None:
         assert scale is not None and delta is not None
-        change = v.reshape(len(v), -1) @ delta[layer].astype(np.float64)
+        change = v.reshape(len(v), -1) @ delta[layer].astype(np.float64).reshape(-1, delta.shape[-1])
         new = scale[layer].astype(np.float64) * np.logaddexp(0, change)
         pooled_importance = append(pooled_importance, new[..., None])
         importance, size = importance.astype(np.float64), importance.shape[4]

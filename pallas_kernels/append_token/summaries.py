@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 class Summaries(NamedTuple):
     """Of all layers; None where a variant does not use it.
 
-    keys: pooled [L, B, K, C, D] and float32 sums [L, B, K, 2, D], see `append_pooled_keys`. importance [L, B, K, M, P]
-    float32, of each token; pooled_importance: the same pooled like keys, float32 with D = 1.
+    pooled_keys: pooled [L, B, K, C, D] and float32 sums [L, B, K, 2, D], see `append_pooled_keys`.
+    importance: [L, B, K, M, P] float32, of each token.
+    pooled_importance: the same pooled like keys, float32 with D = 1.
     """
 
-    keys: Any
+    pooled_keys: Any
     importance: Any
     pooled_importance: Any

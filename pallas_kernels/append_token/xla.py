@@ -31,8 +31,8 @@ def append_summaries(
         appended = append_pooled_keys(pooled, sums, new, start, count, layer, stride=stride)
         return jax.tree.unflatten(jax.tree.structure(cache), appended)
 
-    if summaries.keys is not None:
-        summaries = summaries._replace(keys=append(summaries.keys, keys))
+    if summaries.pooled_keys is not None:
+        summaries = summaries._replace(pooled_keys=append(summaries.pooled_keys, keys))
     if summaries.importance is not None:
         assert importance is not None
         whole = summaries.importance
@@ -47,20 +47,18 @@ def append_summaries(
 
 
 def append_token(
-    qkv: Float[Array, "B heads D"],
+    qkv: Float[Array, "B K G_plus_2 D"],
     cos: Float[Array, "B half"],
     sin: Float[Array, "B half"],
     scale: Float[Array, "L K"] | None,
-    delta: Float[Array, "L KD K"] | None,
+    delta: Float[Array, "L K D heads"] | None,
     summaries: Summaries,
     positions: Int32[Array, " B"],
     layer: Int32[Array, ""],
     *,
-    kv_heads: int,
     stride: int,
 ) -> tuple[Float[Array, "B N D"], Float[Array, "B K D"], Float[Array, "B K D"], Summaries]:
-    heads = qkv.shape[1] - 2 * kv_heads
-    q, k, v = jnp.split(qkv, (heads, heads + kv_heads), axis=1)
+    q, k, v = qkv[:, :, :-2].reshape(qkv.shape[0], -1, qkv.shape[3]), qkv[:, :, -2], qkv[:, :, -1]
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     importance = None
     if summaries.importance is not None:

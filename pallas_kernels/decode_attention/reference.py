@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,6 +63,6 @@ def update_and_attend_ref(
         block, place = divmod(int(positions[b]), store.block_size)
         if positions[b] >= 0 and block_ids[b, head, j] == block and 0 <= slots[b, head, j] < store.num_slots:
             pool[layer, b, head, slots[b, head, j], :, place] = token.k[b, head], token.v[b, head]
-    arrays: Any = jax.tree.map(jnp.asarray, (token.q, pool, store.bias, slots, block_ids, positions))
-    q, kv, bias, slots, block_ids, positions = arrays
-    return decode_attention_ref(q, kv, bias, slots, block_ids, positions, layer, scale=scale), pool
+    arguments = (token.q, pool, store.bias, slots, block_ids, positions)
+    q, kv, bias, slots, block_ids, at = jax.tree.map(jnp.asarray, arguments)
+    return decode_attention_ref(q, kv, bias, slots, block_ids, at, layer, scale=scale), pool

@@ -9,18 +9,17 @@ wrong dtypes TypeError.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Float64, Int, Int32, Int64
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Int64
 
 from nosa_jax.cache.slots import empty_table, resolve
 from nosa_jax.config import AttentionConfig
+from pallas_kernels import blocks
 from pallas_kernels.checks import bad_value, require_integers, require_shape
 
 AnyArray = Array | np.ndarray
@@ -28,14 +27,14 @@ BlockIds = Int[AnyArray, "... T J"]
 Positions = Int[AnyArray, "..."] | int  # of every step, or of the first one
 
 
-def _checked_ids(block_ids: Any) -> Array:
+def checked_ids(block_ids: Any) -> Array:
     require_integers("block_ids", block_ids)
     if block_ids.ndim < 2:
         raise bad_value("block_ids", "must have shape [..., T, J]", tuple(block_ids.shape), "Add the missing axes.")
     return jnp.asarray(block_ids, jnp.int32)
 
 
-def _checked_positions(positions: Any, steps: tuple[int, ...]) -> Array:
+def checked_positions(positions: Any, steps: tuple[int, ...]) -> Array:
     """Positions as int32 of shape `steps` = [..., T]."""
     positions = np.asarray(positions) if isinstance(positions, int) else positions
     require_integers("positions", positions)
@@ -61,15 +60,15 @@ def _require_sparse(attention: AttentionConfig) -> None:
 
 def is_forced(block_ids: BlockIds, positions: Positions, attention: AttentionConfig) -> Bool[Array, "... T J"]:
     """Marks the sink and local blocks, which are selected whatever their scores; False on padding."""
-    ids = _checked_ids(block_ids)
-    own = _checked_positions(positions, ids.shape[:-1])[..., None] // attention.block_size
+    ids = checked_ids(block_ids)
+    own = checked_positions(positions, ids.shape[:-1])[..., None] // attention.block_size
     forced = (ids < attention.num_sink_blocks) | (ids > own - attention.num_local_blocks)
     return forced & (ids >= 0) & (ids <= own)
 
 
 def counted_steps(block_ids: BlockIds) -> Bool[Array, "... T"]:
     """True where a step and the one before it both have a selection: what every mean over steps runs over."""
-    valid = (_checked_ids(block_ids) >= 0).any(-1)
+    valid = (checked_ids(block_ids) >= 0).any(-1)
     return jnp.pad(valid[..., 1:] & valid[..., :-1], [(0, 0)] * (valid.ndim - 1) + [(1, 0)])
 
 
@@ -87,19 +86,19 @@ def _fraction(shared: Array, size: Array, counted: Array) -> Array:
 
 def shared_blocks(block_ids: BlockIds) -> Int32[Array, "... T"]:
     """|S_t & S_(t-1)|; 0 at the first step and at padding."""
-    ids = _checked_ids(block_ids)
+    ids = checked_ids(block_ids)
     return _shared_with_previous(ids, ids)
 
 
 def new_blocks(block_ids: BlockIds) -> Int32[Array, "... T"]:
     """|S_t - S_(t-1)|, what must be loaded if exactly S_(t-1) is resident; 0 where `counted_steps` is False."""
-    ids = _checked_ids(block_ids)
+    ids = checked_ids(block_ids)
     return jnp.where(counted_steps(ids), (ids >= 0).sum(-1, dtype=jnp.int32) - shared_blocks(ids), 0)
 
 
 def gamma(block_ids: BlockIds) -> Float32[Array, "... T"]:
     """gamma(t) = |S_t & S_(t-1)| / |S_t|, NaN where `counted_steps` is False."""
-    ids = _checked_ids(block_ids)
+    ids = checked_ids(block_ids)
     return _fraction(shared_blocks(ids), (ids >= 0).sum(-1), counted_steps(ids))
 
 
@@ -108,7 +107,7 @@ def gamma_unforced(
 ) -> Float32[Array, "... T"]:
     """gamma of the blocks that were chosen, not forced: with E_t = S_t without sink and local blocks,
     |E_t & S_(t-1)| / |E_t|, or |E_t & E_(t-1)| / |E_t| with `both_sides`. NaN also where E_t is empty."""
-    ids = _checked_ids(block_ids)
+    ids = checked_ids(block_ids)
     chosen = jnp.where(is_forced(ids, positions, attention), -1, ids)
     shared = _shared_with_previous(chosen, chosen if both_sides else ids)
     return _fraction(shared, (chosen >= 0).sum(-1), counted_steps(ids))
@@ -131,11 +130,11 @@ def replay_misses(
     resident and costs nothing; the query's own block, at the step that starts it, takes a slot but is not fetched.
     Every leading index (layer, row, head) has its own pool. Raises ValueError when `slots` < J.
     """
-    ids = _checked_ids(block_ids)
+    ids = checked_ids(block_ids)
     if slots < ids.shape[-1]:
         rule = f"must hold one selection, J = {ids.shape[-1]}"
         raise bad_value("slots", rule, slots, f"Use slots={ids.shape[-1]} or more.")
-    return _replay(ids, _checked_positions(positions, ids.shape[:-1]), attention.block_size, slots)
+    return _replay(ids, checked_positions(positions, ids.shape[:-1]), attention.block_size, slots)
 
 
 @functools.partial(jax.jit, static_argnames=("block_size", "slots"))
@@ -155,8 +154,8 @@ def _replay(ids: Array, positions: Array, block_size: int, slots: int) -> Array:
 
 
 def block_bytes(attention: AttentionConfig, head_dim: int, itemsize: int = 2) -> int:
-    """Bytes of one block of one layer and KV head, K and V: 2 * block_size * head_dim * itemsize."""
-    return 2 * attention.block_size * head_dim * itemsize
+    """Bytes of one block of one layer and KV head, K and V; `itemsize` is that of the cache, 2 for bfloat16."""
+    return blocks.block_bytes(attention.block_size, head_dim, itemsize)
 
 
 def bytes_per_token(misses: Int[AnyArray, "L B K T"], bytes_per_block: int) -> Int64[np.ndarray, "B T"]:
@@ -196,8 +195,8 @@ def meets_guaranteed_overlap(
     block_ids: BlockIds, positions: Positions, attention: AttentionConfig
 ) -> Bool[Array, "... T"]:
     """|S_t & S_(t-1)| >= `guaranteed_overlap`; True where `counted_steps` is False."""
-    ids = _checked_ids(block_ids)
-    bound = guaranteed_overlap(_checked_positions(positions, ids.shape[:-1]), attention)
+    ids = checked_ids(block_ids)
+    bound = guaranteed_overlap(checked_positions(positions, ids.shape[:-1]), attention)
     return (shared_blocks(ids) >= bound) | ~counted_steps(ids)
 
 
@@ -211,9 +210,9 @@ def holds_required_blocks(
         leading axes as `block_ids`; ties go to the lowest block id.
     """
     _require_sparse(attention)
-    ids = _checked_ids(block_ids)
+    ids = checked_ids(block_ids)
     importance = jnp.asarray(importance)
-    own = _checked_positions(positions, ids.shape[:-1]) // attention.block_size
+    own = checked_positions(positions, ids.shape[:-1]) // attention.block_size
     size, by_importance, _ = _quotas(own, attention)
     num_blocks = importance.shape[-1]
     selected = jnp.zeros((*ids.shape[:-1], num_blocks + 1), bool)  # the last column takes the padding
@@ -236,158 +235,7 @@ def unchanged_inside_block(
     block_ids: BlockIds, positions: Positions, attention: AttentionConfig
 ) -> Bool[Array, "... T"]:
     """S_t = S_(t-1) unless a block begins at t, as `dma` guarantees; True where `counted_steps` is False."""
-    ids = _checked_ids(block_ids)
-    begins = _checked_positions(positions, ids.shape[:-1]) % attention.block_size == 0
+    ids = checked_ids(block_ids)
+    begins = checked_positions(positions, ids.shape[:-1]) % attention.block_size == 0
     same = jnp.pad((ids[..., 1:, :] == ids[..., :-1, :]).all(-1), [(0, 0)] * (ids.ndim - 2) + [(1, 0)])
     return same | begins | ~counted_steps(ids)
-
-
-# --- The report ----------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class LocalityReport:
-    """Locality of one method, averaged over rows and counted steps. Arrays are float64 [L, K], NaN where undefined.
-
-    steps: how many steps were counted, over all rows.   block_bytes: K and V of one block of one layer and KV head.
-    gamma, gamma_unforced: see the functions of that name.   new_blocks: |S_t - S_(t-1)| per step.
-    misses: by number of slots, blocks fetched per step (`replay_misses`).
-    guaranteed_gamma: mean of `guaranteed_overlap` / |S_t|, what the method guarantees whatever the text.
-    positions [n], gamma_by_position [n]: mean gamma of all queries in one block, and where that block begins.
-    """
-
-    label: str
-    attention: AttentionConfig
-    block_bytes: int
-    steps: int
-    gamma: Float64[np.ndarray, "L K"]
-    gamma_unforced: Float64[np.ndarray, "L K"]
-    new_blocks: Float64[np.ndarray, "L K"]
-    misses: dict[int, Float64[np.ndarray, "L K"]]
-    guaranteed_gamma: float
-    positions: Int64[np.ndarray, " n"]
-    gamma_by_position: Float64[np.ndarray, " n"]
-
-    def bytes_per_token(self, slots: int) -> float:
-        """Mean bytes from host to device per row and token, summed over layers and KV heads."""
-        return float(self.misses[slots].sum() * self.block_bytes)
-
-    def table(self) -> str:
-        """One line per layer and KV head, then their mean and sum; fixed width."""
-        kib = self.block_bytes / 1024
-        columns = {"gamma": self.gamma, "unforced": self.gamma_unforced, "new": self.new_blocks}
-        columns |= {f"miss@{slots}": values for slots, values in self.misses.items()}
-        columns |= {f"KiB@{slots}": values * kib for slots, values in self.misses.items()}
-        values = np.stack(list(columns.values()))  # [columns, L, K]
-        sums = values.sum((1, 2))
-        sums[:2] = np.nan  # a ratio has no sum
-        rows = [(f"{layer:5d} {head:5d}", values[:, layer, head]) for layer, head in np.ndindex(self.gamma.shape)]
-        rows += [(f"{'mean':>11}", values.mean((1, 2))), (f"{'sum':>11}", sums)]
-        specs = [".3f" if i < 2 else ".2f" for i in range(len(columns))]
-        return "\n".join(
-            [
-                f"{self.label}: {self.steps} steps; {self.attention.num_selected_blocks} blocks of "
-                f"{self.attention.block_size} tokens selected; a block is {kib:g} KiB; guaranteed gamma "
-                f"{_number(self.guaranteed_gamma, '.3f')}",
-                "layer  head" + "".join(f"{name:>10}" for name in columns),
-                *(name + "".join(f"{_number(x, f):>10}" for x, f in zip(xs, specs, strict=True)) for name, xs in rows),
-                "unforced: gamma without sink and local blocks; new, miss, KiB: per step; @: slots of the device pool",
-            ]
-        )
-
-    def __str__(self) -> str:
-        return self.table()
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report in plain types for `json.dump`; NaN becomes None."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        fields["attention"] = dataclasses.asdict(self.attention)
-        fields["bytes_per_token"] = {slots: self.bytes_per_token(slots) for slots in self.misses}
-        return _plain(fields)
-
-
-def _number(value: float, spec: str) -> str:
-    return "-" if np.isnan(value) else format(value, spec)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, np.ndarray):
-        return [_plain(item) for item in value.tolist()]
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and np.isnan(value) else value
-
-
-def locality_report(
-    block_ids: Int[AnyArray, "L B K T J"],
-    positions: Int[AnyArray, "B T"],
-    attention: AttentionConfig,
-    *,
-    bytes_per_block: int,
-    slots: Sequence[int] | None = None,
-    label: str | None = None,
-) -> LocalityReport:
-    """Measures selections.
-
-    positions: int32 [B, T], the query's position at every step.   bytes_per_block: see `block_bytes`.
-    slots: pool sizes to replay; None means J, 5/4 J, 3/2 J and 2 J.   label: None means the variant's name.
-    Raises ValueError when no two steps follow each other.
-    """
-    require_shape("block_ids", block_ids, (None,) * 5, "[L, B, K, T, J]")
-    require_shape("positions", positions, (block_ids.shape[1], block_ids.shape[3]), "[B, T]")
-    ids, width = _checked_ids(block_ids), block_ids.shape[-1]
-    rows = _checked_positions(positions[:, None], ids.shape[:-1])
-    counted = np.asarray(counted_steps(ids))
-    if not counted.any():
-        raise bad_value("block_ids", "must hold two steps in a row", "none", "Record more than one step.")
-
-    def mean(values: Any, where: np.ndarray = counted) -> np.ndarray:
-        total = np.where(where, np.asarray(values, np.float64), 0).sum((1, 3))
-        return np.where(where.any((1, 3)), total / np.maximum(where.sum((1, 3)), 1), np.nan)
-
-    steps_gamma, chosen = np.asarray(gamma(ids)), np.asarray(gamma_unforced(ids, rows, attention))
-    bound = np.asarray(guaranteed_overlap(rows, attention) / jnp.maximum((ids >= 0).sum(-1), 1))
-    own = np.asarray(rows)[counted] // attention.block_size
-    per_block = np.bincount(own)
-    seen = np.flatnonzero(per_block)
-    sizes = (width, width + width // 4, width + width // 2, 2 * width) if slots is None else slots
-    return LocalityReport(
-        label=attention.variant if label is None else label,
-        attention=attention,
-        block_bytes=bytes_per_block,
-        steps=int(counted[0, :, 0].sum()),
-        gamma=mean(steps_gamma),
-        gamma_unforced=mean(chosen, ~np.isnan(chosen)),
-        new_blocks=mean(new_blocks(ids)),
-        misses={size: mean(replay_misses(ids, rows, attention, size)) for size in sorted(set(sizes))},
-        guaranteed_gamma=float(bound[counted].mean(dtype=np.float64)),
-        positions=seen * attention.block_size,
-        gamma_by_position=np.bincount(own, weights=steps_gamma[counted])[seen] / per_block[seen],
-    )
-
-
-def comparison_table(reports: Mapping[str, LocalityReport]) -> str:
-    """Methods side by side, one column each: means over layers and heads, bytes summed over them, gamma by layer."""
-    methods, absent = list(reports.values()), np.array([np.nan])
-    rows: list[tuple[str, str, list[float]]] = [
-        ("gamma", ".3f", [r.gamma.mean() for r in methods]),
-        ("gamma, unforced blocks", ".3f", [r.gamma_unforced.mean() for r in methods]),
-        ("gamma, guaranteed", ".3f", [r.guaranteed_gamma for r in methods]),
-        ("new blocks per step", ".2f", [r.new_blocks.mean() for r in methods]),
-    ]
-    sizes = sorted({slots for report in methods for slots in report.misses})
-    misses = {slots: [r.misses.get(slots, absent) for r in methods] for slots in sizes}
-    for slots in sizes:
-        rows.append((f"misses per step, {slots} slots", ".2f", [values.mean() for values in misses[slots]]))
-    for slots in sizes:
-        kib = [values.sum() * r.block_bytes / 2**10 for values, r in zip(misses[slots], methods, strict=True)]
-        rows.append((f"KiB per token, {slots} slots", ".1f", kib))
-    for layer in range(max(len(r.gamma) for r in methods)):
-        by_layer = [r.gamma[layer].mean() if layer < len(r.gamma) else np.nan for r in methods]
-        rows.append((f"gamma, layer {layer}", ".3f", by_layer))
-    first, width = max(len(name) for name, _, _ in rows), max(8, *(len(name) for name in reports))
-    header = " " * first + "".join(f"  {name:>{width}}" for name in reports)
-    lines = [name.ljust(first) + "".join(f"  {_number(x, spec):>{width}}" for x in xs) for name, spec, xs in rows]
-    return "\n".join([header, *lines])

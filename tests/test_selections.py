@@ -1,8 +1,8 @@
 """Recorded selections: where they come from, how they are stored and joined, and what is drawn from them."""
 
-import builtins
 import dataclasses
 import json
+import sys
 import types
 
 import jax.numpy as jnp
@@ -11,9 +11,8 @@ import matplotlib
 import numpy as np
 import pytest
 
-from nosa_jax import plots
+from nosa_jax import Selections, plots
 from nosa_jax.config import AttentionConfig, ModelConfig
-from nosa_jax.recorder import Selections
 
 ATTENTION = AttentionConfig(
     block_size=4,
@@ -241,14 +240,7 @@ def test_selection_map_errors():
 
 
 def test_missing_matplotlib_is_named(monkeypatch):
-    real = builtins.__import__
-
-    def without_matplotlib(name, *args, **kwargs):
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
     selections = run([[0, 1]])
-    monkeypatch.setattr(builtins, "__import__", without_matplotlib)
-    with pytest.raises(ImportError, match=r'pip install "nosa-jax\[plots\]"'):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r'matplotlib is needed for figures: pip install "nosa-jax\[plots\]"'):
         plots.plot_selection_map(selections)

@@ -1,4 +1,4 @@
-"""Keeps the block selections of a run, with what is needed to measure them."""
+"""Records the block selections of a run, and keeps them with what is needed to measure them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,48 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int, Int32
 
-from nosa_jax.config import AttentionConfig, ModelConfig
-from nosa_jax.locality import LocalityReport, block_bytes, locality_report
+from nosa_jax.config import AttentionConfig, CacheConfig, ModelConfig
+from nosa_jax.generation import generate
+from nosa_jax.locality.measures import block_bytes
+from nosa_jax.locality.report import LocalityReport, locality_report
+from nosa_jax.model import NosaLM
 from pallas_kernels.checks import bad_type, bad_value, require_integers, require_shape
 
 _FORMAT = "nosa-jax selections 1"
+
+
+def record(
+    model: NosaLM,
+    prompt: Int[np.ndarray, " T"],
+    new_tokens: int,
+    forced: Int[np.ndarray, " new"] | None = None,
+    *,
+    chunk: int | None = None,
+) -> Selections:
+    """Decodes one row and records what every step selects, the cache in host memory.
+
+    prompt: token ids of the row, read before the recording starts; its last token's selection is the first recorded.
+    new_tokens: how many tokens are decoded, which is how many selections are recorded.
+    forced: the tokens to feed after the prompt, so that several methods read the same text; None feeds each step the
+        token that the model finds likeliest.
+    chunk: tokens of the prompt read at once; None reads all of them. Less needs less memory.
+    Raises ValueError or TypeError for what `nosa_jax.generate` refuses, and for a `full` model, which selects nothing.
+    """
+    generation = generate(
+        model,
+        prompt[None],
+        max_new_tokens=new_tokens,
+        cache=CacheConfig(),
+        forced_tokens=None if forced is None else forced[None],
+        record=("block_ids",),
+        chunk=chunk,
+    )
+    jax.block_until_ready(generation)
+    return Selections.from_generation(
+        generation, np.asarray([len(prompt)]), config=model.config, itemsize=model.embed.dtype.itemsize
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,0 +1,116 @@
+"""What prefill, decode steps and generation are given, checked once before any work or memory is spent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int32
+
+from nosa_jax._pytree import pytree_dataclass
+from nosa_jax.attention import layout
+from nosa_jax.cache.plan import plan
+from nosa_jax.cache.state import DecodeState, require_fitting
+from nosa_jax.config import CacheConfig
+from nosa_jax.model import NosaLM, as_block_ids
+from pallas_kernels.checks import bad_value, is_concrete, require_integers, require_type
+
+
+@pytree_dataclass
+class Prompt:
+    """Checked prompts: tokens int32 [B, T], right-padded; lengths int32 [B], the tokens of each row, at least 1."""
+
+    tokens: Any
+    lengths: Any
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return self.tokens.shape[0]
+
+    @property
+    def width(self) -> int:
+        """T, the longest prompt with its padding."""
+        return self.tokens.shape[1]
+
+
+def as_prompt(model: NosaLM, tokens: Any, lengths: Any) -> Prompt:
+    """The checked prompt. `lengths` may be None: every row is as long as it is wide.
+
+    Raises TypeError or ValueError for another model, wrong shapes and dtypes, and, outside `jax.jit`, wrong values.
+    """
+    check_model(model)
+    tokens = layout.as_tokens(tokens, model.config.vocab_size)
+    batch, width = tokens.shape
+    lengths = layout.as_lengths(lengths, batch, width)
+    return Prompt(tokens, jnp.full((batch,), width, jnp.int32) if lengths is None else lengths)
+
+
+def check_model(model: Any) -> None:
+    """Raises TypeError unless it is a NosaLM."""
+    require_type("model", model, NosaLM, "Build one with NosaLM(...) or from_pretrained(...).")
+
+
+def check_cache(model: NosaLM, prompt: Prompt, max_length: Any, cache: Any, devices: int = 1) -> None:
+    """Raises unless the prompt fits into rows of `max_length` tokens, and their cache into memory.
+
+    devices: how many share the rows. Raises TypeError, ValueError, or CacheTooLargeError with what is needed.
+    """
+    require_type("cache", cache, CacheConfig, "Pass CacheConfig(...).")
+    if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < prompt.width:
+        rule = f"must be an int >= tokens.shape[1] = {prompt.width}"
+        raise bad_value("max_length", rule, max_length, "Leave room for new tokens too.")
+    one_device = plan(model.config, prompt.batch // devices, max_length, cache, dtype=model.embed.dtype)
+    one_device.require_memory(allocated=("weights",), devices=devices)
+
+
+def check_chunk(chunk: Any) -> None:
+    """Raises ValueError unless it is a whole number above 0, or None."""
+    if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
+        raise bad_value("chunk", "must be an int >= 1 or None", repr(chunk), "512 is a good start.")
+
+
+def check_state(model: NosaLM, state: DecodeState, batch: int) -> None:
+    """Raises TypeError or ValueError unless `model` could have made the state, of `batch` rows."""
+    require_type("state", state, DecodeState, "Take the one that prefill returns.")
+    rows = state.lengths.shape[0]
+    if batch != rows:
+        raise bad_value("tokens", f"must have the state's {rows} rows", batch, "Pass one row of tokens per row of it.")
+    require_fitting(state, model.config, model.embed.dtype)
+
+
+def check_room(state: DecodeState, count: Any) -> None:
+    """Raises ValueError when `count` more tokens would pass `max_length`, where values can be seen."""
+    if not is_concrete(state.lengths, count):
+        return
+    totals = jax.device_get(state.lengths) + jax.device_get(count)
+    row = int(np.argmax(totals))
+    if totals[row] > state.max_length:
+        raise bad_value(
+            "tokens",
+            f"rows may not grow beyond the state's max_length = {state.max_length}",
+            f"{totals[row]} for row {row}",
+            "Prefill with a larger max_length.",
+        )
+
+
+def as_forced_block_ids(model: NosaLM, ids: Any, prompt: Prompt, new: int) -> Int32[Array, "L B K new J"]:
+    """Checked selections of a generation: entry s belongs to the query at position prompt.lengths - 1 + s."""
+    require_integers("forced_block_ids", ids)
+    positions = prompt.lengths[:, None] - 1 + jnp.arange(new, dtype=jnp.int32)
+    ids = as_block_ids(model.config, ids, positions, name="forced_block_ids")
+    assert ids is not None
+    if is_concrete(ids, prompt.lengths):
+        own = (positions // model.config.attention.block_size)[None, :, None, :, None]
+        recorded = (ids >= 0).any(-1)  # rows that had stopped recorded nothing
+        recorded = recorded.at[..., 0].set(True)
+        if not bool(jnp.all((ids == own).any(-1) | ~recorded)):
+            raise bad_value(
+                "forced_block_ids",
+                "every selection must hold the query's own block, where its token is written",
+                "a selection without it",
+                "Add the own block to each selection.",
+            )
+    return ids

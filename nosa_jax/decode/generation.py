@@ -1,0 +1,400 @@
+"""Text generation: `generate`, one jitted loop, and `stream`, the same step token by token."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal, NamedTuple, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
+from jaxtyping import Array, Int32
+
+from nosa_jax._pytree import pytree_dataclass
+from nosa_jax.attention import layout
+from nosa_jax.config import CacheConfig
+from nosa_jax.decode import checks
+from nosa_jax.decode.checks import Prompt
+from nosa_jax.decode.program import COMPILER_OPTIONS, program
+from nosa_jax.decode.prompt import read_prompt
+from nosa_jax.decode.sampling import Sampling, row_keys, sample
+from nosa_jax.decode.step import StepOutput, run_step
+from nosa_jax.model import NosaLM
+from pallas_kernels.checks import bad_type, bad_value, is_concrete, require_integers, require_shape, require_type
+
+RECORDS = ("logits", "block_ids", "fetched")
+GREEDY = Sampling(temperature=0.0)
+
+Record = bool | Iterable[str]
+
+
+@pytree_dataclass
+class Generation:
+    """tokens [B, new] int32, `pad_token` after a row stopped; lengths [B], tokens generated, a stop token included.
+
+    Recorded on request, else None: logits [B, new, V] float32 that each token was drawn from; block_ids
+    [L, B, K, new, J], the selection behind those logits; fetched [L, B, K, new], blocks that crossed from the host for
+    it. Entry 0 of each belongs to the last prompt position, whose blocks are placed by the prefill: it fetches none.
+    After a row stopped its logits and fetches are 0 and its ids -1. `full` attention has no block_ids and no fetches.
+    """
+
+    tokens: Any
+    lengths: Any
+    logits: Any = None
+    block_ids: Any = None
+    fetched: Any = None
+
+
+@pytree_dataclass
+class Step:
+    """One step of a generation: tokens int32 [B], `pad_token` for rows that stopped before it.
+
+    Recorded on request, else None, as in `Generation` without its axis of steps: logits [B, V], block_ids [L, B, K, J],
+    fetched [L, B, K].
+    """
+
+    tokens: Any
+    logits: Any = None
+    block_ids: Any = None
+    fetched: Any = None
+
+    def keep(self, names: Iterable[str]) -> Step:
+        """The tokens and what has one of these names."""
+        return Step(self.tokens, **{name: getattr(self, name) for name in names})
+
+
+@pytree_dataclass
+class Request:
+    """What a generation is asked for, checked.
+
+    prompt: tokens and lengths.
+    keys: a random key per row [B]; None where sampling is greedy.
+    stop: int32 [n], tokens that end a row, at least one (-1 where there is none).
+    pad: int32 scalar, the token of rows that have ended.
+    forced_tokens: int32 [B, new], taken instead of drawn ones; None draws all.
+    forced_block_ids: int32 [L, B, K, new, J], replace the selections; None selects.
+    """
+
+    prompt: Any
+    keys: Any
+    stop: Any
+    pad: Any
+    forced_tokens: Any = None
+    forced_block_ids: Any = None
+
+    def forced(self, index: Any) -> tuple[Array | None, Array | None]:
+        """Token [B] and block ids [L, B, K, J] that are forced at one step."""
+        at = lambda x, axis: None if x is None else jax.lax.dynamic_index_in_dim(x, index, axis, keepdims=False)
+        return at(self.forced_tokens, 1), at(self.forced_block_ids, 3)
+
+
+@pytree_dataclass
+class Loop:
+    """A generation between two steps.
+
+    state: the cache, of all tokens but the last.
+    tokens: int32 [B], drawn last and not read yet.
+    done: bool [B], rows that have ended.
+    lengths: int32 [B], tokens drawn, a stop token included.
+    """
+
+    state: Any
+    tokens: Any
+    done: Any
+    lengths: Any
+
+
+class _Options(NamedTuple):
+    """What a generation is compiled for. names: what is recorded."""
+
+    max_new_tokens: int
+    cache: CacheConfig
+    sampling: Sampling
+    names: tuple[str, ...]
+    chunk: int | None
+
+
+def generate(
+    model: NosaLM,
+    tokens: ArrayLike,
+    lengths: ArrayLike | None = None,
+    *,
+    max_new_tokens: int = 64,
+    cache: CacheConfig = CacheConfig(),
+    sampling: Sampling = GREEDY,
+    key: Any = None,
+    stop_tokens: Iterable[int] = (),
+    pad_token: int = 0,
+    record: Record = False,
+    forced_tokens: ArrayLike | None = None,
+    forced_block_ids: ArrayLike | None = None,
+    chunk: int | None = None,
+    mesh: Mesh | None = None,
+) -> Generation:
+    """Continues the prompts: prefill, then one `lax.while_loop` that ends when all rows stopped.
+
+    tokens: int [B, T], right-padded where `lengths` says so.
+    lengths: int [B], tokens of each prompt; None: all T.
+    max_new_tokens: tokens to generate per row, at most.
+    cache: where the KV cache lives.
+    sampling: how a token is drawn from logits.
+    key: one random key, split over the rows, or one per row [B]; greedy sampling needs none.
+    stop_tokens: tokens that end a row.
+    pad_token: stands after a row's end.
+    record: True, or some of "logits", "block_ids", "fetched".
+    forced_tokens: int [B, new], taken instead of sampled ones.
+    forced_block_ids: int [L, B, K, new, J] as recorded, used instead of selecting.
+    chunk: prompt tokens read at once, see `prefill`.
+    mesh: devices of this host that share the rows, each with its own part of the host store; B must be a multiple of
+        their number. Every device holds all weights: place them once,
+        `jax.device_put(model, NamedSharding(mesh, PartitionSpec()))`.
+
+    Raises ValueError or TypeError for bad input, CacheTooLargeError before anything is allocated.
+    """
+    mesh = None if mesh is None else _checked_mesh(mesh, model, tokens)
+    devices = 1 if mesh is None else mesh.size
+    options = _checked_options(max_new_tokens, cache, sampling, record, chunk)
+    request = _checked_request(model, tokens, lengths, options, key, stop_tokens, pad_token, devices)
+    if forced_tokens is not None:
+        forced_tokens = layout.as_tokens(forced_tokens, model.config.vocab_size, name="forced_tokens")
+        require_shape("forced_tokens", forced_tokens, (request.prompt.batch, max_new_tokens), "[B, max_new_tokens]")
+    if forced_block_ids is not None:
+        forced_block_ids = checks.as_forced_block_ids(model, forced_block_ids, request.prompt, max_new_tokens)
+    request = dataclasses.replace(request, forced_tokens=forced_tokens, forced_block_ids=forced_block_ids)
+    if mesh is not None and is_concrete(*jax.tree.leaves(request)):
+        place = lambda spec, part: jax.device_put(part, NamedSharding(mesh, spec))
+        request = jax.tree.map(place, _request_specs(mesh), request, is_leaf=_is_spec)
+    return _generate(model, request, options=options, mesh=mesh)
+
+
+@overload
+def stream(
+    model: NosaLM,
+    tokens: ArrayLike,
+    lengths: ArrayLike | None = None,
+    *,
+    record: Literal[False] = False,
+    **options: Any,
+) -> Iterator[np.ndarray]: ...
+
+
+@overload
+def stream(
+    model: NosaLM,
+    tokens: ArrayLike,
+    lengths: ArrayLike | None = None,
+    *,
+    record: Literal[True] | Iterable[str],
+    **options: Any,
+) -> Iterator[Step]: ...
+
+
+def stream(
+    model: NosaLM,
+    tokens: ArrayLike,
+    lengths: ArrayLike | None = None,
+    *,
+    max_new_tokens: int = 64,
+    cache: CacheConfig = CacheConfig(),
+    sampling: Sampling = GREEDY,
+    key: Any = None,
+    stop_tokens: Iterable[int] = (),
+    pad_token: int = 0,
+    record: Record = False,
+    chunk: int | None = None,
+) -> Iterator[Any]:
+    """Yields one int32 array [B] per step, `pad_token` for rows that stopped; the tokens that `generate` would return.
+
+    record: True, or some of "logits", "block_ids", "fetched": then a `Step` per step comes, its arrays in host memory.
+
+    Ends when every row stopped, so it may yield fewer than `max_new_tokens` steps; `generate` pads to that many.
+    Other arguments and errors as in `generate`; they are checked at the call, not at the first token.
+    """
+    options = _checked_options(max_new_tokens, cache, sampling, record, chunk)
+    request = _checked_request(model, tokens, lengths, options, key, stop_tokens, pad_token)
+    steps = _stream(model, request, options)
+    return (one.tokens for one in steps) if record is False else steps
+
+
+def _stream(model: NosaLM, request: Request, options: _Options) -> Iterator[Step]:
+    loop, first = _start(model, request, options)
+    yield _on_host(first)
+    for _ in range(1, options.max_new_tokens):
+        if bool(jax.device_get(loop.done.all())):
+            return
+        loop, following = _stream_step(model, request, loop, options=options)
+        yield _on_host(following)
+
+
+def _on_host(one: Step) -> Step:
+    # Copied: the buffers may be donated to the next step.
+    return jax.tree.map(np.array, jax.device_get(one))
+
+
+@functools.partial(jax.jit, static_argnames="options", donate_argnames="loop", compiler_options=COMPILER_OPTIONS)
+def _stream_step(model: NosaLM, request: Request, loop: Loop, *, options: _Options) -> tuple[Loop, Step]:
+    return _advance(model, request, loop, options, None, None)
+
+
+@program(static_argnames="options")
+def _start(model: NosaLM, request: Request, options: _Options) -> tuple[Loop, Step]:
+    """Reads the prompt and draws the first token."""
+    prompt = request.prompt
+    token, block_ids = request.forced(0)
+    max_length = prompt.width + options.max_new_tokens
+    state, out = read_prompt(model, prompt, block_ids, max_length=max_length, cache=options.cache, chunk=options.chunk)
+    nothing = jnp.zeros(prompt.lengths.shape, jnp.int32)
+    return _draw(request, Loop(state, nothing, nothing > 0, nothing), out, options, token)
+
+
+def _advance(
+    model: NosaLM, request: Request, loop: Loop, options: _Options, token: Array | None, block_ids: Array | None
+) -> tuple[Loop, Step]:
+    """Reads the last tokens and draws the next. token, block_ids: forced ones of this step."""
+    state, out = run_step(model, loop.state, loop.tokens, ~loop.done, block_ids)
+    return _draw(request, dataclasses.replace(loop, state=state), out, options, token)
+
+
+def _draw(
+    request: Request, loop: Loop, out: StepOutput, options: _Options, forced: Int32[Array, " B"] | None
+) -> tuple[Loop, Step]:
+    """The next token of every row that is not done, and what is recorded of it."""
+    active = ~loop.done
+    token = sample(out.logits, request.keys, loop.state.lengths, options.sampling) if forced is None else forced
+    token = jnp.where(active, token, request.pad)
+    done = loop.done | (token[:, None] == request.stop).any(-1)
+    logits = jnp.where(active[:, None], out.logits, 0)
+    following = Loop(loop.state, token, done, loop.lengths + active)
+    return following, Step(token, logits, out.block_ids, out.fetched).keep(options.names)
+
+
+@program(static_argnames=("options", "mesh"))
+def _generate(model: NosaLM, request: Request, *, options: _Options, mesh: Mesh | None) -> Generation:
+    """`request` for all rows, whatever devices they are split over."""
+    if mesh is None:
+        return _generate_rows(model, request, options)
+    # Devices never talk to each other: each stops when its own rows have stopped.
+    run = jax.shard_map(
+        lambda model, request: _generate_rows(model, request, options),
+        mesh=mesh,
+        in_specs=(PartitionSpec(), _request_specs(mesh)),
+        out_specs=_generation_specs(mesh),
+        check_vma=False,
+    )
+    return run(model, request)
+
+
+def _generate_rows(model: NosaLM, request: Request, options: _Options) -> Generation:
+    loop, first = _start(model, request, options)
+    # One entry per step first, so that a step writes one contiguous piece.
+    fills = Step(request.pad, 0, -1, 0)
+    whole = lambda x, fill: jnp.full((options.max_new_tokens, *x.shape), fill, x.dtype).at[0].set(x)
+    records = Step(
+        **{
+            field.name: None if (x := getattr(first, field.name)) is None else whole(x, getattr(fills, field.name))
+            for field in dataclasses.fields(Step)
+        }
+    )
+
+    def unfinished(carry: tuple[Array, Loop, Step]) -> Array:
+        index, loop, _ = carry
+        return (index < options.max_new_tokens) & ~loop.done.all()
+
+    def body(carry: tuple[Array, Loop, Step]) -> tuple[Array, Loop, Step]:
+        index, loop, records = carry
+        loop, following = _advance(model, request, loop, options, *request.forced(index))
+        return index + 1, loop, jax.tree.map(lambda x, one: x.at[index].set(one), records, following)
+
+    _, loop, records = jax.lax.while_loop(unfinished, body, (jnp.int32(1), loop, records))
+    last = lambda x, axis: None if x is None else jnp.moveaxis(x, 0, axis)
+    return Generation(
+        last(records.tokens, 1), loop.lengths,
+        last(records.logits, 1), last(records.block_ids, 3), last(records.fetched, 3),
+    )  # fmt: skip
+
+
+def _is_spec(x: Any) -> bool:
+    return isinstance(x, PartitionSpec)
+
+
+def _request_specs(mesh: Mesh) -> Request:
+    """How a request is split over the devices of a mesh: by rows, on any of its axes."""
+    rows, of_layers, all_ = PartitionSpec(mesh.axis_names), PartitionSpec(None, mesh.axis_names), PartitionSpec()
+    return Request(Prompt(rows, rows), rows, all_, all_, rows, of_layers)
+
+
+def _generation_specs(mesh: Mesh) -> Generation:
+    rows, of_layers = PartitionSpec(mesh.axis_names), PartitionSpec(None, mesh.axis_names)
+    return Generation(rows, rows, rows, of_layers, of_layers)
+
+
+def _checked_options(max_new_tokens: Any, cache: Any, sampling: Any, record: Record, chunk: Any) -> _Options:
+    require_type("sampling", sampling, Sampling, "Pass Sampling(temperature=0.8), for example.")
+    require_type("max_new_tokens", max_new_tokens, int, "Pass a whole number.")
+    if isinstance(max_new_tokens, bool) or max_new_tokens < 1:
+        raise bad_value("max_new_tokens", "must be >= 1", max_new_tokens, "Use prefill for the prompt alone.")
+    checks.check_chunk(chunk)
+    return _Options(max_new_tokens, cache, sampling, _record_names(record), chunk)
+
+
+def _checked_request(
+    model: NosaLM,
+    tokens: Any,
+    lengths: Any,
+    options: _Options,
+    key: Any,
+    stop_tokens: Iterable[int],
+    pad_token: int,
+    devices: int = 1,
+) -> Request:
+    """The request of `generate` and `stream`; see there. devices: how many share the rows."""
+    prompt = checks.as_prompt(model, tokens, lengths)
+    checks.check_cache(model, prompt, prompt.width + options.max_new_tokens, options.cache, devices)
+    if not isinstance(stop_tokens, Iterable) or isinstance(stop_tokens, str):
+        raise bad_type("stop_tokens", "must be a sequence of token ids", repr(stop_tokens), "Put it in a list.")
+    stop = np.asarray(tuple(stop_tokens)).reshape(-1)
+    if stop.size:
+        require_integers("stop_tokens", stop)
+    vocab = model.config.vocab_size
+    for name, values in (("stop_tokens", stop), ("pad_token", np.asarray([pad_token]))):
+        if ((values < 0) | (values >= vocab)).any():
+            raise bad_value(name, f"ids must be in [0, vocab_size = {vocab})", values.tolist(), "Check the tokenizer.")
+    return Request(
+        prompt,
+        row_keys(key, prompt.batch, options.sampling),
+        # Never empty: XLA, compiling for several GPUs, crashes on an array without elements.
+        jnp.asarray(stop if stop.size else [-1], jnp.int32),
+        jnp.int32(pad_token),
+    )
+
+
+def _checked_mesh(mesh: Any, model: NosaLM, tokens: Any) -> Mesh:
+    """The mesh with axes that shard_map takes. Raises ValueError where rows or weights do not go with its devices."""
+    require_type("mesh", mesh, Mesh, "Make one with jax.make_mesh.")
+    rows = np.shape(tokens)[0] if np.ndim(tokens) == 2 else mesh.size
+    if rows % mesh.size:
+        raise bad_value("mesh", f"must have a number of devices that divides B = {rows}", mesh.size, "Add rows.")
+    weights = model.embed[...]
+    is_placed = is_concrete(weights) and getattr(weights, "committed", False)
+    if is_placed and weights.sharding.device_set != set(mesh.devices.flat):
+        raise bad_value(
+            "model",
+            "must lie on all devices of the mesh",
+            sorted(str(device) for device in weights.sharding.device_set),
+            "Place it once: jax.device_put(model, NamedSharding(mesh, PartitionSpec())).",
+        )
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+
+
+def _record_names(record: Record) -> tuple[str, ...]:
+    if isinstance(record, bool):
+        return RECORDS if record else ()
+    names = (record,) if isinstance(record, str) else tuple(record)
+    unknown = sorted(set(names) - set(RECORDS))
+    if unknown:
+        raise bad_value("record", f"must be a bool or names among {RECORDS}", unknown, "Remove the unknown names.")
+    return tuple(name for name in RECORDS if name in names)

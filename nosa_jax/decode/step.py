@@ -1,0 +1,148 @@
+"""One token more for every row, as a pure function from state to state."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int32
+
+from nosa_jax import rope
+from nosa_jax._pytree import pytree_dataclass
+from nosa_jax.attention import layout
+from nosa_jax.attention.layer import Attention
+from nosa_jax.attention.selection import replace_selection
+from nosa_jax.cache import residence, summaries
+from nosa_jax.cache.state import DecodeState
+from nosa_jax.config import ModelConfig
+from nosa_jax.decode import checks
+from nosa_jax.decode.program import COMPILER_OPTIONS
+from nosa_jax.model import NosaLM
+from pallas_kernels import Token, blocks
+
+
+@pytree_dataclass
+class StepOutput:
+    """logits [B, V] float32 after the last token; block_ids [L, B, K, J] its selection (None for `full`); fetched
+    [L, B, K] blocks that crossed from the host for it (None for `full`)."""
+
+    logits: Any
+    block_ids: Any
+    fetched: Any
+
+
+def decode_step(model: NosaLM, state: DecodeState, tokens: ArrayLike) -> tuple[DecodeState, Float[Array, "B V"]]:
+    """Feeds one token to every row. Returns the new state and the float32 logits of what follows.
+
+    A plain function of int tokens [B]; `jit_decode_step` is it compiled for a loop. Under jit, where values cannot be
+    checked, a row that is already `max_length` long stays as it is and its logits mean nothing: watch `state.lengths`.
+    Raises TypeError or ValueError for a state of another model, wrong shapes and, outside jit, wrong values.
+    """
+    checks.check_model(model)
+    tokens = layout.as_tokens(tokens, model.config.vocab_size, rank=1)
+    checks.check_state(model, state, tokens.shape[0])
+    checks.check_room(state, 1)
+    state, out = run_step(model, state, tokens)
+    return state, out.logits
+
+
+jit_decode_step = jax.jit(decode_step, donate_argnames="state", compiler_options=COMPILER_OPTIONS)
+"""`decode_step` compiled with the options that it needs and the state donated: the one passed in is gone, go on with
+the one returned."""
+
+
+class Place(NamedTuple):
+    """Where the new tokens of a step stand, the same for all layers.
+
+    positions: int32 [B], -1 where a row has no token. cos_sin: float32 [B, D/2] each, see `rope.cos_sin`.
+    """
+
+    positions: Int32[Array, " B"]
+    cos_sin: tuple[Float[Array, "B half"], Float[Array, "B half"]]
+
+
+def place_of(config: ModelConfig, positions: Int32[Array, " B"]) -> Place:
+    """The place of tokens at `positions`."""
+    cos, sin = rope.of_positions(config, jnp.maximum(positions, 0)[:, None])
+    return Place(positions, (cos[:, 0], sin[:, 0]))
+
+
+def attend_token(
+    model: NosaLM,
+    attention: Attention,
+    x: Float[Array, "B 1 H"],
+    state: DecodeState,
+    place: Place,
+    forced_block_ids: Int32[Array, "B K J"] | None,
+    layer: Int32[Array, ""],
+) -> tuple[Float[Array, "B 1 H"], tuple[DecodeState, tuple[Int32[Array, "B K J"], Int32[Array, "B K"]] | None]]:
+    """Attention of one new token per row: select, make resident, write the token, attend.
+
+    model: its importance, which an op reads by the layer's index.
+    attention: of this layer.
+    x: input of the layer's attention.
+    state: of all layers.
+    place: of the new tokens.
+    forced_block_ids: replace the selection, see `replace_selection`.
+    layer: index into what the state and the importance stack.
+
+    Returns the output, and the state with what was selected and how many blocks were fetched (None for `full`).
+    """
+    config, positions = model.config, place.positions
+    importance = model.layers.attention.importance if config.attention.uses_importance else None
+    qkv = attention.heads(config, x[:, 0])
+    state, q, k, v = summaries.read_token(config.attention, state, qkv, place.cos_sin, importance, positions, layer)
+    if config.attention.is_sparse:
+        ids = summaries.select_in(config.attention, state, q[:, None], positions[:, None], layer)[:, :, 0]
+        if forced_block_ids is not None:
+            ids = replace_selection(ids, forced_block_ids, (positions >= 0)[:, None, None])
+    else:
+        own = blocks.query_blocks(positions, config.attention.block_size)
+        every = jnp.arange(state.num_blocks, dtype=jnp.int32)
+        every = jnp.where(every <= own[:, None], every, -1)[:, None]
+        ids = jnp.broadcast_to(every, (x.shape[0], config.num_kv_heads, state.num_blocks))
+    state, resident = residence.admit(state, ids, positions, layer)
+    state, out = residence.attend(state, Token(q, k, v), resident, positions, layer)
+    recorded, loads = None, resident.loads
+    if config.attention.is_sparse:
+        recorded = ids, jnp.zeros(ids.shape[:2], jnp.int32) if loads is None else jnp.sum(loads >= 0, -1, jnp.int32)
+    return attention.merge(out[:, None]), (state, recorded)
+
+
+@jax.jit
+def run_step(
+    model: NosaLM,
+    state: DecodeState,
+    tokens: Int32[Array, " B"],
+    active: Bool[Array, " B"] | None = None,
+    forced_block_ids: Int32[Array, "L B K J"] | None = None,
+) -> tuple[DecodeState, StepOutput]:
+    """One token for every active row; the others stay as they are.
+
+    forced_block_ids: replace the selection, see `replace_selection`.
+    """
+    config = model.config
+    room = state.lengths < state.max_length
+    active = room if active is None else room & active
+    place = place_of(config, jnp.where(active, state.lengths, -1))
+
+    def body(index: Array, carry: tuple[Array, DecodeState, Any]) -> tuple[Array, DecodeState, Any]:
+        x, state, recorded = carry
+        forced = None if forced_block_ids is None else forced_block_ids[index]
+        attend = lambda attention, x: attend_token(model, attention, x, state, place, forced, index)
+        x, (state, of_layer) = model.layers.block(config, x, attend, index)
+        return x, state, jax.tree.map(lambda whole, part: whole.at[index].set(part), recorded, of_layer)
+
+    recorded = None
+    if config.attention.is_sparse:
+        lead = (config.num_layers, tokens.shape[0], config.num_kv_heads)
+        recorded = jnp.zeros((*lead, config.attention.num_selected_blocks), jnp.int32), jnp.zeros(lead, jnp.int32)
+    x = model.embed[...][tokens][:, None]
+    x, state, recorded = jax.lax.fori_loop(0, config.num_layers, body, (x, state, recorded))
+    state = residence.write_back(state, place.positions)
+    state = dataclasses.replace(state, lengths=state.lengths + active)
+    ids, fetched = (None, None) if recorded is None else recorded
+    return state, StepOutput(model.logits(model.final_norm(x[:, 0])), ids, fetched)
