@@ -22,7 +22,7 @@ from jaxtyping import Array, Int32
 
 from experiments.environment import gpu_arguments, save
 from experiments.profiling import link_rate, memory_rate, profile
-from pallas_kernels import blocks, fetch_blocks, update_and_attend
+from pallas_kernels import Residence, Store, Token, blocks, fetch_blocks, update_and_attend
 
 LAYERS, KV_HEADS, GROUP, SIZE, DIM, SELECTED, SLOTS, BLOCKS = 2, 2, 16, 64, 128, 64, 80, 256
 BLOCK_BYTES = blocks.block_bytes(SIZE, DIM, itemsize=2)
@@ -90,11 +90,10 @@ def attend(batch: int, misses: float, link: float, memory: float) -> dict[str, A
     def loop(pool: Array, host: Array, loads: Array, slots: Array, ids: Array) -> Array:
         def body(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             out, pool = carry
-            host_and_loads = (host, loads[i]) if misses else (None, None)
-            return update_and_attend(
-                out, kv, kv, pool, host_and_loads[0], bias, host_and_loads[1], slots, ids, positions, i % LAYERS,
-                implementation="triton",
-            )  # fmt: skip
+            store = Store(pool, host if misses else None, bias)
+            residence = Residence(ids, slots, loads[i] if misses else None)
+            token = Token(out, kv, kv)
+            return update_and_attend(token, store, residence, positions, i % LAYERS, implementation="triton")
 
         return jax.lax.fori_loop(0, CALLS, body, (q, pool))[1]
 

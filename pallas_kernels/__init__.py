@@ -1,19 +1,30 @@
-"""The ops of NOSA attention. Each takes `implementation=` and has a slow float32 twin in its `reference` module."""
+"""The ops of NOSA attention. Each takes `implementation=` and has a slow twin, `<op>_ref`, in its `reference` module.
 
-from pallas_kernels._dispatch import KernelUnsupportedError
-from pallas_kernels.append_token import Summaries, append_token
+OPS has every op by name, with what runs it and why something cannot; IMPLEMENTATIONS are the names that
+`implementation=` takes, in the order in which "auto" tries them.
+"""
+
+from pallas_kernels._dispatch import IMPLEMENTATIONS, OPS, KernelUnsupportedError, Op
+from pallas_kernels.append_token import Summaries, append_summaries, append_token
 from pallas_kernels.block_attention import block_attention
 from pallas_kernels.block_scores import block_scores
-from pallas_kernels.decode_attention import decode_attention, update_and_attend
+from pallas_kernels.decode_attention import Residence, Store, Token, decode_attention, update_and_attend
 from pallas_kernels.fetch_blocks import fetch_blocks, write_back_blocks
 from pallas_kernels.pooled_keys import append_pooled_keys, pool_keys
-from pallas_kernels.resolve_slots import resolve_slots
+from pallas_kernels.resolve_slots import resolve_slots, resolve_table
 from pallas_kernels.select_blocks import select_blocks
 
 __all__ = [
+    "IMPLEMENTATIONS",
+    "OPS",
     "KernelUnsupportedError",
+    "Op",
+    "Residence",
+    "Store",
     "Summaries",
+    "Token",
     "append_pooled_keys",
+    "append_summaries",
     "append_token",
     "block_attention",
     "block_scores",
@@ -21,6 +32,7 @@ __all__ = [
     "fetch_blocks",
     "pool_keys",
     "resolve_slots",
+    "resolve_table",
     "select_blocks",
     "update_and_attend",
     "write_back_blocks",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -48,12 +49,31 @@ def interpreted() -> Iterator[None]:
         _interpreted.reset(token)
 
 
-def triton_unavailable() -> str | None:
-    """Why no Triton kernel can run here, or None: a GPU, a lowering for one, and the interpreter are all fine."""
+def _no_nvidia_gpu() -> str | None:
     platform, kind = current_device()
-    if _interpreted.get() or (platform == "gpu" and not kind.startswith(("AMD", "gfx"))):
+    if platform == "gpu" and not kind.startswith(("AMD", "gfx")):
         return None
     return f"it needs an NVIDIA GPU, the default device is {platform!r} ({kind})"
+
+
+def cudnn_unavailable() -> str | None:
+    """Why cuDNN can take nothing here; None on an NVIDIA GPU, and where we lower for one, that JAX finds cuDNN for."""
+    return _no_nvidia_gpu() or _cudnn_missing()
+
+
+@functools.cache
+def _cudnn_missing() -> str | None:
+    x = jax.ShapeDtypeStruct((1, 8, 1, 8), jnp.bfloat16)
+    try:
+        jax.eval_shape(functools.partial(jax.nn.dot_product_attention, implementation="cudnn"), x, x, x)
+    except (RuntimeError, NotImplementedError) as error:
+        return f"JAX cannot use cuDNN: {error}"
+    return None
+
+
+def triton_unavailable() -> str | None:
+    """Why no Triton kernel can run here, or None: a GPU, a lowering for one, and the interpreter are all fine."""
+    return None if _interpreted.get() else _no_nvidia_gpu()
 
 
 def mosaic_unavailable() -> str | None:

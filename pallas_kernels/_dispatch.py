@@ -1,12 +1,14 @@
-"""Which implementation of an op runs: `implementation=` "auto", "xla", "triton" or "mosaic".
+"""Which implementation of an op runs, and the registry of all ops.
 
-A named implementation never falls back: where it cannot run, KernelUnsupportedError says why. "auto" takes the first of
-PREFERENCE that can, and warns once per op when one that has kernels cannot use them on a GPU.
+`implementation=` is "auto" or one of IMPLEMENTATIONS. A named one never falls back: where it cannot run,
+KernelUnsupportedError says why. "auto" takes the first of IMPLEMENTATIONS that can, and warns once per op when one that
+has kernels cannot use them on a GPU.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import types
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,11 +17,20 @@ from pallas_kernels import _backend
 from pallas_kernels.checks import bad_value
 from pallas_kernels.device import current_device
 
-PREFERENCE = ("mosaic", "triton", "xla")
+IMPLEMENTATIONS = ("cudnn", "mosaic", "triton", "xla")
 
 
 class KernelUnsupportedError(NotImplementedError):
     """The named implementation cannot run here; the message gives the reason."""
+
+
+# Why an implementation cannot run on this machine; None where it can.
+_UNAVAILABLE: Mapping[str, Callable[[], str | None]] = {
+    "cudnn": _backend.cudnn_unavailable,
+    "mosaic": _backend.mosaic_unavailable,
+    "triton": _backend.triton_unavailable,
+    "xla": lambda: None,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +51,15 @@ class Op:
     def pick(self, implementation: str, *args: Any, **kwargs: Any) -> str:
         """The name of the implementation that takes these arguments."""
         if implementation == "auto":
-            chosen = next(name for name in PREFERENCE if self.reason(name, *args, **kwargs) is None)
+            chosen = next(name for name in IMPLEMENTATIONS if self.reason(name, *args, **kwargs) is None)
             if chosen == "xla" and len(self.implementations) > 1 and current_device().is_gpu:
-                _warn_slow_path(self.name, self.reason("triton", *args, **kwargs))
+                others = (name for name in IMPLEMENTATIONS if name in self.implementations and name != "xla")
+                reasons = (f"{name}: {self.reason(name, *args, **kwargs)}" for name in others)
+                _warn_slow_path(self.name, "; ".join(reasons))
             return chosen
-        if implementation not in PREFERENCE:
+        if implementation not in IMPLEMENTATIONS:
             raise bad_value(
-                "implementation", f"must be 'auto' or one of {PREFERENCE}", repr(implementation), "Pick one."
+                "implementation", f"must be 'auto' or one of {IMPLEMENTATIONS}", repr(implementation), "Pick one."
             )
         reason = self.reason(implementation, *args, **kwargs)
         if reason is not None:
@@ -64,19 +77,32 @@ class Op:
         """Why `implementation` takes no arguments at all on this machine; None where it takes some."""
         if implementation not in self.implementations:
             return f"no {implementation!r} kernel has been written for this op"
-        if implementation == "xla":
-            return None
-        return _backend.triton_unavailable() if implementation == "triton" else _backend.mosaic_unavailable()
+        return _UNAVAILABLE[implementation]()
+
+
+_registered: dict[str, Op] = {}
+OPS: Mapping[str, Op] = types.MappingProxyType(_registered)  # every op by its name
+
+
+def register(
+    name: str,
+    implementations: Mapping[str, Callable[..., Any]],
+    unsupported: Mapping[str, Callable[..., str | None]] | None = None,
+) -> Op:
+    """A new Op, which OPS has from now on."""
+    assert name not in _registered, f"two ops are called {name}"
+    _registered[name] = Op(name, implementations, unsupported or {})
+    return _registered[name]
 
 
 _warned: set[str] = set()
 
 
-def _warn_slow_path(name: str, reason: str | None) -> None:
+def _warn_slow_path(name: str, reasons: str) -> None:
     if name not in _warned:
         _warned.add(name)
         warnings.warn(
-            f"{name}: no GPU kernel takes this call ({reason}), running the XLA implementation",
+            f"{name}: no GPU kernel takes this call ({reasons}), running the XLA implementation",
             RuntimeWarning,
             stacklevel=5,
         )

@@ -95,3 +95,8 @@ def new_places(
     """Row positions of new tokens, of which the first `count[b]` follow `start[b]` others; `capacity` for the rest."""
     new = jnp.arange(width, dtype=jnp.int32)
     return jnp.where(new < count[:, None], start[:, None] + new, capacity)[:, None]
+
+
+def whole_rows(batch: int, length: int) -> Int32[Array, "B T"]:
+    """Positions of queries that are all tokens of their rows: query t is token t."""
+    return jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))

@@ -13,7 +13,7 @@ import nosa_jax
 from nosa_jax import AttentionConfig, ModelConfig, NosaLM, rope
 from nosa_jax.attention.layout import row_layout
 from pallas_kernels import blocks, pool_keys
-from pallas_kernels.block_scores.reference import block_scores
+from pallas_kernels.block_scores.reference import block_scores_ref as block_scores
 
 # Small budgets, so that the selection bites at short lengths.
 REDUCED = AttentionConfig(num_selected_blocks=8, num_local_blocks=3, num_sink_blocks=1, num_query_blocks=1)

@@ -152,13 +152,37 @@ def test_a_sample_of_the_queries_says_the_same(op, monkeypatch):
     assert compare.error(sampled.comparable(output), sampled.expected) < 1e-5
 
 
+# What moves or compares numbers gives those of its reference; what computes has a bound.
+EXACT = ("select_blocks", "resolve_slots", "fetch_blocks", "write_back_blocks")
+
+
+def slightly_wrong(x):
+    """The array with its largest finite number off by 1 for integers, by a thousandth for floats."""
+    x = np.array(x)
+    if x.dtype == bool:
+        x.flat[0] = not x.flat[0]
+        return x
+    magnitude = np.where(np.isfinite(x), np.abs(x.astype(np.float64)), -1)
+    at = np.unravel_index(np.argmax(magnitude), x.shape)
+    x[at] = x[at] + 1 if x.dtype.kind in "iu" else x[at] * x.dtype.type(1.001)
+    return x
+
+
 @pytest.mark.parametrize("op", work.BENCHMARKS)
-def test_every_op_can_be_timed(op):
+def test_every_op_is_timed_and_compared(op, monkeypatch):
+    """And what it is compared with would show a mistake: each array of the output, a little wrong, is out of bounds."""
+    compared, real = [], compare.error
+    monkeypatch.setattr(compare, "error", lambda ours, truth: compared.append((ours, truth)) or real(ours, truth))
     benchmark = work.BENCHMARKS[op]
     case = next(iter(benchmark.source.SMALL.values()))
     entry = report.shapes(benchmark.work(case).inputs) | cli.time_work(benchmark.work(case), "xla", 1)
     assert entry["shapes"] and entry["ms"]["median"] > 0
-    assert (entry["error"] is None) == (op == "update_and_attend") or entry["error"] < 1e-5
+    bound = 0 if op in EXACT else 1e-5
+    assert entry["error"] <= bound
+    ((ours, truth),) = compared
+    assert ours.keys() == truth.keys()
+    for name, array in ours.items():
+        assert real(ours | {name: slightly_wrong(array)}, truth) > bound, name
 
 
 # ---- the command ----
@@ -190,7 +214,7 @@ def test_a_run(capsys, tmp_path):
     [
         (["--ops", "fetch_*", "atention"], r"--ops: no match for 'atention'. Valid: pool_keys, .*write_back_blocks"),
         (["--ops", "fetch_blocks", "--cases", "k1_g1"], r"--cases: no match for 'k1_g1'. Valid: one_head, .*8b_step"),
-        (["--implementations", "cuda"], "--implementations: no match for 'cuda'. Valid: mosaic, triton, xla"),
+        (["--implementations", "cuda"], "--implementations: no match for 'cuda'. Valid: cudnn, mosaic, triton, xla"),
         (["--repeats", "0"], "--repeats: must be at least 1, got 0"),
     ],
 )

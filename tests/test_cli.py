@@ -19,7 +19,6 @@ from nosa_jax._extras import EXTRAS, Extra, require_extras
 from nosa_jax.cli import main
 from nosa_jax.cli.app import TRACEBACK_VARIABLE
 from nosa_jax.cli.demo import _lines, _window, same_bits
-from nosa_jax.cli.doctor import OPS
 from nosa_jax.cli.terminal import duration, size
 from nosa_jax.cli.train import Train
 from nosa_jax.hf import ByteTokenizer, GrowingText, load_tokenizer, stop_tokens
@@ -211,9 +210,9 @@ def test_plan_prints_the_table_of_the_library(capsys):
 def test_doctor_names_every_op_and_why(capsys):
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out
-    for op in OPS:
+    for op in OPS.values():
         assert re.search(rf"^  {op.name} +xla +", printed, re.MULTILINE)
-        for name in ("mosaic", "triton"):
+        for name in ("cudnn", "mosaic", "triton"):
             assert op.reason(name) in printed
     assert f"jax               {jax.__version__}" in printed
     assert "pinned_host" in printed and "host memory" in printed

@@ -15,6 +15,7 @@ from attention_checks import (
     assert_same_bits,
     fuzzed_ids,
     in_bfloat16,
+    in_float64,
     no_lse_of_empty,
     of_case,
     poisoned,
@@ -46,6 +47,7 @@ from pallas_kernels import (
 from pallas_kernels.append_token import cases as append_cases
 from pallas_kernels.bench.work import on_numpy
 from pallas_kernels.block_attention.cases import Case
+from pallas_kernels.block_attention.reference import block_attention_ref
 from pallas_kernels.block_scores import cases as score_cases
 from pallas_kernels.decode_attention import cases as decode_cases
 from pallas_kernels.resolve_slots import cases as slot_cases
@@ -129,6 +131,26 @@ def test_attention_in_float32():
     # Two units in the last place per weight from the GPU's exp2, beside the roundings of logits of a few units.
     assert_close({"out": out} | grads, {"out": true_outputs[0]} | true, 1e-5)
     assert_lse_close(lse, true_outputs[1], 1e-5)
+
+
+@pytest.mark.parametrize("group, dim", [(4, 64), (16, 128)])
+def test_dense_attention_by_cudnn(group, dim):
+    """Values, and gradients through the output and through lse at once, as good as their rounding."""
+    case = Case(rows_of(2, group, dim, (700,), (700,)), dense=True, biased=False, numbered=False)
+    inputs, cotangents, size = of_case(case)
+    low, wide = in_bfloat16(inputs, cotangents)
+    ours, grads = attend("cudnn", *low, **size)
+    (true_out, true_lse), true = in_float64(block_attention_ref, *wide, **size)
+    naive, naive_grads = jax.device_get(value_and_gradients(whole_rows_rounded, *low, **size))
+    assert_as_good(ours[0], naive[0], true_out)
+    assert_lse_close(ours[1], true_lse, 1e-4)
+    for name in true:
+        assert_as_good(grads[name], naive_grads[name], true[name])
+
+
+def whole_rows_rounded(**inputs):
+    batch, length = inputs["q"].shape[:2]
+    return rounded_weights(**inputs | {"positions": blocks.whole_rows(batch, length)})
 
 
 @pytest.mark.parametrize(
@@ -270,8 +292,9 @@ def test_one_step_of_the_cache():
     ids, slots, loads = (np.array(given[name]) for name in ("block_ids", "slots", "loads"))
     ids[0, :, :3], slots[0, :, 3:6], loads[0, :, 6:9] = WILD, WILD, WILD
     given |= {"block_ids": jnp.asarray(ids), "slots": jnp.asarray(slots), "loads": jnp.asarray(loads)}
-    out, pool = compiled(update_and_attend, given)
-    xla_out, xla_pool = compiled(update_and_attend, given, "xla")
+    step = decode_cases.arguments(given)
+    out, pool = compiled(update_and_attend, step)
+    xla_out, xla_pool = compiled(update_and_attend, step, "xla")
     np.testing.assert_array_equal(pool.astype(np.float32), xla_pool.astype(np.float32))
     np.testing.assert_allclose(out.astype(np.float32), xla_out.astype(np.float32), rtol=0.02, atol=0.02)
     alone = {name: given[name] for name in ("q", "bias", "slots", "block_ids", "positions", "layer")}
@@ -282,7 +305,7 @@ def test_the_rest_of_a_decode_step():
     """Slots as the Python loop finds them, summaries as XLA's, scores of one query as XLA's."""
     inputs = slot_cases.make_inputs(slot_cases.REAL["8b_16k"], jax.random.key(0))
     plain = on_numpy(inputs)
-    for x, y in zip(compiled(resolve_slots, inputs), slot_reference.resolve_slots(**plain), strict=True):
+    for x, y in zip(compiled(resolve_slots, inputs), slot_reference.resolve_slots_ref(**plain), strict=True):
         np.testing.assert_array_equal(x, y)
 
     for case in (append_cases.REAL["8b_16k"], append_cases.SMALL["dma"], append_cases.SMALL["nosa"]):

@@ -9,10 +9,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from targets import H200, cudnn_installed
 
 from nosa_jax import AttentionConfig, ModelConfig, presets
 from pallas_kernels import (
+    KernelUnsupportedError,
+    Residence,
+    Store,
+    Summaries,
+    Token,
     append_token,
     block_attention,
     block_scores,
@@ -23,14 +28,6 @@ from pallas_kernels import (
     select_blocks,
     update_and_attend,
     write_back_blocks,
-)
-from pallas_kernels.append_token import Summaries
-
-H200 = AbstractMesh(
-    (1,),
-    ("device",),
-    axis_types=(AxisType.Auto,),
-    abstract_device=AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu"),
 )
 
 
@@ -64,13 +61,13 @@ SHAPES = {
 
 
 def kernels(function, *arguments) -> list[str]:
-    """The kernels that `function` calls when lowered for CUDA: Triton's by name, or "mosaic"."""
+    """The kernels that `function` calls when lowered for CUDA: Triton's by name, "mosaic", or cuDNN's by name."""
     with jax.sharding.use_abstract_mesh(H200):
         text = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
     ours = "block|select|append|resolve|move|decode|update"
-    names = re.findall(rf'custom_call @(mosaic)_gpu|name = "((?:{ours})_\w+)"', text)
+    names = re.findall(rf'custom_call @(mosaic)_gpu|custom_call @__(cudnn\$\w+)|name = "((?:{ours})_\w+)"', text)
     names = ["".join(name) for name in names]
-    assert text.count("@__gpu$xla.gpu.triton") == len(names) - names.count("mosaic")
+    assert text.count("@__gpu$xla.gpu.triton") == sum(not name.startswith(("mosaic", "cudnn")) for name in names)
     return names
 
 
@@ -217,9 +214,11 @@ def test_decode_attention(decoding):
 
 
 def test_update_and_attend(decoding):
-    names = ("q", "k", "v", "pool", "host", "bias", "ids", "ids", "ids", "positions", "layer")
-    expected = ["update_and_attend", "decode_attention_sum"]
-    assert decode_kernels(decoding, update_and_attend, *names) == expected
+    def step(q, k, v, pool, host, bias, ids, positions, layer):
+        return update_and_attend(Token(q, k, v), Store(pool, host, bias), Residence(ids, ids, ids), positions, layer)
+
+    names = ("q", "k", "v", "pool", "host", "bias", "ids", "positions", "layer")
+    assert decode_kernels(decoding, step, *names) == ["update_and_attend", "decode_attention_sum"]
 
 
 def test_transport(decoding):
@@ -279,3 +278,72 @@ def test_inference_has_no_backward_kernels():
 
 def test_the_gate_sees_what_no_kernel_takes():
     assert attention_kernels(SHAPES["nosa_8b"], block_ids=None, first_block=None) == []
+
+
+# ---- dense attention by cuDNN ----
+
+CUDNN_FORWARD, CUDNN_BACKWARD = "cudnn$fmhaSoftmax", "cudnn$fmhaSoftmaxBackward"
+
+
+@pytest.fixture
+def with_cudnn():
+    with cudnn_installed():
+        yield
+
+
+def dense(uses, implementation="auto", dtype="bfloat16", **changes):
+    """(kernels, loops) of whole rows without ids; uses: names of the outputs that the caller looks at."""
+    given = arguments_of(SHAPES["nosa_8b"]._replace(dtype=dtype)) | changes
+
+    def loss(learned):
+        outputs = block_attention(*learned, None, None, None, block_size=64, implementation=implementation)
+        return sum(x.astype(jnp.float32).sum() for name, x in zip(("out", "lse"), outputs, strict=True) if name in uses)
+
+    learned = [given[name] for name in ("q", "k", "k")]
+    return [(kernels(f, learned), loops(f, learned)) for f in (loss, jax.grad(loss))]
+
+
+def loops(function, *arguments) -> int:
+    """XLA's attention is one over tiles with one over spans in it."""
+    with jax.sharding.use_abstract_mesh(H200):
+        return str(jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()).count("while")
+
+
+@pytest.mark.parametrize("implementation", ["auto", "cudnn"])
+def test_dense_attention_is_cudnn_alone_where_lse_is_not_used(with_cudnn, implementation):
+    forward, gradient = dense(["out"], implementation)
+    assert forward == ([CUDNN_FORWARD], 0)
+    assert gradient == ([CUDNN_FORWARD, CUDNN_BACKWARD], 0)
+
+
+def test_lse_of_dense_attention_comes_from_xla(with_cudnn):
+    """Whose gradient JAX would drop if it were cuDNN's own."""
+    (only, only_loops), (only_gradient, only_gradient_loops) = dense(["lse"])
+    assert only == only_gradient == [] and only_gradient_loops > only_loops > 0
+    (both, both_loops), (both_gradient, both_gradient_loops) = dense(["out", "lse"])
+    assert both == [CUDNN_FORWARD] and both_gradient == [CUDNN_FORWARD, CUDNN_BACKWARD]
+    assert (both_loops, both_gradient_loops) == (only_loops, only_gradient_loops)
+
+
+def test_dense_attention_under_a_checkpoint(with_cudnn):
+    given = arguments_of(SHAPES["nosa_8b"])
+
+    @jax.checkpoint
+    def loss(q, k):
+        return block_attention(q, k, k, None, None, None, block_size=64)[0].astype(jnp.float32).sum()
+
+    assert kernels(jax.grad(loss), given["q"], given["k"]) == [CUDNN_FORWARD, CUDNN_BACKWARD]
+    assert loops(jax.grad(loss), given["q"], given["k"]) == 0
+
+
+def test_what_cudnn_does_not_take_runs_in_xla(with_cudnn):
+    (forward, forward_loops), _ = dense(["out"], dtype="float32")
+    assert forward == [] and forward_loops > 0
+
+
+def test_without_cudnn_dense_attention_runs_in_xla():
+    with cudnn_installed(None):
+        (forward, forward_loops), _ = dense(["out"])
+        assert forward == [] and forward_loops > 0
+        with pytest.raises(KernelUnsupportedError, match="'cudnn' cannot run: JAX cannot use cuDNN: cuDNN is not"):
+            dense(["out"], "cudnn")

@@ -25,7 +25,7 @@ def run(implementation, inputs, **static):
 def test_matches_the_reference(name, implementation):
     inputs, static = make_inputs(SMALL[name], jax.random.key(0)), options(SMALL[name])
     plain = on_numpy(inputs)
-    expected = reference.append_token(**plain, **static)
+    expected = reference.append_token_ref(**plain, **static)
     ours = run(implementation, inputs, **static)
     assert jax.tree.structure(ours) == jax.tree.structure(expected)
     (*token, (keys, *importance)), (*true_token, (true_keys, *true_importance)) = ours, expected

@@ -50,6 +50,20 @@ def test_matches_the_reference(name):
     assert np.isfinite(lse[~padding]).all()
 
 
+@pytest.mark.parametrize("name", ["k1_g1_one_row", "k4_g8_rows"])
+@pytest.mark.parametrize("has_ids", [True, False])
+def test_whole_rows_go_without_positions(name, has_ids):
+    """The bits that their numbers give; also at the places before the padding of a shorter row."""
+    inputs, size = inputs_of(name), options(SMALL[name])
+    inputs |= {} if has_ids else {"block_ids": None}
+    real = np.asarray(inputs["positions"]) >= 0
+    for ours, theirs in zip(
+        *(bits(xla(inputs | {"positions": p}, **size)) for p in (None, inputs["positions"])), strict=True
+    ):
+        np.testing.assert_array_equal(ours[real], theirs[real])
+    assert_values_close(xla(inputs | {"positions": None}, **size), definition(inputs | {"positions": None}, **size))
+
+
 @pytest.mark.parametrize("name", ["k1_g16_spans", "k2_g1_packed"])
 def test_bfloat16_is_as_good_as_its_rounding(name):
     inputs, size = in_dtype(inputs_of(name), jnp.bfloat16), options(SMALL[name])

@@ -20,6 +20,9 @@ from attention_checks import (
 )
 
 from pallas_kernels import block_attention
+from pallas_kernels.block_attention import cudnn
+from pallas_kernels.block_attention.reference import block_attention_ref
+from pallas_kernels.block_attention.xla import Settings
 
 
 # Several tiles and spans; packed rows; without ids; empty and ragged rows without bias.
@@ -33,6 +36,25 @@ def test_gradients_in_float64(name):
     np.testing.assert_allclose(lse, true_lse, rtol=0, atol=1e-13)
     assert set(grads) == set(true_grads) == {name for name in LEARNED if inputs[name] is not None}
     assert_close(grads, true_grads, 1e-12)
+
+
+def test_gradients_of_the_two_halves_of_cudnn(monkeypatch):
+    """What stands for cuDNN here runs anywhere: with XLA's lse it has the gradients of the definition."""
+    fused = jax.nn.dot_product_attention
+    anywhere = lambda *arguments, implementation, **options: fused(*arguments, implementation="xla", **options)
+    monkeypatch.setattr(cudnn.jax.nn, "dot_product_attention", anywhere)
+    inputs, cotangents, size = case_of("k1_g1_one_row")
+    inputs = inputs | {"bias": None, "block_ids": None, "positions": None}
+    settings = Settings(size["block_size"], inputs["q"].shape[-1] ** -0.5)
+
+    def attend(*, q, k, v, bias, block_ids, positions, first_block, block_size):
+        return cudnn.attend(settings, q, k, v, bias, block_ids, positions, first_block)
+
+    (out, lse), grads = in_float64(attend, inputs, cotangents, **size)
+    (true_out, true_lse), true_grads = in_float64(block_attention_ref, inputs, cotangents, **size)
+    np.testing.assert_allclose(lse, true_lse, rtol=0, atol=1e-13)
+    np.testing.assert_allclose(out, true_out, rtol=0, atol=1e-6)  # its softmax is in float32
+    assert_close(grads, true_grads, 1e-6)
 
 
 def test_gradients_in_float32():

@@ -10,15 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import block_attention, decode_attention
+from pallas_kernels import block_attention, decode_attention, update_and_attend
+from pallas_kernels.bench.work import on_numpy
 from pallas_kernels.decode_attention import reference
-from pallas_kernels.decode_attention.cases import SMALL, make_inputs
+from pallas_kernels.decode_attention.cases import SMALL, arguments, make_inputs, offloaded
 
 GOLDEN = Path(__file__).parent / "golden" / "cases"
 EPS = float(jnp.finfo(jnp.float32).eps)
 
 xla = jax.jit(lambda inputs: decode_attention(**inputs, implementation="xla"))
-reference_of = jax.jit(lambda inputs, layer: reference.decode_attention(**inputs, layer=layer), static_argnums=1)
+reference_of = jax.jit(lambda inputs, layer: reference.decode_attention_ref(**inputs, layer=layer), static_argnums=1)
 
 
 def definition(inputs):
@@ -41,6 +42,20 @@ def test_matches_the_reference(name):
     np.testing.assert_allclose(out, expected, rtol=0, atol=16 * EPS * np.abs(expected).max())
     empty = np.asarray(inputs["positions"]) < 0
     assert (out[empty] == 0).all() and (np.abs(out[~empty]).max((1, 2)) > 0.1).all()
+
+
+@pytest.mark.parametrize("name", ["k1_g16", "k2_g4_ragged", "k2_g8_no_bias"])
+def test_one_step_of_the_cache_matches_the_reference(name):
+    """The pool to the bit, with ids and slots that mean nothing among the loads."""
+    given = offloaded(inputs_of(name), jax.random.key(0), 0.3)
+    given["loads"] = given["loads"].at[0, 0, 0].set(2**31 - 1)
+    assert (np.asarray(given["loads"]) >= 0).sum() > 1
+    step = jax.jit(functools.partial(update_and_attend, implementation="xla"))
+    out, pool = step(**arguments(given))
+    expected, true_pool = reference.update_and_attend_ref(**on_numpy(arguments(given)))
+    np.testing.assert_array_equal(pool, true_pool)
+    np.testing.assert_allclose(out, expected, rtol=0, atol=16 * EPS * np.abs(expected).max())
+    assert (np.asarray(pool) != np.asarray(given["pool"])).any()
 
 
 def test_bfloat16_is_as_good_as_its_rounding():

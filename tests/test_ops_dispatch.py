@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 import warnings
+from importlib import import_module
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
+from targets import H200, cudnn_installed, target
 
 import pallas_kernels as ops
-from pallas_kernels import KernelUnsupportedError, _backend, _dispatch
-from pallas_kernels._dispatch import PREFERENCE, Op
-from pallas_kernels.append_token import Summaries
-from pallas_kernels.append_token.api import APPEND_TOKEN
+from pallas_kernels import (
+    IMPLEMENTATIONS,
+    OPS,
+    KernelUnsupportedError,
+    Op,
+    Residence,
+    Store,
+    Summaries,
+    Token,
+    _backend,
+    _dispatch,
+)
 from pallas_kernels.bench.work import BENCHMARKS
-from pallas_kernels.block_attention.api import BLOCK_ATTENTION
-from pallas_kernels.block_scores.api import BLOCK_SCORES
-from pallas_kernels.decode_attention.api import DECODE_ATTENTION, UPDATE_AND_ATTEND
-from pallas_kernels.fetch_blocks.api import FETCH_BLOCKS, WRITE_BACK_BLOCKS
-from pallas_kernels.pooled_keys.api import APPEND_POOLED_KEYS, POOL_KEYS
-from pallas_kernels.resolve_slots.api import RESOLVE_SLOTS
-from pallas_kernels.select_blocks.api import SELECT_BLOCKS
+from pallas_kernels.fetch_blocks import implementation_of
 
 # Sizes that every kernel takes.
 B, T, N, K, S, D, P, M, J, L, C, X = 2, 8, 4, 2, 40, 16, 16, 3, 3, 2, 4, 2
 LAYER = jnp.asarray(0, jnp.int32)
+FOLDERS = sorted(file.parent.name for file in Path(ops.__file__).parent.glob("*/reference.py"))
 
 
 def floats(*shape):
@@ -38,11 +44,13 @@ def ints(*shape):
 
 
 HOST = jax.device_put(floats(L, B, K, M, 2, P, D), jax.memory.Space.Host)
+TOKEN = Token(floats(B, N, D), floats(B, K, D), floats(B, K, D))
+STORE = Store(floats(L, B, K, J, 2, P, D), HOST, floats(L, B, K, M, P))
+RESIDENCE = Residence(ints(B, K, J), ints(B, K, J), ints(B, K, J))
 
-# For each op: its table of implementations, array arguments that are right, static arguments.
+# For each op: array arguments that are right, static arguments.
 CALLS = {
     "block_attention": (
-        BLOCK_ATTENTION,
         {
             "q": floats(B, T, N, D), "k": floats(B, K, S, D), "v": floats(B, K, S, D), "bias": floats(B, K, S),
             "block_ids": ints(B, K, T, J), "positions": ints(B, T),
@@ -50,18 +58,15 @@ CALLS = {
         {"block_size": P},
     ),
     "block_scores": (
-        BLOCK_SCORES,
         {"q": floats(B, T, N, D), "pooled_keys": floats(B, K, C, D), "positions": ints(B, T)},
         {"num_blocks": M, "block_size": P, "stride": 8},
     ),
     "select_blocks": (
-        SELECT_BLOCKS,
         {"query_scores": floats(B, K, T, M), "importance_scores": floats(B, K, M), "positions": ints(B, T)},
         {"block_size": P, "num_selected_blocks": J, "num_sink_blocks": 1, "num_local_blocks": 1, "num_query_blocks": 1},
     ),
-    "pool_keys": (POOL_KEYS, {"keys": floats(B, K, S, D)}, {"stride": 2}),
+    "pool_keys": ({"keys": floats(B, K, S, D)}, {"stride": 2}),
     "append_pooled_keys": (
-        APPEND_POOLED_KEYS,
         {
             "pooled": floats(L, B, K, C, D), "sums": floats(L, B, K, 2, D), "new": floats(B, K, 1, D),
             "start": ints(B), "count": ints(B), "layer": LAYER,
@@ -69,7 +74,6 @@ CALLS = {
         {"stride": 2},
     ),
     "append_token": (
-        APPEND_TOKEN,
         {
             "qkv": floats(B, K, N // K + 2, D), "cos": floats(B, D // 2), "sin": floats(B, D // 2),
             "scale": floats(L, K), "delta": floats(L, K, D, K),
@@ -82,7 +86,6 @@ CALLS = {
         {"stride": 2},
     ),
     "decode_attention": (
-        DECODE_ATTENTION,
         {
             "q": floats(B, N, D), "pool": floats(L, B, K, J, 2, P, D), "bias": floats(L, B, K, M, P),
             "slots": ints(B, K, J), "block_ids": ints(B, K, J), "positions": ints(B), "layer": LAYER,
@@ -90,16 +93,12 @@ CALLS = {
         {},
     ),
     "update_and_attend": (
-        UPDATE_AND_ATTEND,
         {
-            "q": floats(B, N, D), "k": floats(B, K, D), "v": floats(B, K, D), "pool": floats(L, B, K, J, 2, P, D),
-            "host": HOST, "bias": floats(L, B, K, M, P), "loads": ints(B, K, J), "slots": ints(B, K, J),
-            "block_ids": ints(B, K, J), "positions": ints(B), "layer": LAYER,
+            "token": TOKEN, "store": STORE, "residence": RESIDENCE, "positions": ints(B), "layer": LAYER,
         },
         {},
     ),
     "resolve_slots": (
-        RESOLVE_SLOTS,
         {
             "blocks": ints(L, B, K, J), "last_used": ints(L, B, K, J), "wanted": ints(B, K, J), "step": ints(B),
             "layer": LAYER,
@@ -107,7 +106,6 @@ CALLS = {
         {},
     ),
     "fetch_blocks": (
-        FETCH_BLOCKS,
         {
             "pool": floats(L, B, K, J, 2, P, D), "host": HOST,
             "block_ids": ints(B, K, X), "slots": ints(B, K, X), "layer": LAYER,
@@ -115,7 +113,6 @@ CALLS = {
         {},
     ),
     "write_back_blocks": (
-        WRITE_BACK_BLOCKS,
         {
             "host": HOST, "pool": floats(L, B, K, J, 2, P, D),
             "block_ids": ints(L, B, K, X), "slots": ints(L, B, K, X),
@@ -127,31 +124,40 @@ CALLS = {
 
 def call(name, implementation="xla", **changes):
     """What would run, as text; nothing does. changes: of arguments, arrays or static."""
-    _, arrays, static = CALLS[name]
-    arrays, static = ({n: changes.get(n, x) for n, x in given.items()} for given in (arrays, static))
+    arrays, static = ({n: changes.get(n, x) for n, x in given.items()} for given in CALLS[name])
+    static |= {n: x for n, x in changes.items() if isinstance(x, str)}
     arrays |= {n: x for n, x in changes.items() if n not in static}
     run = lambda arrays: getattr(ops, name)(**arrays, **static, implementation=implementation)
     return str(jax.make_jaxpr(run)(arrays))
 
 
 def test_every_op_is_known():
-    """To this file, to the bench and so to `nosa doctor`, and to users."""
-    assert set(CALLS) == {benchmark.op.name for benchmark in BENCHMARKS.values()}
-    assert set(CALLS) <= set(ops.__all__)
+    """To this file and to users; it has a benchmark and a reference."""
+    modules = (import_module(f"pallas_kernels.{name}.reference") for name in FOLDERS)
+    references = {name for module in modules for name in vars(module) if name.endswith("_ref")}
+    assert set(CALLS) == set(OPS) == {benchmark.op.name for benchmark in BENCHMARKS.values()}
+    assert {f"{name}_ref" for name in OPS} == references
+    assert set(OPS) <= set(ops.__all__) and all(callable(getattr(ops, name)) for name in OPS)
+    assert all(op.name == name for name, op in OPS.items())
+
+
+def test_no_two_ops_have_one_name():
+    with pytest.raises(AssertionError, match="two ops are called block_attention"):
+        _dispatch.register("block_attention", {})
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_every_op_has_an_implementation_that_runs_anywhere(name):
-    op = CALLS[name][0]
+    op = OPS[name]
     assert op.name == name and "xla" in op.implementations
-    assert set(op.implementations) <= set(PREFERENCE)
+    assert set(op.implementations) <= set(IMPLEMENTATIONS)
     assert "pallas_call" not in call(name)
     assert "pallas_call" not in call(name, implementation="auto")
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_named_implementation_never_falls_back(name):
-    for missing in set(PREFERENCE) - set(CALLS[name][0].implementations):
+    for missing in set(IMPLEMENTATIONS) - set(OPS[name].implementations):
         with pytest.raises(
             KernelUnsupportedError,
             match=rf"^{name}: implementation='{missing}' cannot run: no '{missing}' kernel .*; use 'auto' or 'xla'",
@@ -171,7 +177,7 @@ def test_kernel_unsupported_is_a_not_implemented_error():
 
 # ---- kernels: where they run, and what they take ----
 
-KERNELS = [name for name in CALLS if "triton" in CALLS[name][0].implementations]
+KERNELS = [name for name in CALLS if "triton" in OPS[name].implementations]
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -258,10 +264,51 @@ def test_arguments_that_no_kernel_takes(name, changes, reason):
         assert "pallas_call" not in call(name, implementation="auto", **changes)
 
 
+def halves(**shapes):
+    return {name: jnp.zeros(shape, jnp.bfloat16) for name, shape in shapes.items()}
+
+
+WHOLE = halves(q=(B, S, N, D), k=(B, K, S, D), v=(B, K, S, D)) | {"bias": None, "block_ids": None, "positions": None}
+NOT_FOR_CUDNN = [
+    ({"block_ids": ints(B, K, S, J)}, "it knows only the causal mask of whole rows, block_ids must be None"),
+    ({"bias": floats(B, K, S)}, "it knows only the causal mask of whole rows, bias must be None"),
+    ({"first_block": ints(B, M)}, "it knows only the causal mask of whole rows, first_block must be None"),
+    ({"positions": ints(B, S)}, "it knows only the causal mask of whole rows, positions must be None"),
+    ({"q": floats(B, S, N, D)}, "q must be bfloat16 or float16, got float32"),
+    ({"k": floats(B, K, S, D)}, "q, k and v must have one dtype, got bfloat16, float32, bfloat16"),
+    (
+        halves(q=(B, S, N, 20), k=(B, K, S, 20), v=(B, K, S, 20)),
+        "the head dim must be a multiple of 8 up to 128, got 20",
+    ),
+    (
+        halves(q=(B, S, N, 256), k=(B, K, S, 256), v=(B, K, S, 256)),
+        "the head dim must be a multiple of 8 up to 128, got 256",
+    ),
+]
+
+
+@pytest.mark.parametrize("changes, reason", NOT_FOR_CUDNN)
+def test_arguments_that_cudnn_does_not_take(changes, reason):
+    with jax.sharding.use_abstract_mesh(H200), cudnn_installed():
+        with pytest.raises(KernelUnsupportedError, match=rf"^block_attention: .*'cudnn' cannot run: {reason}"):
+            call("block_attention", "cudnn", **WHOLE | changes)
+        call("block_attention", "cudnn", **WHOLE)
+
+
+def test_cudnn_needs_a_gpu():
+    with pytest.raises(KernelUnsupportedError, match="'cudnn' cannot run: it needs an NVIDIA GPU, the default device"):
+        call("block_attention", "cudnn", **WHOLE)
+
+
+def test_only_whole_rows_go_without_positions():
+    with pytest.raises(ValueError, match=rf"^positions: must be given unless .*, got None with T={T}, S={S}"):
+        call("block_attention", positions=None)
+
+
 @pytest.mark.parametrize("name", ["block_attention", "block_scores"])
 def test_no_kernel_takes_float64(name):
     with _backend.interpreted(), jax.enable_x64(True):
-        wide = {n: np.zeros(x.shape) for n, x in CALLS[name][1].items() if n in ("q", "k", "v", "pooled_keys")}
+        wide = {n: np.zeros(x.shape) for n, x in CALLS[name][0].items() if n in ("q", "k", "v", "pooled_keys")}
         with pytest.raises(KernelUnsupportedError, match=r"q must be bfloat16, float16 or float32, got float64"):
             call(name, implementation="triton", **wide)
         assert "pallas_call" not in call(name, implementation="auto", **wide)
@@ -278,8 +325,8 @@ def functions(*names, **unsupported):
 @pytest.fixture
 def on_a_gpu(monkeypatch):
     monkeypatch.setattr(_dispatch, "_warned", set())
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(_backend, "device", lambda: ("gpu", "NVIDIA H200"))
+    with jax.sharding.use_abstract_mesh(H200):
+        yield
 
 
 def odd(x):
@@ -293,22 +340,21 @@ def test_auto_takes_the_fastest(on_a_gpu):
     assert functions("xla", "triton", "mosaic", mosaic=odd)("auto", 2) == "mosaic"
 
 
-def test_mosaic_kernels_are_for_hopper(on_a_gpu, monkeypatch):
-    monkeypatch.setattr(_backend, "device", lambda: ("gpu", "NVIDIA A100-SXM4-80GB"))
+def test_mosaic_kernels_are_for_hopper():
     op = functions("xla", "triton", "mosaic")
-    assert op("auto", 1) == "triton"
-    with pytest.raises(
-        KernelUnsupportedError, match=r"cannot run: it needs an NVIDIA Hopper GPU, .*'gpu' \(NVIDIA A100"
-    ):
-        op("mosaic", 1)
+    reason = r"cannot run: it needs an NVIDIA Hopper GPU, .*'gpu' \(NVIDIA A100"
+    with jax.sharding.use_abstract_mesh(target("NVIDIA A100-SXM4-80GB")):
+        assert op("auto", 1) == "triton"
+        with pytest.raises(KernelUnsupportedError, match=reason):
+            op("mosaic", 1)
 
 
 def test_a_named_implementation_is_taken(on_a_gpu):
-    op = functions("xla", "triton", "mosaic")
-    assert [op(name, 1) for name in PREFERENCE] == [op.pick(name, 1) for name in PREFERENCE] == list(PREFERENCE)
+    op, every = functions("xla", "triton", "mosaic"), ["mosaic", "triton", "xla"]
+    assert [op(name, 1) for name in every] == [op.pick(name, 1) for name in every] == every
 
 
-def test_reasons(on_a_gpu, monkeypatch):
+def test_reasons(on_a_gpu):
     op = functions("xla", "triton", triton=odd)
     assert op.reason("xla", 1) is op.unavailable("xla") is None
     assert op.reason("mosaic", 2) == op.unavailable("mosaic") and "no 'mosaic' kernel" in op.unavailable("mosaic")
@@ -316,7 +362,10 @@ def test_reasons(on_a_gpu, monkeypatch):
     refusal = r"^sum_blocks: implementation='triton' cannot run: 1 is odd; use 'auto' or 'xla'$"
     with pytest.raises(KernelUnsupportedError, match=refusal):
         op("triton", 1)
-    monkeypatch.undo()
+
+
+def test_the_device_is_a_reason_too():
+    op = functions("xla", "triton", triton=odd)
     assert op.reason("triton", 1) == op.unavailable("triton") and "needs an NVIDIA GPU" in op.unavailable("triton")
 
 
@@ -327,7 +376,8 @@ def test_the_slow_path_on_a_gpu_warns_once(on_a_gpu):
         assert fast("auto", 1) == slow("auto", 2) == "triton"
         assert slow("xla", 1) == "xla"  # asked for by name: no surprise
     with pytest.warns(
-        RuntimeWarning, match=r"^sum_blocks: no GPU kernel takes this call \(1 is odd\), running the XLA implementation"
+        RuntimeWarning,
+        match=r"^sum_blocks: no GPU kernel takes this call \(triton: 1 is odd\), running the XLA implementation",
     ):
         assert slow("auto", 1) == "xla"
     with warnings.catch_warnings():
@@ -394,7 +444,7 @@ def test_wrong_shapes_name_the_argument(as_users_run, name, argument, wrong, let
 
 @pytest.mark.parametrize("name", ["block_attention", "block_scores", "decode_attention"])
 def test_heads_must_divide(as_users_run, name):
-    q = CALLS[name][1]["q"]
+    q = CALLS[name][0]["q"]
     odd = jnp.zeros((*q.shape[:-2], 3, q.shape[-1]), q.dtype)
     with pytest.raises(ValueError, match=r"^q: must have a multiple of K heads, got N=3, K=2"):
         call(name, q=odd)
@@ -428,7 +478,7 @@ def test_annotations_are_checked_here():
     [([[0, 2, 1, 3, 4, 5, 6, 7]], "2 before 1 in row 0"), ([[0, 1, 2, 3, 0, 1, 2, 3]], "3 before 0 in row 0")],
 )
 def test_positions_must_ascend(positions, names):
-    _, arrays, static = CALLS["block_attention"]
+    arrays, static = CALLS["block_attention"]
     changed = arrays | {"positions": jnp.asarray(positions * B, jnp.int32)}
     with pytest.raises(ValueError, match=rf"^positions: must ascend strictly along each row.*{names}"):
         ops.block_attention(**changed, **static)
@@ -439,6 +489,57 @@ def test_positions_must_ascend(positions, names):
     [("block_attention", "q"), ("block_attention", "bias"), ("block_scores", "q"), ("pool_keys", "keys")],
 )
 def test_integers_are_no_floats(as_users_run, name, argument):
-    _, arrays, _ = CALLS[name]
+    arrays, _ = CALLS[name]
     with pytest.raises(TypeError, match=f"^{argument}: must hold floats, got int32"):
         call(name, **{argument: arrays[argument].astype(jnp.int32)})
+
+
+# ---- how blocks cross ----
+
+
+def test_one_name_for_the_transport():
+    """ "device_put" moves blocks so whatever attends; "auto" leaves the choice to `implementation`."""
+    assert implementation_of("auto") == "auto"
+    assert implementation_of("auto", "triton") == "triton"
+    assert implementation_of("device_put") == implementation_of("device_put", "xla") == "xla"
+    with _backend.interpreted():
+        for name in ("fetch_blocks", "write_back_blocks"):
+            assert "pallas_call" in call(name, "auto")
+            assert "pallas_call" not in call(name, "auto", transport="device_put")
+        mixed = call("update_and_attend", "triton", transport="device_put")
+    assert "name=decode_attention" in mixed and "update_and_attend" not in mixed
+
+
+@pytest.mark.parametrize("name", ["fetch_blocks", "write_back_blocks", "update_and_attend"])
+def test_unknown_transports(name):
+    with pytest.raises(ValueError, match=r"^transport: must be one of \('auto', 'device_put'\), got 'nvlink'"):
+        call(name, transport="nvlink")
+
+
+@pytest.mark.parametrize("name", ["fetch_blocks", "write_back_blocks"])
+def test_a_transport_and_an_implementation_that_disagree(name):
+    with pytest.raises(ValueError, match=r"^implementation: must be 'auto' or 'xla' with transport='device_put'"):
+        call(name, "triton", transport="device_put")
+
+
+WRONG_PARTS = [
+    ("token", TOKEN._replace(q=floats(B, N, D + 1)), "store.pool"),
+    ("token", TOKEN._replace(k=floats(B, N, D)), "token.k"),
+    ("store", STORE._replace(bias=floats(L, B, K, M)), "store.bias"),
+    ("store", STORE._replace(host=floats(L, B, K, M, 2, P, D + 1)), "store.host"),
+    ("residence", RESIDENCE._replace(slots=ints(B, K, J + 1)), "residence.slots"),
+    ("residence", RESIDENCE._replace(loads=ints(B, J)), "residence.loads"),
+]
+
+
+@pytest.mark.parametrize("argument, wrong, part", WRONG_PARTS)
+def test_wrong_shapes_name_the_part(as_users_run, argument, wrong, part):
+    with pytest.raises(ValueError, match=rf"^{part}: must have shape "):
+        call("update_and_attend", **{argument: wrong})
+
+
+def test_a_host_store_needs_loads():
+    with pytest.raises(ValueError, match=r"^residence\.loads: must be given with store\.host, got None"):
+        call("update_and_attend", residence=RESIDENCE._replace(loads=None))
+    call("update_and_attend", residence=RESIDENCE._replace(loads=None), store=STORE._replace(host=None))
+    assert (STORE.num_slots, STORE.block_size) == (J, P)

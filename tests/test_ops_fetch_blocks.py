@@ -28,9 +28,9 @@ def assert_same(array, expected, memory_kind):
 def assert_moves_like_numpy(inputs):
     assert inputs["host"].sharding.memory_kind == "pinned_host"
     plain = on_numpy(inputs)
-    assert_same(fetch(**inputs), reference.fetch_blocks(**plain), "device")
+    assert_same(fetch(**inputs), reference.fetch_blocks_ref(**plain), "device")
     back = of_all_layers(inputs)
-    assert_same(write_back(**back), reference.write_back_blocks(**on_numpy(back)), "pinned_host")
+    assert_same(write_back(**back), reference.write_back_blocks_ref(**on_numpy(back)), "pinned_host")
     # Neither changes what it reads, nor where that lies.
     assert_same(inputs["host"], plain["host"], "pinned_host")
     assert_same(inputs["pool"], plain["pool"], "device")
@@ -105,7 +105,9 @@ def test_inside_loops_with_donated_arrays():
     for _ in range(2):
         for layer in range(case.layers):
             moves = {"block_ids": plain["block_ids"], "slots": plain["slots"], "layer": layer}
-            true_pool = reference.fetch_blocks(pool=true_pool, host=true_host, **moves) + np.asarray(1, true_pool.dtype)
-        true_host = reference.write_back_blocks(**(back | {"host": true_host, "pool": true_pool}))
+            true_pool = reference.fetch_blocks_ref(pool=true_pool, host=true_host, **moves) + np.asarray(
+                1, true_pool.dtype
+            )
+        true_host = reference.write_back_blocks_ref(**(back | {"host": true_host, "pool": true_pool}))
     assert_same(host, true_host, "pinned_host")
     assert_same(pool, true_pool, "device")

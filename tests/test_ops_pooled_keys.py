@@ -35,7 +35,7 @@ def test_matches_the_reference(name):
     case = SMALL[name]
     keys = make_inputs(case, jax.random.key(0))
     pooled = whole(keys, stride=case.stride)
-    expected = reference.pool_keys(keys.astype(jnp.float32), stride=case.stride)
+    expected = reference.pool_keys_ref(keys.astype(jnp.float32), stride=case.stride)
     assert pooled.shape == expected.shape and pooled.dtype == keys.dtype
     rounding = float(jnp.finfo(keys.dtype).eps) / 2 if keys.dtype == jnp.bfloat16 else 0
     # Sums of up to 32 numbers of size 1, then one rounding to the dtype of the keys.
@@ -133,5 +133,9 @@ def test_chunks_of_the_cases(name):
         count = min(case.chunk, case.tokens - start)
         new = jnp.pad(keys[:, :, start : start + count], ((0, 0), (0, 0), (0, case.chunk - count), (0, 0)))
         here, arrived = (jnp.full((case.batch,), n, jnp.int32) for n in (start, count))
-        pooled, sums = append(pooled, sums, new, here, arrived, layer, stride=case.stride)
+        given = (pooled, sums, new, here, arrived, layer)
+        pooled, sums = append(*given, stride=case.stride)
+        expected = reference.append_pooled_keys_ref(*map(np.asarray, given[:-1]), 0, stride=case.stride)
+        for ours, theirs in zip((pooled, sums), expected, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
     np.testing.assert_array_equal(pooled[0], whole(keys, stride=case.stride))

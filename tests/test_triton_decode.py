@@ -42,6 +42,12 @@ def run(op, inputs, implementation="triton", **static):
     return jax.jit(functools.partial(op, implementation=implementation, **static))(**inputs)
 
 
+def step(implementation, transport="auto", **given):
+    """`update_and_attend` of arrays by name."""
+    call = attention_cases.arguments(given)
+    return update_and_attend(**call, transport=transport, implementation=implementation)
+
+
 # ---- transport ----
 
 
@@ -52,11 +58,11 @@ def test_moves_like_numpy(name):
     ids[0, 0, 0], ids[-1, -1, -1] = WILD[0], WILD[3]
     inputs["block_ids"] = jnp.asarray(ids)
     plain = on_numpy(inputs)
-    np.testing.assert_array_equal(run(fetch_blocks, inputs), fetch_reference.fetch_blocks(**plain))
+    np.testing.assert_array_equal(run(fetch_blocks, inputs), fetch_reference.fetch_blocks_ref(**plain))
     back = fetch_cases.of_all_layers(inputs)
     host = run(write_back_blocks, back)
     assert host.sharding.memory_kind == "pinned_host"
-    np.testing.assert_array_equal(host, fetch_reference.write_back_blocks(**on_numpy(back)))
+    np.testing.assert_array_equal(host, fetch_reference.write_back_blocks_ref(**on_numpy(back)))
 
 
 # ---- attention ----
@@ -77,7 +83,7 @@ def attention_of(name):
 @pytest.mark.parametrize("name", attention_cases.SMALL)
 def test_attention(name):
     inputs = attention_of(name)
-    expected = np.asarray(attention_reference.decode_attention(**inputs | {"layer": int(inputs["layer"])}))
+    expected = np.asarray(attention_reference.decode_attention_ref(**inputs | {"layer": int(inputs["layer"])}))
     out = run(decode_attention, inputs)
     np.testing.assert_allclose(out, expected, rtol=0, atol=16 * EPS * np.abs(expected).max())
 
@@ -86,7 +92,7 @@ def test_more_runs_for_more_blocks():
     """Of 300 blocks, beyond 16 runs."""
     case = attention_cases.Case((300 * 16 - 3,), 300, 1, 2, 16, 1, num_selected_blocks=300)
     inputs = attention_cases.make_inputs(case, jax.random.key(0))
-    expected = np.asarray(attention_reference.decode_attention(**inputs | {"layer": 0}))
+    expected = np.asarray(attention_reference.decode_attention_ref(**inputs | {"layer": 0}))
     np.testing.assert_allclose(run(decode_attention, inputs), expected, rtol=0, atol=32 * EPS)
 
 
@@ -119,13 +125,13 @@ def offloaded(name):
 @pytest.mark.parametrize("name", ["k1_g16", "k2_g4_ragged", "k2_g8_no_bias", "runs_of_two_and_three"])
 def test_one_step_of_the_cache_gives_the_bits_of_its_parts(name):
     given, resident = offloaded(name)
-    out, pool = run(update_and_attend, given)
-    np.testing.assert_array_equal(pool, run(update_and_attend, given, "xla")[1])  # as XLA composes it
+    out, pool = run(step, given)
+    np.testing.assert_array_equal(pool, run(step, given, "xla")[1])  # as XLA composes it
     # Without a host store, and by attention alone over the resulting pool: the output to the bit.
-    np.testing.assert_array_equal(run(update_and_attend, resident)[0], out)
+    np.testing.assert_array_equal(run(step, resident)[0], out)
     alone = {name: given[name] for name in ("q", "bias", "slots", "block_ids", "positions", "layer")}
     np.testing.assert_array_equal(run(decode_attention, alone | {"pool": pool}), out)
-    portable = run(update_and_attend, given, zero_copy=False)
+    portable = run(step, given, transport="device_put")
     for ours, other in zip((out, pool), portable, strict=True):
         np.testing.assert_array_equal(ours, other)
 

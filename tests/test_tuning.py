@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 
+import jax
 import pytest
+from targets import target
 
 from pallas_kernels import _tuning
 from pallas_kernels._tuning import Launch, checked, launch_of
@@ -17,7 +19,6 @@ WIDE = {"rows": 128, "num_warps": 8, "num_stages": 1}
 def tuned(tmp_path, monkeypatch):
     """A function that writes the file of the device "Some GPU" and has the kernels read it."""
     monkeypatch.setattr(_tuning.resources, "files", lambda package: tmp_path / package)
-    monkeypatch.setattr(_tuning._backend, "device", lambda: ("gpu", "Some GPU"))
     _tuning._entries.cache_clear()
 
     def write(kernel, *entries):
@@ -25,7 +26,8 @@ def tuned(tmp_path, monkeypatch):
         folder.mkdir(parents=True)
         (folder / "some_gpu.json").write_text(json.dumps({"kernels": {kernel: entries}}))
 
-    yield write
+    with jax.sharding.use_abstract_mesh(target("Some GPU")):
+        yield write
     _tuning._entries.cache_clear()
 
 
@@ -48,11 +50,11 @@ def test_the_first_entry_that_matches(tuned):
     assert launch_of("other", DEFAULT, dim=128, group=4) == DEFAULT
 
 
-def test_another_device(tuned, monkeypatch):
+def test_another_device(tuned):
     tuned("attend", entry(WIDE))
     assert launch_of("attend", DEFAULT, dim=128) == Launch(**WIDE)
-    monkeypatch.setattr(_tuning._backend, "device", lambda: ("gpu", "Another GPU"))
-    assert launch_of("attend", DEFAULT, dim=128) == DEFAULT
+    with jax.sharding.use_abstract_mesh(target("Another GPU")):
+        assert launch_of("attend", DEFAULT, dim=128) == DEFAULT
 
 
 BAD = [

@@ -13,43 +13,36 @@ from jaxtyping import Array, Float, Int32
 
 from nosa_jax.cache.slots import SlotTable
 from nosa_jax.cache.state import DecodeState
-from pallas_kernels import resolve_slots, update_and_attend, write_back_blocks
+from pallas_kernels import Residence, Store, Token, resolve_slots, update_and_attend, write_back_blocks
 
 
 def admit(
     state: DecodeState, block_ids: Int32[Array, "B K J"], positions: Int32[Array, " B"], layer: Int32[Array, ""]
-) -> tuple[DecodeState, Int32[Array, "B K J"], Int32[Array, "B K J"] | None]:
-    """Gives every selected block a slot. Returns the slots, and which blocks `attend` must fetch into them.
+) -> tuple[DecodeState, Residence]:
+    """Gives every selected block a slot; `attend` fetches what is missing.
 
-    Those are -1 where nothing is to be fetched, and None without a host store. The query's own block takes a slot but
-    is not fetched when it starts with this very token.
+    The query's own block takes a slot but is not fetched when it starts with this very token.
     """
     if state.host is None:
-        return state, block_ids, None
+        return state, Residence(block_ids, block_ids, None)
     size = state.block_size
     table = state.table
     held, last_used, slots, missing = resolve_slots(table.blocks, table.last_used, block_ids, positions, layer)
     starts_now = (positions % size == 0)[:, None, None] & (block_ids == (positions // size)[:, None, None])
     loads = jnp.where(missing & ~starts_now, block_ids, -1)
-    return dataclasses.replace(state, table=SlotTable(held, last_used)), slots, loads
+    return dataclasses.replace(state, table=SlotTable(held, last_used)), Residence(block_ids, slots, loads)
 
 
 def attend(
     state: DecodeState,
-    q: Float[Array, "B N D"],
-    k: Float[Array, "B K D"],
-    v: Float[Array, "B K D"],
-    block_ids: Int32[Array, "B K J"],
-    slots: Int32[Array, "B K J"],
-    loads: Int32[Array, "B K J"] | None,
+    token: Token,
+    residence: Residence,
     positions: Int32[Array, " B"],
     layer: Int32[Array, ""],
 ) -> tuple[DecodeState, Float[Array, "B N D"]]:
     """Adds one token per row, fetches the missing blocks and attends."""
-    out, pool = update_and_attend(
-        q, k, v, state.pool, state.host, state.importance, loads, slots, block_ids, positions,
-        layer, zero_copy=state.transport == "auto",
-    )  # fmt: skip
+    store = Store(state.pool, state.host, state.importance)
+    out, pool = update_and_attend(token, store, residence, positions, layer, transport=state.transport)
     return dataclasses.replace(state, pool=pool), out
 
 
@@ -65,6 +58,5 @@ def write_back(state: DecodeState, positions: Int32[Array, " B"]) -> DecodeState
     match = (state.table.blocks == filled[..., None]) & (filled >= 0)[..., None]
     slot = jnp.where(match.any(-1), jnp.argmax(match, axis=-1).astype(jnp.int32), -1)[..., None]
     filled = jnp.broadcast_to(filled[..., None], slot.shape)
-    implementation = "auto" if state.transport == "auto" else "xla"
-    host = write_back_blocks(state.host, state.pool, filled, slot, implementation=implementation)
+    host = write_back_blocks(state.host, state.pool, filled, slot, transport=state.transport)
     return dataclasses.replace(state, host=host)

@@ -11,8 +11,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32
 
-from pallas_kernels.resolve_slots import xla
-from pallas_kernels.resolve_slots.xla import EMPTY
+from pallas_kernels.resolve_slots import EMPTY, resolve_table
 
 
 class SlotTable(NamedTuple):
@@ -50,5 +49,5 @@ def resolve(table: SlotTable, wanted: Int32[Array, "... J"], step: Int32[Array, 
     wanted: distinct block ids, -1 for padding; at most `slots` of them may be valid.
     step: a number that grows from call to call (the query's position).
     """
-    blocks, last_used, slots, missing = xla.resolve(*table, wanted, step)
+    blocks, last_used, slots, missing = resolve_table(*table, wanted, step)
     return Resolution(SlotTable(blocks, last_used), slots, missing)

@@ -11,10 +11,8 @@ from nosa_jax import _extras
 from nosa_jax.cache import memory
 from nosa_jax.cli.terminal import facts, heading, size
 from nosa_jax.environment import versions
-from pallas_kernels._dispatch import PREFERENCE, Op
-from pallas_kernels.bench.work import BENCHMARKS
+from pallas_kernels import IMPLEMENTATIONS, OPS, Op
 
-OPS = list({benchmark.op.name: benchmark.op for benchmark in BENCHMARKS.values()}.values())
 _AVAILABLE = "available"
 
 
@@ -40,13 +38,13 @@ class Doctor:
 
 
 def kernel_table() -> str:
-    """One line per op: what "auto" takes, and for the other implementations a note that says why not."""
+    """One line per op: what "auto" tries, in this order, and for the other implementations a note that says why not."""
     notes: dict[str, int] = {}
-    lines = [f"  {'operation':<20}{'auto':<8}" + "".join(f"{name:<11}" for name in PREFERENCE)]
-    for op in OPS:
-        cells = [_cell(op, name, notes) for name in PREFERENCE]
-        taken = next(name for name in PREFERENCE if op.unavailable(name) is None)
-        lines.append(f"  {op.name:<20}{taken:<8}" + "".join(f"{cell:<11}" for cell in cells))
+    lines = [f"  {'operation':<20}{'auto tries':<30}" + "".join(f"{name:<11}" for name in IMPLEMENTATIONS)]
+    for op in OPS.values():
+        cells = [_cell(op, name, notes) for name in IMPLEMENTATIONS]
+        tried = ", ".join(name for name in IMPLEMENTATIONS if op.unavailable(name) is None)
+        lines.append(f"  {op.name:<20}{tried:<30}" + "".join(f"{cell:<11}" for cell in cells))
     return "\n".join([*(line.rstrip() for line in lines), *(f"  [{n}] {text}" for text, n in notes.items())])
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import jax
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels._dispatch import Op
+from pallas_kernels._dispatch import register
 from pallas_kernels.append_token import triton, xla
 from pallas_kernels.append_token.summaries import Summaries
 from pallas_kernels.checks import bad_value, require_positive, require_shape
 
-APPEND_TOKEN = Op(
+APPEND_TOKEN = register(
     "append_token", {"xla": xla.append_token, "triton": triton.append_token}, {"triton": triton.unsupported}
 )
 

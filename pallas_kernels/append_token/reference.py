@@ -9,7 +9,7 @@ import numpy as np
 from pallas_kernels.append_token.summaries import Summaries
 
 
-def append_token(
+def append_token_ref(
     qkv: np.ndarray,
     cos: np.ndarray,
     sin: np.ndarray,

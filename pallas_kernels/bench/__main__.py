@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from pallas_kernels import _tuning
-from pallas_kernels._dispatch import PREFERENCE, KernelUnsupportedError
+from pallas_kernels import IMPLEMENTATIONS, KernelUnsupportedError, _tuning
 from pallas_kernels.bench import compare, peers, report, timing, tune
 from pallas_kernels.bench.work import BENCHMARKS, Work
+from pallas_kernels.device import current_device
 
 _PEER_OPS = {"block_attention": False, "block_attention_grad": True}  # op: with the backward pass
 
@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
         "--cases", nargs="+", metavar="CASE", help="names or patterns; default: real ones on a GPU, else small ones"
     )
     parser.add_argument(
-        "--implementations", nargs="+", metavar="NAME", help=f"of {', '.join(PREFERENCE)}; default: all"
+        "--implementations", nargs="+", metavar="NAME", help=f"of {', '.join(IMPLEMENTATIONS)}; default: all"
     )
     parser.add_argument("--repeats", type=int, default=20, help="samples per measurement (default 20)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the line of JSON to this file")
@@ -65,7 +65,7 @@ def plan(ops: Sequence[str], cases: Sequence[str] | None) -> list[Item]:
     """What to run, ops that share their inputs together. Raises ValueError for unknown names."""
     names = matching("--ops", ops, list(BENCHMARKS))
     if cases is None:
-        size = "REAL" if jax.default_backend() == "gpu" else "SMALL"
+        size = "REAL" if current_device().is_gpu else "SMALL"
         items = [Item(op, case) for op in names for case in getattr(BENCHMARKS[op].source, size)]
     else:
         chosen = matching("--cases", cases, list(dict.fromkeys(case for op in names for case in BENCHMARKS[op].cases)))
@@ -247,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.repeats < 1:
             raise ValueError(f"--repeats: must be at least 1, got {options.repeats}")
         if options.implementations is not None:
-            options.implementations = matching("--implementations", options.implementations, PREFERENCE)
+            options.implementations = matching("--implementations", options.implementations, IMPLEMENTATIONS)
         items = plan(options.ops, options.cases)
     except ValueError as error:
         flags.error(str(error))

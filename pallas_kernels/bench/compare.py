@@ -10,12 +10,12 @@ import numpy as np
 
 
 def error(ours: Mapping[str, Any], truth: Mapping[str, Any]) -> float | int:
-    """Of the arrays in `ours`: how many integers differ, or the largest relative error of the floats."""
+    """How many numbers differ where all arrays hold integers or booleans, else the largest relative error of any."""
     pairs = [(np.asarray(x), np.asarray(truth[name])) for name, x in ours.items()]
     for (x, y), name in zip(pairs, ours, strict=True):
         if x.shape != y.shape:
             raise ValueError(f"{name}: the output has shape {list(x.shape)}, the reference {list(y.shape)}")
-    if all(np.issubdtype(y.dtype, np.integer) for _, y in pairs):
+    if all(y.dtype.kind in "iub" for _, y in pairs):
         return sum(int((x != y).sum()) for x, y in pairs)
     return float(np.max([relative_error(x, y) for x, y in pairs]))
 

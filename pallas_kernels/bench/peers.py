@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from pallas_kernels._dispatch import KernelUnsupportedError
+from pallas_kernels import KernelUnsupportedError
 from pallas_kernels.bench import counts, work
 from pallas_kernels.bench.counts import Floor
 from pallas_kernels.bench.work import Work
+from pallas_kernels.device import current_device
 
 CUDNN, FLA = "cudnn_dense", "fla_nsa"
 NAMES = (CUDNN, FLA)
@@ -27,8 +28,9 @@ NAMES = (CUDNN, FLA)
 
 def missing() -> dict[str, str]:
     """Peers that cannot run on this machine, and why."""
-    if jax.default_backend() != "gpu":
-        return dict.fromkeys(NAMES, f"it needs a GPU, the default device is {jax.default_backend()!r}")
+    device = current_device()
+    if not device.is_gpu:
+        return dict.fromkeys(NAMES, f"it needs a GPU, the default device is {device.platform!r}")
     absent = [name for name in ("torch", "fla") if importlib.util.find_spec(name) is None]
     return {FLA: f"not installed: {', '.join(absent)} (pip install flash-linear-attention)"} if absent else {}
 
@@ -46,8 +48,8 @@ def versions() -> dict[str, str]:
 
 def require_whole_rows(inputs: dict[str, Any]) -> None:
     """Raises KernelUnsupportedError where a plain causal mask is another one than ours."""
-    every = np.arange(inputs["k"].shape[2])
-    whole = all(np.array_equal(row, every) for row in np.asarray(inputs["positions"]))
+    every, positions = np.arange(inputs["k"].shape[2]), inputs["positions"]
+    whole = positions is None or all(np.array_equal(row, every) for row in np.asarray(positions))
     if inputs["first_block"] is not None or not whole:
         raise KernelUnsupportedError("it is compared on whole rows of one document only")
 

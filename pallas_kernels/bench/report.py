@@ -17,6 +17,7 @@ from pallas_kernels import _tuning
 from pallas_kernels.bench import counts, timing
 from pallas_kernels.bench.counts import Floor
 from pallas_kernels.bench.timing import Timing
+from pallas_kernels.device import current_device
 
 _HEAD = ("op", "case", "implementation", "ms", "min", "max", "calls", "share", "TFLOP/s", "GB/s", "error")
 
@@ -86,11 +87,11 @@ def table(entries: list[dict[str, Any]]) -> str:
 
 def environment() -> dict[str, Any]:
     """The machine, the versions and the date; None for what is not known."""
-    device = jax.devices()[0]
+    device = current_device()
     return {
-        "device": device.device_kind,
+        "device": device.kind,
         "platform": device.platform,
-        "platform_version": device.client.platform_version,
+        "platform_version": jax.devices(device.platform)[0].client.platform_version,
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "jax": jax.__version__,
         "jaxlib": jaxlib.__version__,

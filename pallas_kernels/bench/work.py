@@ -13,34 +13,26 @@ import numpy as np
 from jaxtyping import Array, Float
 
 import pallas_kernels as ops
-from pallas_kernels import blocks
-from pallas_kernels._dispatch import Op
+from pallas_kernels import OPS, Op, blocks
 from pallas_kernels.append_token import cases as append_cases
 from pallas_kernels.append_token import reference as append_reference
-from pallas_kernels.append_token.api import APPEND_TOKEN
 from pallas_kernels.bench import counts
 from pallas_kernels.bench.counts import Floor, nbytes
 from pallas_kernels.block_attention import cases as attention_cases
 from pallas_kernels.block_attention import reference as attention_reference
-from pallas_kernels.block_attention.api import BLOCK_ATTENTION
 from pallas_kernels.block_scores import cases as scores_cases
 from pallas_kernels.block_scores import reference as scores_reference
-from pallas_kernels.block_scores.api import BLOCK_SCORES
 from pallas_kernels.decode_attention import cases as decode_cases
 from pallas_kernels.decode_attention import reference as decode_reference
-from pallas_kernels.decode_attention.api import DECODE_ATTENTION, UPDATE_AND_ATTEND
+from pallas_kernels.device import current_device
 from pallas_kernels.fetch_blocks import cases as fetch_cases
 from pallas_kernels.fetch_blocks import reference as fetch_reference
-from pallas_kernels.fetch_blocks.api import FETCH_BLOCKS, WRITE_BACK_BLOCKS
 from pallas_kernels.pooled_keys import cases as pooled_cases
 from pallas_kernels.pooled_keys import reference as pooled_reference
-from pallas_kernels.pooled_keys.api import APPEND_POOLED_KEYS, POOL_KEYS
 from pallas_kernels.resolve_slots import cases as resolve_cases
 from pallas_kernels.resolve_slots import reference as resolve_reference
-from pallas_kernels.resolve_slots.api import RESOLVE_SLOTS
 from pallas_kernels.select_blocks import cases as select_cases
 from pallas_kernels.select_blocks import reference as select_reference
-from pallas_kernels.select_blocks.api import SELECT_BLOCKS
 
 _REFERENCE_TOKENS = 4096  # of pooled keys
 _REFERENCE_QUERIES = 256  # of select_blocks, whose reference is a Python loop
@@ -99,7 +91,7 @@ def _inputs(source: Any, case: Any) -> Any:
 
 def _logits_bytes() -> int:
     """For one array of the references' [queries, tokens] logits, of which they hold some four."""
-    return 2**30 if jax.default_backend() == "gpu" else 2**26
+    return 2**30 if current_device().is_gpu else 2**26
 
 
 def sample_of(length: int, most: int) -> tuple[np.ndarray, str]:
@@ -129,7 +121,7 @@ def _pool_keys(case: pooled_cases.Case, keys: Float[Array, "B K S D"]) -> Work:
         {"keys": keys},
         call,
         Floor(nbytes(keys, out), keys.size + 2 * out.size),
-        lambda: {"out": pooled_reference.pool_keys(upcast(keys[:, :, :_REFERENCE_TOKENS]), stride=case.stride)},
+        lambda: {"out": pooled_reference.pool_keys_ref(upcast(keys[:, :, :_REFERENCE_TOKENS]), stride=case.stride)},
         lambda output: {"out": output[:, :, :windows]},
         "all" if case.tokens <= _REFERENCE_TOKENS else f"the first {windows} windows",
     )
@@ -147,19 +139,25 @@ def _append_pooled_keys(case: pooled_cases.Case, keys: Float[Array, "B K S D"]) 
         fill = jax.jit(functools.partial(call, implementation="xla"))
         pooled, sums = fill(pooled, sums, keys[:, :, :before], row(0), row(before), layer)
     first = max(0, before // case.stride - 1)  # of the windows that this call completes
-    end = min(total, first + _REFERENCE_TOKENS // case.stride)
-    tokens = keys[:, :, case.stride * first : case.stride * (end + 1)]
     new = keys[:, :, before:]
     written = case.batch * case.kv_heads * (total - first) * case.dim
+    inputs = {
+        "pooled": pooled,
+        "sums": sums,
+        "new": new,
+        "start": row(before),
+        "count": row(case.chunk),
+        "layer": layer,
+    }
+    by_name = lambda output: dict(zip(("pooled", "sums"), output, strict=True))
     return Work(
-        {"pooled": pooled, "sums": sums, "new": new, "start": row(before), "count": row(case.chunk), "layer": layer},
+        inputs,
         call,
         Floor(
             nbytes(new) + written * keys.dtype.itemsize + nbytes(sums), new.size + 2 * written
         ),  # one layer's sums, read and written
-        lambda: {"out": pooled_reference.pool_keys(upcast(tokens), stride=case.stride)},
-        lambda output: {"out": output[0][1, :, :, first:end]},
-        "all" if end == total else f"{end - first} of the {total - first} windows written",
+        lambda: by_name(pooled_reference.append_pooled_keys_ref(**on_numpy(inputs), stride=case.stride)),
+        by_name,
         updates=("pooled", "sums"),
         updated=lambda output: output,
     )
@@ -178,7 +176,7 @@ def _block_scores(case: scores_cases.Case, inputs: dict[str, Any]) -> Work:
 
     def truth() -> dict[str, Any]:
         arrays = inputs | {name: inputs[name][:, at] for name in ("q", "positions")}
-        return {"out": jax.jit(functools.partial(scores_reference.block_scores, **options))(**upcast(arrays))}
+        return {"out": jax.jit(functools.partial(scores_reference.block_scores_ref, **options))(**upcast(arrays))}
 
     return Work(
         inputs,
@@ -198,7 +196,7 @@ def _select_blocks(case: select_cases.Case, inputs: dict[str, Any]) -> Work:
 
     def truth() -> dict[str, Any]:
         arrays = inputs | {"query_scores": inputs["query_scores"][:, :, at], "positions": inputs["positions"][:, at]}
-        return {"out": select_reference.select_blocks(**jax.device_get(arrays), **options)}
+        return {"out": select_reference.select_blocks_ref(**jax.device_get(arrays), **options)}
 
     return Work(inputs, call, Floor(nbytes(inputs, out)), truth, lambda output: {"out": output[:, :, at]}, compared)
 
@@ -220,14 +218,17 @@ def forward_and_backward(
 def attention(inputs: dict[str, Any], *, block_size: int, gradient: bool) -> Work:
     """Block attention of these inputs, forward alone or forward and backward with a random gradient `dout`."""
     attend = functools.partial(ops.block_attention, block_size=block_size)
-    floor = counts.attention(inputs, block_size=block_size, gradient=gradient)
     q = inputs["q"]
     batch, length, heads, _ = q.shape
+    numbered = inputs
+    if inputs["positions"] is None:
+        numbered = inputs | {"positions": blocks.whole_rows(batch, length)}
+    floor = counts.attention(numbered, block_size=block_size, gradient=gradient)
     at, compared = sample_of(length, _logits_bytes() // max(1, 4 * batch * heads * inputs["k"].shape[2]))
-    sampled = {name: inputs[name][:, at] for name in ("q", "positions")}
+    sampled = {name: numbered[name][:, at] for name in ("q", "positions")}
     if inputs["block_ids"] is not None:
         sampled["block_ids"] = inputs["block_ids"][:, :, at]
-    slow = functools.partial(attention_reference.block_attention, block_size=block_size)
+    slow = functools.partial(attention_reference.block_attention_ref, block_size=block_size)
     if not gradient:
         return Work(
             inputs,
@@ -268,16 +269,23 @@ def _decode_attention(case: decode_cases.Case, inputs: dict[str, Any]) -> Work:
         inputs,
         ops.decode_attention,
         counts.decode_attention(inputs),
-        lambda: {"out": jax.jit(decode_reference.decode_attention)(**upcast(inputs))},
+        lambda: {"out": jax.jit(decode_reference.decode_attention_ref)(**upcast(inputs))},
     )
 
 
 def _update_and_attend(case: decode_cases.Case, inputs: dict[str, Any]) -> Work:
-    """Compared with the kernels' own parts elsewhere: `tests/test_triton_decode.py`."""
     given = decode_cases.offloaded(inputs, jax.random.key(1))
     attended, moved = counts.decode_attention(given), counts.moved_blocks(given | {"block_ids": given["loads"]})
     floor = dataclasses.replace(attended, bytes=attended.bytes + moved.bytes, link_bytes=moved.link_bytes)
-    return Work(given, ops.update_and_attend, floor, updates=("pool",), updated=lambda output: output[1:])
+    by_name = lambda output: dict(zip(("out", "pool"), output, strict=True))
+
+    def call(*, implementation: str, **arrays: Any) -> Any:
+        return ops.update_and_attend(**decode_cases.arguments(arrays), implementation=implementation)
+
+    def truth() -> dict[str, Any]:
+        return by_name(decode_reference.update_and_attend_ref(**on_numpy(decode_cases.arguments(upcast(given)))))
+
+    return Work(given, call, floor, truth, by_name, updates=("pool",), updated=lambda output: output[1:])
 
 
 def _append_token(case: append_cases.Case, inputs: dict[str, Any]) -> Work:
@@ -289,7 +297,7 @@ def _append_token(case: append_cases.Case, inputs: dict[str, Any]) -> Work:
         inputs,
         functools.partial(ops.append_token, **options),
         Floor(2 * nbytes(inputs["qkv"], sums) + nbytes(inputs["delta"])),
-        lambda: by_number(append_reference.append_token(**on_numpy(inputs), **options)),
+        lambda: by_number(append_reference.append_token_ref(**on_numpy(inputs), **options)),
         by_number,
         updates=("summaries",),
         updated=lambda output: output[-1:],
@@ -303,7 +311,7 @@ def _resolve_slots(case: resolve_cases.Case, inputs: dict[str, Any]) -> Work:
         inputs,
         ops.resolve_slots,
         Floor(listed),
-        lambda: dict(zip(names, resolve_reference.resolve_slots(**on_numpy(inputs)), strict=True)),
+        lambda: dict(zip(names, resolve_reference.resolve_slots_ref(**on_numpy(inputs)), strict=True)),
         lambda output: dict(zip(names, output, strict=True)),
     )
 
@@ -315,26 +323,26 @@ def _transport(call: Callable[..., Any], slow: Callable[..., Any], inputs: dict[
 
 
 def _fetch_blocks(case: fetch_cases.Case, inputs: dict[str, Any]) -> Work:
-    return _transport(ops.fetch_blocks, fetch_reference.fetch_blocks, inputs, "pool")
+    return _transport(ops.fetch_blocks, fetch_reference.fetch_blocks_ref, inputs, "pool")
 
 
 def _write_back_blocks(case: fetch_cases.Case, inputs: dict[str, Any]) -> Work:
     inputs = fetch_cases.of_all_layers(inputs)
-    return _transport(ops.write_back_blocks, fetch_reference.write_back_blocks, inputs, "host")
+    return _transport(ops.write_back_blocks, fetch_reference.write_back_blocks_ref, inputs, "host")
 
 
 # Ops that share their inputs are neighbours.
 BENCHMARKS: dict[str, Benchmark] = {
-    "pool_keys": Benchmark(POOL_KEYS, pooled_cases, _pool_keys),
-    "append_pooled_keys": Benchmark(APPEND_POOLED_KEYS, pooled_cases, _append_pooled_keys),
-    "append_token": Benchmark(APPEND_TOKEN, append_cases, _append_token),
-    "block_scores": Benchmark(BLOCK_SCORES, scores_cases, _block_scores),
-    "select_blocks": Benchmark(SELECT_BLOCKS, select_cases, _select_blocks),
-    "block_attention": Benchmark(BLOCK_ATTENTION, attention_cases, _attention(gradient=False)),
-    "block_attention_grad": Benchmark(BLOCK_ATTENTION, attention_cases, _attention(gradient=True)),
-    "decode_attention": Benchmark(DECODE_ATTENTION, decode_cases, _decode_attention),
-    "update_and_attend": Benchmark(UPDATE_AND_ATTEND, decode_cases, _update_and_attend),
-    "resolve_slots": Benchmark(RESOLVE_SLOTS, resolve_cases, _resolve_slots),
-    "fetch_blocks": Benchmark(FETCH_BLOCKS, fetch_cases, _fetch_blocks),
-    "write_back_blocks": Benchmark(WRITE_BACK_BLOCKS, fetch_cases, _write_back_blocks),
+    "pool_keys": Benchmark(OPS["pool_keys"], pooled_cases, _pool_keys),
+    "append_pooled_keys": Benchmark(OPS["append_pooled_keys"], pooled_cases, _append_pooled_keys),
+    "append_token": Benchmark(OPS["append_token"], append_cases, _append_token),
+    "block_scores": Benchmark(OPS["block_scores"], scores_cases, _block_scores),
+    "select_blocks": Benchmark(OPS["select_blocks"], select_cases, _select_blocks),
+    "block_attention": Benchmark(OPS["block_attention"], attention_cases, _attention(gradient=False)),
+    "block_attention_grad": Benchmark(OPS["block_attention"], attention_cases, _attention(gradient=True)),
+    "decode_attention": Benchmark(OPS["decode_attention"], decode_cases, _decode_attention),
+    "update_and_attend": Benchmark(OPS["update_and_attend"], decode_cases, _update_and_attend),
+    "resolve_slots": Benchmark(OPS["resolve_slots"], resolve_cases, _resolve_slots),
+    "fetch_blocks": Benchmark(OPS["fetch_blocks"], fetch_cases, _fetch_blocks),
+    "write_back_blocks": Benchmark(OPS["write_back_blocks"], fetch_cases, _write_back_blocks),
 }

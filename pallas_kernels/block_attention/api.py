@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels._dispatch import Op
-from pallas_kernels.block_attention import mosaic, triton, vjp, xla
+from pallas_kernels._dispatch import register
+from pallas_kernels.block_attention import cudnn, mosaic, triton, vjp, xla
 from pallas_kernels.checks import (
     bad_value,
     require_ascending,
@@ -17,14 +17,15 @@ from pallas_kernels.checks import (
     require_shape,
 )
 
-BLOCK_ATTENTION = Op(
+BLOCK_ATTENTION = register(
     "block_attention",
     {
+        "cudnn": cudnn.attend,
         "xla": vjp.differentiable(xla.forward, xla.backward),
         "triton": vjp.differentiable(triton.forward, triton.backward),
         "mosaic": vjp.differentiable(mosaic.forward, triton.backward),
     },
-    {"triton": triton.unsupported, "mosaic": mosaic.unsupported},
+    {"cudnn": cudnn.unsupported, "triton": triton.unsupported, "mosaic": mosaic.unsupported},
 )
 
 
@@ -34,7 +35,7 @@ def block_attention(
     v: Float[Array, "B K S D"],
     bias: Float[Array, "B K S"] | None,
     block_ids: Int32[Array, "B K T J"] | None,
-    positions: Int32[Array, "B T"],
+    positions: Int32[Array, "B T"] | None,
     first_block: Int32[Array, "B M"] | None = None,
     *,
     block_size: int,
@@ -43,12 +44,19 @@ def block_attention(
 ) -> tuple[Float[Array, "B T N D"], Float[Array, "B T N"]]:
     """softmax(q . k * scale + bias) v over the tokens of the selected blocks, up to the query (paper equation 5).
 
-    q: head n belongs to KV head n // (N/K). bias: added after scaling, None for no bias. block_ids: in any order,
-    without repeats, ids outside [0, M) ignored; None selects every block. positions: of the queries among the keys,
-    strictly ascending (packed rows too: they do not restart), with -1 for padding anywhere (output 0, lse -inf); under
-    jit neither this nor repeats can be checked, and gradients would be wrong. first_block: for each of the M blocks the
-    first block of its document; None for one document per row. scale: default 1/sqrt(D), a Python number.
-    Returns (out in q's dtype, natural-log lse in float32). Differentiable in q, k, v and bias (also through lse).
+    q: queries; head n belongs to KV head n // (N/K).
+    k, v: keys and values of every token of the rows.
+    bias: added after scaling; None for no bias.
+    block_ids: in any order, without repeats, ids outside [0, M) ignored; None selects every block.
+    positions: of the queries among the keys, strictly ascending (packed rows too: they do not restart), with -1 for
+        padding anywhere (output 0, lse -inf); under jit neither this nor repeats can be checked, and gradients would be
+        wrong. None: query t is token t of its row, T = S; without ids and bias cuDNN takes that.
+    first_block: for each of the M blocks the first block of its document; None for one document per row.
+    block_size: P, tokens per block.
+    scale: of the logits, a Python number; 1/sqrt(D) by default.
+
+    Returns (out in q's dtype, natural-log lse in float32), differentiable in q, k, v and bias, also through lse.
+    Raises ValueError or TypeError for arguments that do not go together.
     """
     require_shape("q", q, (None,) * 4, "[B, T, N, D]")
     require_shape("k", k, (None,) * 4, "[B, K, S, D]")
@@ -56,9 +64,17 @@ def block_attention(
     kv_heads, tokens = k.shape[1:3]
     require_shape("k", k, (batch, None, None, dim), "[B, K, S, D]")
     require_shape("v", v, k.shape, "[B, K, S, D]")
-    require_shape("positions", positions, (batch, length), "[B, T]")
-    require_integers("positions", positions)
-    require_ascending("positions", positions)
+    if positions is not None:
+        require_shape("positions", positions, (batch, length), "[B, T]")
+        require_integers("positions", positions)
+        require_ascending("positions", positions)
+    elif length != tokens:
+        raise bad_value(
+            "positions",
+            "must be given unless the queries are all tokens of their rows",
+            f"None with T={length}, S={tokens}",
+            "Pass the positions of the queries among the keys.",
+        )
     require_positive("block_size", block_size)
     require_floats(q=q, k=k, v=v, bias=bias)
     if heads % kv_heads:

@@ -15,11 +15,12 @@ from pallas_kernels import _inputs
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """rows: shapes and selection. dense: no block ids. biased: with a bias."""
+    """rows: shapes and selection. dense: no block ids. biased: with a bias. numbered: with positions, else None."""
 
     rows: _inputs.Rows
     dense: bool = False
     biased: bool = True
+    numbered: bool = True
 
 
 SMALL: dict[str, Case] = {name: Case(rows, biased=name != "k2_g16_rows") for name, rows in _inputs.SMALL.items()} | {
@@ -27,7 +28,7 @@ SMALL: dict[str, Case] = {name: Case(rows, biased=name != "k2_g16_rows") for nam
     "dense_without_bias": Case(_inputs.SMALL["k2_g4_ragged"], dense=True, biased=False),
 }
 REAL: dict[str, Case] = {name: Case(rows) for name, rows in _inputs.REAL.items()} | {
-    "8b_dense_16k": Case(_inputs.released(16384), dense=True, biased=False),
+    "8b_dense_16k": Case(_inputs.released(16384), dense=True, biased=False, numbered=False),
 }
 CASES = SMALL | REAL
 
@@ -43,7 +44,7 @@ def make_inputs(case: Case, key: Key[Array, ""]) -> dict[str, Any]:
         "v": _inputs.alike(rng, keys, 2, case.rows.dtype),
         "bias": np.exp(0.5 * _inputs.alike(rng, keys[:3], 2)) if case.biased else None,
         "block_ids": None if case.dense else _inputs.selection(case.rows, rng, positions, first_block),
-        "positions": positions,
+        "positions": positions if case.numbered else None,
         "first_block": first_block,
     }
     return jax.tree.map(jnp.asarray, arguments)

@@ -28,8 +28,8 @@ _KEY_VECTOR = plgpu.Layout.WGMMA.reduce(0)
 
 
 def unsupported(
-    settings: Settings, q: Array, k: Array, v: Array, bias: Array | None, block_ids: Array | None, positions: Array,
-    first_block: Array | None,
+    settings: Settings, q: Array, k: Array, v: Array, bias: Array | None, block_ids: Array | None,
+    positions: Array | None, first_block: Array | None,
 ) -> str | None:  # fmt: skip
     """Why these arguments cannot take the kernel; None where they can."""
     group = q.shape[2] // k.shape[1]

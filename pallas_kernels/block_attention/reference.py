@@ -26,13 +26,13 @@ def token_mask(
     return mask
 
 
-def block_attention(
+def block_attention_ref(
     q: Float[Array, "B T N D"],
     k: Float[Array, "B K S D"],
     v: Float[Array, "B K S D"],
     bias: Float[Array, "B K S"] | None,
     block_ids: Int32[Array, "B K T J"] | None,
-    positions: Int32[Array, "B T"],
+    positions: Int32[Array, "B T"] | None,
     first_block: Int32[Array, "B M"] | None = None,
     *,
     block_size: int,
@@ -40,6 +40,8 @@ def block_attention(
 ) -> tuple[Float[Array, "B T N D"], Float[Array, "B T N"]]:
     """float32 maths, or float64 for float64 inputs; see the package docstring for the contract."""
     batch, length, heads, dim = q.shape
+    if positions is None:
+        positions = blocks.whole_rows(batch, length)
     kv_heads = k.shape[1]
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     scale = dim**-0.5 if scale is None else scale

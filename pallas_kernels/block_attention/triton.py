@@ -168,8 +168,8 @@ def key_gradients(
 
 
 def unsupported(
-    settings: Settings, q: Array, k: Array, v: Array, bias: Array | None, block_ids: Array | None, positions: Array,
-    first_block: Array | None,
+    settings: Settings, q: Array, k: Array, v: Array, bias: Array | None, block_ids: Array | None,
+    positions: Array | None, first_block: Array | None,
 ) -> str | None:  # fmt: skip
     """Why these arguments cannot take the kernels; None where they can."""
     if block_ids is None:

@@ -8,9 +8,14 @@ from typing import Any
 
 import jax
 
+from pallas_kernels import blocks
+
 
 def differentiable(forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
-    """f(settings, q, k, v, bias, block_ids, positions, first_block) with gradients for q, k, v and bias."""
+    """f(settings, q, k, v, bias, block_ids, positions, first_block) with gradients for q, k, v and bias.
+
+    positions: None where query t is token t of its row; `forward` and `backward` always get the numbers.
+    """
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
     def attend(settings, q, k, v, bias, block_ids, positions, first_block):
@@ -24,4 +29,10 @@ def differentiable(forward: Callable[..., Any], backward: Callable[..., Any]) ->
         return (*backward(settings, residuals, grads), None, None, None)
 
     attend.defvjp(attend_forward, attend_backward)
-    return attend
+
+    def call(settings, q, k, v, bias, block_ids, positions, first_block):
+        if positions is None:
+            positions = blocks.whole_rows(*q.shape[:2])
+        return attend(settings, q, k, v, bias, block_ids, positions, first_block)
+
+    return call

@@ -5,11 +5,11 @@ from __future__ import annotations
 import jax
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels._dispatch import Op
+from pallas_kernels._dispatch import register
 from pallas_kernels.block_scores import triton, xla
 from pallas_kernels.checks import bad_value, require_floats, require_integers, require_positive, require_shape
 
-BLOCK_SCORES = Op(
+BLOCK_SCORES = register(
     "block_scores", {"xla": xla.block_scores, "triton": triton.block_scores}, {"triton": triton.unsupported}
 )
 

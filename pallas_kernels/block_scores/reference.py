@@ -33,7 +33,7 @@ def window_scores(
     return jnp.where(visible, weights, 0.0).sum(2)
 
 
-def block_scores(
+def block_scores_ref(
     q: Float[Array, "B T N D"],
     pooled_keys: Float[Array, "B K C D"],
     positions: Int32[Array, "B T"],

@@ -7,5 +7,6 @@ store, the new token takes its place.
 """
 
 from pallas_kernels.decode_attention.api import decode_attention, update_and_attend
+from pallas_kernels.decode_attention.arguments import Residence, Store, Token
 
-__all__ = ["decode_attention", "update_and_attend"]
+__all__ = ["Residence", "Store", "Token", "decode_attention", "update_and_attend"]

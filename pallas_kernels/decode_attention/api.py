@@ -7,17 +7,19 @@ import functools
 import jax
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels._dispatch import Op
+from pallas_kernels._dispatch import register
 from pallas_kernels.checks import bad_value, require_shape
 from pallas_kernels.decode_attention import triton, xla
+from pallas_kernels.decode_attention.arguments import Residence, Store, Token
+from pallas_kernels.fetch_blocks import implementation_of
 
-DECODE_ATTENTION = Op(
+DECODE_ATTENTION = register(
     "decode_attention",
     {"xla": xla.decode_attention, "triton": triton.decode_attention},
     {"triton": triton.unsupported},
 )
 
-UPDATE_AND_ATTEND = Op(
+UPDATE_AND_ATTEND = register(
     "update_and_attend",
     {"xla": xla.update_and_attend, "triton": triton.update_and_attend},
     {"triton": triton.update_unsupported},
@@ -50,58 +52,72 @@ def decode_attention(
 
 
 def update_and_attend(
-    q: Float[Array, "B N D"],
-    k: Float[Array, "B K D"],
-    v: Float[Array, "B K D"],
-    pool: Float[Array, "L B K slots 2 P D"],
-    host: Float[Array, "L B K M 2 P D"] | None,
-    bias: Float[Array, "L B K M P"] | None,
-    loads: Int32[Array, "B K J"] | None,
-    slots: Int32[Array, "B K J"],
-    block_ids: Int32[Array, "B K J"],
+    token: Token,
+    store: Store,
+    residence: Residence,
     positions: Int32[Array, " B"],
     layer: Int32[Array, ""],
     *,
     scale: float | None = None,
-    zero_copy: bool = True,
+    transport: str = "auto",
     implementation: str = "auto",
 ) -> tuple[Float[Array, "B N D"], Float[Array, "L B K slots 2 P D"]]:
     """What a decode step does to one layer's pool, and its attention: returns (output, pool).
 
-    Blocks that are missing cross from the host store (slots[b, k, j] gets block loads[b, k, j], -1 for none), k and v
-    of the new token go to their place in the slot of its block, and `decode_attention` runs over the pool. The block
-    ids of a row and head are distinct. host: in `pinned_host` memory, None (and loads None) without one.
-    positions: of the new token, -1 for rows without one. zero_copy: False moves blocks by `device_put` whatever
-    implementation attends. The output has the bits of `decode_attention` over the same pool.
+    The blocks that are missing cross from the host store into their slots, the key and value of the new token go to
+    their place in the slot of its block, and `decode_attention` runs over the pool. The output has the bits of
+    `decode_attention` over the same pool.
+
+    token: what is new. store: where keys and values are; `store.pool` is updated. residence: the selected blocks.
+    positions: of the new token, -1 for rows without one.
+    layer: which of the L layers.
+    scale: of the logits, 1/sqrt(D) by default.
+    transport: how blocks cross, "auto" or "device_put", which moves them so whatever implementation attends.
+    Raises ValueError for shapes that do not go together, and for a host store without loads.
     """
-    _check(q, pool, bias, slots, block_ids, positions)
+    block_ids, slots, loads = residence
+    pool, host, bias = store
+    _check(token.q, pool, bias, slots, block_ids, positions, ("token.", "store.", "residence."))
     layers, batch, kv_heads, _, two, size, dim = pool.shape
-    require_shape("k", k, (batch, kv_heads, dim), "[B, K, D]")
-    require_shape("v", v, k.shape, "[B, K, D]")
+    require_shape("token.k", token.k, (batch, kv_heads, dim), "[B, K, D]")
+    require_shape("token.v", token.v, token.k.shape, "[B, K, D]")
     if host is not None:
-        require_shape("host", host, (layers, batch, kv_heads, None, two, size, dim), "[L, B, K, M, 2, P, D]")
+        require_shape("store.host", host, (layers, batch, kv_heads, None, two, size, dim), "[L, B, K, M, 2, P, D]")
         if loads is None:
-            raise bad_value("loads", "must be given with host", loads, "Pass -1 for blocks that are resident.")
-        require_shape("loads", loads, block_ids.shape, "[B, K, J]")
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    arguments = (q, k, v, pool, host, bias, loads, slots, block_ids, positions, layer)
+            raise bad_value(
+                "residence.loads", "must be given with store.host", loads, "Pass -1 for blocks that are resident."
+            )
+        require_shape("residence.loads", loads, block_ids.shape, "[B, K, J]")
+    scale = dim**-0.5 if scale is None else scale
     with jax.named_scope("update_and_attend"):
-        if zero_copy:
-            return UPDATE_AND_ATTEND(implementation, *arguments, scale=scale)
+        if implementation_of(transport) == "auto":
+            return UPDATE_AND_ATTEND(implementation, token, store, residence, positions, layer, scale=scale)
         attend = functools.partial(DECODE_ATTENTION, implementation)
-        return xla.update_and_attend(*arguments, scale=scale, attend=attend)
+        return xla.update_and_attend(token, store, residence, positions, layer, scale=scale, attend=attend)
 
 
-def _check(q: Array, pool: Array, bias: Array | None, slots: Array, block_ids: Array, positions: Array) -> None:
-    require_shape("q", q, (None,) * 3, "[B, N, D]")
-    require_shape("pool", pool, (None,) * 7, "[L, B, K, slots, 2, P, D]")
+def _check(
+    q: Array,
+    pool: Array,
+    bias: Array | None,
+    slots: Array,
+    block_ids: Array,
+    positions: Array,
+    owners: tuple[str, str, str] = ("", "", ""),
+) -> None:
+    """owners: what messages put before the names of q, of pool and bias, and of slots and ids."""
+    token, store, residence = owners
+    require_shape(f"{token}q", q, (None,) * 3, "[B, N, D]")
+    require_shape(f"{store}pool", pool, (None,) * 7, "[L, B, K, slots, 2, P, D]")
     batch, heads, dim = q.shape
     layers, _, kv_heads, _, _, size, _ = pool.shape
-    require_shape("pool", pool, (layers, batch, kv_heads, None, 2, size, dim), "[L, B, K, slots, 2, P, D]")
-    require_shape("block_ids", block_ids, (batch, kv_heads, None), "[B, K, J]")
-    require_shape("slots", slots, block_ids.shape, "[B, K, J]")
+    require_shape(f"{store}pool", pool, (layers, batch, kv_heads, None, 2, size, dim), "[L, B, K, slots, 2, P, D]")
+    require_shape(f"{residence}block_ids", block_ids, (batch, kv_heads, None), "[B, K, J]")
+    require_shape(f"{residence}slots", slots, block_ids.shape, "[B, K, J]")
     require_shape("positions", positions, (batch,), "[B]")
     if heads % kv_heads:
-        raise bad_value("q", "must have a multiple of K heads", f"N={heads}, K={kv_heads}", "Check the head axis.")
+        raise bad_value(
+            f"{token}q", "must have a multiple of K heads", f"N={heads}, K={kv_heads}", "Check the head axis."
+        )
     if bias is not None:
-        require_shape("bias", bias, (layers, batch, kv_heads, None, size), "[L, B, K, M, P]")
+        require_shape(f"{store}bias", bias, (layers, batch, kv_heads, None, size), "[L, B, K, M, P]")

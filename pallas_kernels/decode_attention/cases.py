@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Int32, Key
 
 from pallas_kernels import _inputs, blocks
+from pallas_kernels.decode_attention.arguments import Residence, Store, Token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +92,8 @@ def make_inputs(case: Case, key: Key[Array, ""]) -> dict[str, Any]:
 
 
 def offloaded(inputs: dict[str, Any], key: Key[Array, ""], share: float = 0.05) -> dict[str, Any]:
-    """Array arguments of `update_and_attend` from those of `decode_attention`: a new token and a host store, from which
-    this share of the selected blocks, but not the query's own, is missing."""
+    """Those of `decode_attention` with a new token and a host store, from which this share of the selected blocks, but
+    not the query's own, is missing; `arguments` makes a call of `update_and_attend` of them."""
     rng = _inputs.generator(key)
     pool, ids = inputs["pool"], np.asarray(inputs["block_ids"])
     batch, kv_heads, _ = ids.shape
@@ -104,4 +105,15 @@ def offloaded(inputs: dict[str, Any], key: Key[Array, ""], share: float = 0.05) 
         "v": normal(batch, kv_heads, pool.shape[6]),
         "host": jax.device_put(normal(*pool.shape[:3], int(ids.max()) + 1, *pool.shape[4:]), jax.memory.Space.Host),
         "loads": jnp.asarray(np.where(missing, ids, -1)),
+    }
+
+
+def arguments(given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `update_and_attend` from arrays by name."""
+    return {
+        "token": Token(given["q"], given["k"], given["v"]),
+        "store": Store(given["pool"], given["host"], given["bias"]),
+        "residence": Residence(given["block_ids"], given["slots"], given["loads"]),
+        "positions": given["positions"],
+        "layer": given["layer"],
     }

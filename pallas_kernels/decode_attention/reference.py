@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.decode_attention.arguments import Residence, Store, Token
+from pallas_kernels.fetch_blocks.reference import fetch_blocks_ref
 
-def decode_attention(
+
+def decode_attention_ref(
     q: Float[Array, "B N D"],
     pool: Float[Array, "L B K slots 2 P D"],
     bias: Float[Array, "L B K M P"] | None,
@@ -37,3 +42,28 @@ def decode_attention(
     weights = (weights / jnp.where(total > 0, total, 1)).reshape(*grouped.shape[:3], *mask.shape[2:])
     out = jnp.einsum("bkgjp,bkjpd->bkgd", weights, kv[:, :, :, 1])
     return out.reshape(batch, heads, dim).astype(q.dtype)
+
+
+def update_and_attend_ref(
+    token: Token,
+    store: Store,
+    residence: Residence,
+    positions: np.ndarray,
+    layer: int,
+    *,
+    scale: float | None = None,
+) -> tuple[Float[Array, "B N D"], np.ndarray]:
+    """The three parts one after the other, over numpy arrays."""
+    block_ids, slots, loads = residence
+    pool = np.array(store.pool)
+    if store.host is not None:
+        assert loads is not None
+        pool = fetch_blocks_ref(pool, np.asarray(store.host), np.asarray(loads), np.asarray(slots), layer)
+    for b, head, j in np.ndindex(*block_ids.shape):
+        block, place = divmod(int(positions[b]), store.block_size)
+        if positions[b] >= 0 and block_ids[b, head, j] == block and 0 <= slots[b, head, j] < store.num_slots:
+            pool[layer, b, head, slots[b, head, j], :, place] = token.k[b, head], token.v[b, head]
+    q, kv, bias, slots, block_ids, positions = jax.tree.map(
+        jnp.asarray, (token.q, pool, store.bias, slots, block_ids, positions)
+    )
+    return decode_attention_ref(q, kv, bias, slots, block_ids, positions, layer, scale=scale), pool

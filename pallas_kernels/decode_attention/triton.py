@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels import _backend
 from pallas_kernels._backend import LARGE, LOG2_E, pad_to_multiple
 from pallas_kernels._tuning import Launch, launch_of
+from pallas_kernels.decode_attention.arguments import Residence, Store, Token
 from pallas_kernels.fetch_blocks.triton import move_block
 
 _BLOCK_BYTES = 32 * 1024  # keys of one block: three stages of keys and values fit in shared memory
@@ -136,11 +137,11 @@ def unsupported(
 
 
 def update_unsupported(
-    q: Array, k: Array, v: Array, pool: Array, host: Array | None, bias: Array | None, loads: Array | None,
-    *rest: Any, **options: Any,
-) -> str | None:  # fmt: skip
+    token: Token, store: Store, residence: Residence, positions: Array, layer: Array, *, scale: float
+) -> str | None:
     """`unsupported` for `update_and_attend`."""
-    return unsupported(q, pool, bias, *rest, **options)
+    block_ids, slots, _ = residence
+    return unsupported(token.q, store.pool, store.bias, slots, block_ids, positions, layer, scale=scale)
 
 
 class _Call(NamedTuple):
@@ -222,20 +223,15 @@ def decode_attention(
 
 
 def update_and_attend(
-    q: Float[Array, "B N D"],
-    k: Float[Array, "B K D"],
-    v: Float[Array, "B K D"],
-    pool: Float[Array, "L B K slots 2 P D"],
-    host: Float[Array, "L B K M 2 P D"] | None,
-    bias: Float[Array, "L B K M P"] | None,
-    loads: Int32[Array, "B K J"] | None,
-    slots: Int32[Array, "B K J"],
-    block_ids: Int32[Array, "B K J"],
+    token: Token,
+    store: Store,
+    residence: Residence,
     positions: Int32[Array, " B"],
     layer: Int32[Array, ""],
     *,
     scale: float,
 ) -> tuple[Float[Array, "B N D"], Float[Array, "L B K slots 2 P D"]]:
+    (q, k, v), (pool, host, bias), (block_ids, slots, loads) = token, store, residence
     call = _prepare(_RESIDENT if host is None else _FETCHING, q, pool.shape[2], slots, block_ids, loads)
 
     def kernel(*refs: Any) -> None:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import blocks
+from pallas_kernels.decode_attention.arguments import Residence, Store, Token
 from pallas_kernels.fetch_blocks.xla import fetch_blocks
 
 _CHUNK = 4  # blocks gathered at once
@@ -97,15 +98,9 @@ def write_token(
 
 
 def update_and_attend(
-    q: Float[Array, "B N D"],
-    k: Float[Array, "B K D"],
-    v: Float[Array, "B K D"],
-    pool: Float[Array, "L B K slots 2 P D"],
-    host: Float[Array, "L B K M 2 P D"] | None,
-    bias: Float[Array, "L B K M P"] | None,
-    loads: Int32[Array, "B K J"] | None,
-    slots: Int32[Array, "B K J"],
-    block_ids: Int32[Array, "B K J"],
+    token: Token,
+    store: Store,
+    residence: Residence,
     positions: Int32[Array, " B"],
     layer: Int32[Array, ""],
     *,
@@ -113,8 +108,10 @@ def update_and_attend(
     attend: Callable[..., Array] = decode_attention,
 ) -> tuple[Float[Array, "B N D"], Float[Array, "L B K slots 2 P D"]]:
     """attend: what runs as `decode_attention`."""
-    if host is not None:
+    block_ids, slots, loads = residence
+    pool = store.pool
+    if store.host is not None:
         assert loads is not None
-        pool = fetch_blocks(pool, host, loads, slots, layer)
-    pool = write_token(pool, k, v, slots, block_ids, positions, layer)
-    return attend(q, pool, bias, slots, block_ids, positions, layer, scale=scale), pool
+        pool = fetch_blocks(pool, store.host, loads, slots, layer)
+    pool = write_token(pool, token.k, token.v, slots, block_ids, positions, layer)
+    return attend(token.q, pool, store.bias, slots, block_ids, positions, layer, scale=scale), pool

@@ -4,6 +4,6 @@ Contract: K and V of a block of one head are one contiguous run and move togethe
 when nothing moves, next to nothing is spent.
 """
 
-from pallas_kernels.fetch_blocks.api import fetch_blocks, write_back_blocks
+from pallas_kernels.fetch_blocks.api import fetch_blocks, implementation_of, write_back_blocks
 
-__all__ = ["fetch_blocks", "write_back_blocks"]
+__all__ = ["fetch_blocks", "implementation_of", "write_back_blocks"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 
-def fetch_blocks(
+def fetch_blocks_ref(
     pool: np.ndarray, host: np.ndarray, block_ids: np.ndarray, slots: np.ndarray, layer: int
 ) -> np.ndarray:
     pool = pool.copy()
@@ -16,7 +16,7 @@ def fetch_blocks(
     return pool
 
 
-def write_back_blocks(host: np.ndarray, pool: np.ndarray, block_ids: np.ndarray, slots: np.ndarray) -> np.ndarray:
+def write_back_blocks_ref(host: np.ndarray, pool: np.ndarray, block_ids: np.ndarray, slots: np.ndarray) -> np.ndarray:
     host = host.copy()
     for *at, x in np.ndindex(*block_ids.shape):
         block, slot = block_ids[*at, x], slots[*at, x]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import jax
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels._dispatch import Op
+from pallas_kernels._dispatch import register
 from pallas_kernels.checks import require_floats, require_positive, require_shape
 from pallas_kernels.pooled_keys import xla
 
-POOL_KEYS = Op("pool_keys", {"xla": xla.pool_keys})
-APPEND_POOLED_KEYS = Op("append_pooled_keys", {"xla": xla.append_pooled_keys})
+POOL_KEYS = register("pool_keys", {"xla": xla.pool_keys})
+APPEND_POOLED_KEYS = register("append_pooled_keys", {"xla": xla.append_pooled_keys})
 
 
 def pool_keys(keys: Float[Array, "B K S D"], *, stride: int, implementation: str = "auto") -> Float[Array, "B K C D"]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import jax
 from jaxtyping import Array, Bool, Int32
 
-from pallas_kernels._dispatch import Op
+from pallas_kernels._dispatch import register
 from pallas_kernels.checks import require_shape
 from pallas_kernels.resolve_slots import triton, xla
 
-RESOLVE_SLOTS = Op(
+RESOLVE_SLOTS = register(
     "resolve_slots", {"xla": xla.resolve_slots, "triton": triton.resolve_slots}, {"triton": triton.unsupported}
 )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 
-def resolve_slots(
+def resolve_slots_ref(
     blocks: np.ndarray, last_used: np.ndarray, wanted: np.ndarray, step: np.ndarray, layer: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     blocks, last_used = blocks.copy(), last_used.copy()

@@ -10,7 +10,7 @@ EMPTY = -1
 _IN_USE = jnp.iinfo(jnp.int32).max
 
 
-def resolve(
+def resolve_table(
     blocks: Int32[Array, "... slots"],
     last_used: Int32[Array, "... slots"],
     wanted: Int32[Array, "... J"],
@@ -48,6 +48,6 @@ def resolve_slots(
     layer: Int32[Array, ""],
 ) -> tuple[Int32[Array, "L B K slots"], Int32[Array, "L B K slots"], Int32[Array, "B K J"], Bool[Array, "B K J"]]:
     steps = jnp.broadcast_to(step[:, None], wanted.shape[:2])
-    new_blocks, new_used, slots, missing = resolve(blocks[layer], last_used[layer], wanted, steps)
+    new_blocks, new_used, slots, missing = resolve_table(blocks[layer], last_used[layer], wanted, steps)
     put = lambda whole, part: jax.lax.dynamic_update_index_in_dim(whole, part, layer, 0)
     return put(blocks, new_blocks), put(last_used, new_used), slots, missing

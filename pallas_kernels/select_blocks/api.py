@@ -5,11 +5,11 @@ from __future__ import annotations
 import jax
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels._dispatch import Op
+from pallas_kernels._dispatch import register
 from pallas_kernels.checks import bad_value, require_floats, require_integers, require_positive, require_shape
 from pallas_kernels.select_blocks import triton, xla
 
-SELECT_BLOCKS = Op("select_blocks", {"xla": xla.select_blocks, "triton": triton.select_blocks})
+SELECT_BLOCKS = register("select_blocks", {"xla": xla.select_blocks, "triton": triton.select_blocks})
 
 
 def select_blocks(

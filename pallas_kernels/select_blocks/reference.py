@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 
-def select_blocks(
+def select_blocks_ref(
     query_scores: np.ndarray | None,
     importance_scores: np.ndarray | None,
     positions: np.ndarray,
