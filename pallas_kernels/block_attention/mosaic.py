@@ -6,6 +6,7 @@ limits that one. While one warpgroup takes exponentials, the other has the tenso
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -40,6 +41,17 @@ def unsupported(
     if _backend.next_power_of_two(group) not in (8, 16):
         return f"it takes 5 to 16 query heads per KV head, got {group}"
     return triton.unsupported(settings, q, k, v, bias, block_ids, positions, first_block)
+
+
+def _add_products(acc: Any, weights: Any, values: Any, meanwhile: Callable[[], None]) -> Any:
+    """acc + the sum of weights[i] @ values[i]; `meanwhile` is called while the tensor cores multiply."""
+
+    def add(ref: Any) -> None:
+        for i, factor in enumerate(weights):
+            plgpu.wgmma(ref, factor, values.at[i])
+        meanwhile()
+
+    return _backend.run_state(add)(plgpu.ACC.init(acc))
 
 
 def _kernel(refs: Any, scoped: Any, *, tokens: int, group: int, dim: int, scale: float, dtype: Any) -> None:
@@ -129,15 +141,12 @@ def _kernel(refs: Any, scoped: Any, *, tokens: int, group: int, dim: int, scale:
                 plgpu.barrier_wait(v_loaded.at[slot])
                 plgpu.barrier_wait(turn)
 
-                def add_values(ref: Any) -> None:
-                    for i in range(_PAIR):
-                        plgpu.wgmma(ref, weights[i], v_smem.at[slot, i])
-
+                def await_next_keys() -> None:
                     @_backend.when(pair + 1 < pairs)
                     def _() -> None:
                         plgpu.barrier_wait(k_loaded.at[lax.rem(pair + 1, jnp.array(_STAGES, pair.dtype))])
 
-                acc = _backend.run_state(add_values)(plgpu.ACC.init(acc))
+                acc = _add_products(acc, weights, v_smem.at[slot], await_next_keys)
                 plgpu.barrier_arrive(used[1].at[slot])
                 return acc, new_top, total, following
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,7 +65,6 @@ def update_and_attend_ref(
         block, place = divmod(int(positions[b]), store.block_size)
         if positions[b] >= 0 and block_ids[b, head, j] == block and 0 <= slots[b, head, j] < store.num_slots:
             pool[layer, b, head, slots[b, head, j], :, place] = token.k[b, head], token.v[b, head]
-    q, kv, bias, slots, block_ids, positions = jax.tree.map(
-        jnp.asarray, (token.q, pool, store.bias, slots, block_ids, positions)
-    )
+    arrays: Any = jax.tree.map(jnp.asarray, (token.q, pool, store.bias, slots, block_ids, positions))
+    q, kv, bias, slots, block_ids, positions = arrays
     return decode_attention_ref(q, kv, bias, slots, block_ids, positions, layer, scale=scale), pool
