@@ -30,45 +30,42 @@ from experiments.decode_throughput import TRACED_HEADS, Run, by_layer, make_stat
 from experiments.environment import gpu_arguments, save
 from experiments.overlap import CONCURRENT
 from nosa_jax import CacheConfig, NosaLM, decode, presets
-from nosa_jax.cache import layer_cache as kv
+from nosa_jax.attention.layer import Attention
+from nosa_jax.cache.residence import write_back
 from nosa_jax.cache.state import DecodeState
-from nosa_jax.model import layer_at, rms_norm
+from nosa_jax.decode.step import attend_token, place_of
 from pallas_kernels import blocks
 
 
 def step(
     model: NosaLM, states: tuple[DecodeState, ...], tokens: Array, forced: Array, staggered: bool
 ) -> tuple[tuple[DecodeState, ...], Array]:
-    """`decode.step` of rows in several states; forced [L, B, K, J] replaces the selections."""
+    """`decode.run_step` of rows in several states; forced [L, B, K, J] replaces the selections."""
     config, size = model.config, tokens.shape[0] // len(states)
     parts = [slice(i * size, (i + 1) * size) for i in range(len(states))]
-    shared = [decode._shared(config, state.lengths) for state in states]
-    importance = model.layers.attention.importance
+    places = [place_of(config, state.lengths) for state in states]
 
     def body(index: Array, carry: tuple[Array, tuple[DecodeState, ...]]) -> tuple[Array, tuple[DecodeState, ...]]:
         x, states = carry
-        attention, x = layer_at(model.layers.attention, index, x)
-        normed = rms_norm(x, model.layers.attention_norm[...][index], config.rms_norm_eps)
-        qkv = attention.heads(config, normed[:, 0])
-        outs, after, updated = [], None, []
-        for part, state, (positions, cos_sin) in zip(parts, states, shared, strict=True):
-            of_half = qkv[part]
-            if staggered and after is not None:
-                of_half, _ = jax.lax.optimization_barrier((of_half, after))
-            state, q, k, v = kv.read_token(config, state, of_half, cos_sin, importance, positions, index)
-            ids = decode._select(config, state, q[:, None], positions[:, None], index)[:, :, 0]
-            ids = jnp.where(forced[index, part, :, :1] > -2, forced[index, part], ids)
-            state, residence = kv.admit(state, ids, positions, index)
-            after = residence.loads
-            state, out = kv.attend(state, q, k, v, residence, ids, positions, index)
-            outs.append(out)
-            updated.append(state)
-        mlp, x = layer_at(model.layers.mlp, index, x + attention.merge(jnp.concatenate(outs)[:, None]))
-        x = x + mlp(rms_norm(x, model.layers.mlp_norm[...][index], config.rms_norm_eps))
-        return x, tuple(updated)
+
+        def attend(attention: Attention, x: Array) -> tuple[Array, tuple[DecodeState, ...]]:
+            qkv = attention.heads(config, x[:, 0])
+            outs, after, updated = [], None, []
+            for part, state, place in zip(parts, states, places, strict=True):
+                of_half = qkv[part]
+                if staggered and after is not None:
+                    of_half, _ = jax.lax.optimization_barrier((of_half, after))
+                out, (state, recorded) = attend_token(model, of_half, state, place, forced[index, part], index)
+                assert recorded is not None
+                after = recorded[1]
+                outs.append(out)
+                updated.append(state)
+            return attention.merge(jnp.concatenate(outs)[:, None]), tuple(updated)
+
+        return model.layers.block(config, x, attend, index)
 
     x, states = jax.lax.fori_loop(0, config.num_layers, body, (model.embed[...][tokens][:, None], states))
-    states = tuple(kv.write_back(state, of.positions) for state, of in zip(states, shared, strict=True))
+    states = tuple(write_back(state, of.positions) for state, of in zip(states, places, strict=True))
     states = tuple(dataclasses.replace(state, lengths=state.lengths + 1) for state in states)
     return states, model.logits(model.final_norm(x[:, 0]))
 

@@ -30,8 +30,6 @@ FLOORS: list[set[str]] = [
     {"experiments"},
 ]
 IMPLEMENTATIONS = {"xla", "triton", "mosaic", "reference"}
-# To be emptied: modules of `nosa_jax` that still go past the public doors of `pallas_kernels`.
-PAST_THE_DOORS = {"nosa_jax.cache.slots", "nosa_jax.cli.doctor"}
 KERNEL_DEPENDENCIES = {"jax", "jaxlib", "jaxtyping", "numpy", "pallas_kernels"}
 BACKEND_MODULE = "pallas_kernels._backend"
 BACKENDS = (*(f"jax.experimental.pallas.{name}" for name in ("triton", "mosaic_gpu", "tpu")), "jax._src.pallas")
@@ -108,7 +106,7 @@ def test_kernels_are_used_through_public_doors():
         for module in MODULES
         if module.split(".")[0] == "nosa_jax" and (names := [*filter(goes_past_the_doors, imported_names(module))])
     }
-    assert set(found) == PAST_THE_DOORS, found
+    assert not found, found
 
 
 @pytest.mark.parametrize(

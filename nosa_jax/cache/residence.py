@@ -19,7 +19,7 @@ from pallas_kernels import Residence, Store, Token, resolve_slots, update_and_at
 def admit(
     state: DecodeState, block_ids: Int32[Array, "B K J"], positions: Int32[Array, " B"], layer: Int32[Array, ""]
 ) -> tuple[DecodeState, Residence]:
-    """Gives every selected block a slot. `attend` fetches what is missing.
+    """Gives every selected block a slot; `attend` fetches what is missing.
 
     The query's own block takes a slot but is not fetched when it starts with this very token.
     """

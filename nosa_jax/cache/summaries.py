@@ -14,8 +14,7 @@ from nosa_jax.attention.importance import Importance
 from nosa_jax.attention.selection import select
 from nosa_jax.cache.state import DecodeState
 from nosa_jax.config import AttentionConfig
-from pallas_kernels import Summaries, append_token
-from pallas_kernels.append_token import append_summaries
+from pallas_kernels import Summaries, Token, append_summaries, append_token
 
 
 def append_tokens(
@@ -40,8 +39,8 @@ def read_token(
     importance: Importance | None,
     positions: Int32[Array, " B"],
     layer: Int32[Array, ""],
-) -> tuple[DecodeState, Float[Array, "B N D"], Float[Array, "B K D"], Float[Array, "B K D"]]:
-    """`append_tokens` for one token per row, with what comes before it: returns its rotated q and k, and its v, too.
+) -> tuple[DecodeState, Token]:
+    """`append_tokens` for one token per row, with what comes before it: the rotation of its queries and key.
 
     config: of the model's attention.
     state: before the token.
@@ -55,7 +54,7 @@ def read_token(
     q, k, v, after = append_token(
         qkv, *cos_sin, scale, delta, _summaries(state), positions, layer, stride=config.pooling_stride
     )
-    return dataclasses.replace(state, **after._asdict()), q, k, v
+    return dataclasses.replace(state, **after._asdict()), Token(q, k, v)
 
 
 def select_in(

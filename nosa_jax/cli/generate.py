@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
+import itertools
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
-from nosa_jax import CacheConfig, DecodeState, NosaLM, Sampling, decode, locality, prefill
+import nosa_jax
+from nosa_jax import CacheConfig, NosaLM, Sampling, Step
 from nosa_jax.cli.checkpoint import Dtype, load
 from nosa_jax.cli.terminal import facts, size, working
 from nosa_jax.config import Variant
-from nosa_jax.decode import row_keys, sample
 from nosa_jax.hf import GrowingText, load_tokenizer, stop_tokens
 from pallas_kernels.checks import bad_value
 
@@ -63,17 +62,30 @@ class Generate:
         if not tokens:
             raise bad_value("--prompt", "must hold at least one token", repr(prompt), "Give some text to continue.")
 
-        run = Continuation(model, tokens, self.max_new_tokens, cache, sampling, self.seed, self.chunk)
-        stops = stop_tokens(self.path)
-        text = GrowingText(tokenizer, tokens)
-        run.read_prompt()
+        waits = timed(
+            nosa_jax.stream(
+                model,
+                np.asarray([tokens], np.int32),
+                max_new_tokens=self.max_new_tokens,
+                cache=cache,
+                sampling=sampling,
+                key=jax.random.key(self.seed),
+                record=("fetched",),
+                chunk=self.chunk,
+            )
+        )
+        with working(f"reading the prompt, {len(tokens)} tokens"):
+            first = next(waits)
         print(prompt, end="", flush=True)
-        for token in run:
-            if token in stops:
+        stops, text, seen = stop_tokens(self.path), GrowingText(tokenizer, tokens), []
+        for step, seconds in itertools.chain([first], waits):
+            seen.append((step, seconds))
+            if int(step.tokens[0]) in stops:
                 break
-            print(text.add(token), end="", flush=True)
+            print(text.add(int(step.tokens[0])), end="", flush=True)
         print(text.finish(), flush=True)
-        print_figures(run)
+        print(file=sys.stderr)
+        facts(figures(model, len(tokens), len(tokens) + self.max_new_tokens, cache, seen), stderr=True)
         return 0
 
     def _read_prompt(self) -> str:
@@ -84,87 +96,29 @@ class Generate:
         return sys.stdin.read()
 
 
-class Continuation:
-    """The tokens that continue one prompt, one at a time; counts seconds and fetched blocks meanwhile.
-
-    Call `read_prompt` first, then iterate, once.
-    """
-
-    def __init__(
-        self,
-        model: NosaLM,
-        prompt: list[int],
-        max_new_tokens: int,
-        cache: CacheConfig,
-        sampling: Sampling,
-        seed: int,
-        chunk: int | None,
-    ) -> None:
-        self.model, self.prompt, self.max_new_tokens = model, prompt, max_new_tokens
-        self.cache, self.chunk = cache, chunk
-        self.sampling, self.keys = sampling, row_keys(jax.random.key(seed), 1, sampling)
-        self.prefill_seconds = 0.0
-        self.step_seconds: list[float] = []
-        self.fetched: list[int] = []
-
-    def read_prompt(self) -> None:
-        """Fills the cache with the prompt."""
+def timed(steps: Iterator[Step]) -> Iterator[tuple[Step, float]]:
+    """The steps, each with the seconds that it was waited for."""
+    begin = time.perf_counter()
+    for step in steps:
+        yield step, time.perf_counter() - begin
         begin = time.perf_counter()
-        with working(f"reading the prompt, {len(self.prompt)} tokens"):
-            self.state, self.logits = prefill(
-                self.model,
-                np.asarray([self.prompt], np.int32),
-                max_length=len(self.prompt) + self.max_new_tokens,
-                cache=self.cache,
-                chunk=self.chunk,
-            )
-            jax.block_until_ready(self.logits)
-        self.prefill_seconds = time.perf_counter() - begin
-
-    def __iter__(self) -> Iterator[int]:
-        token = sample(self.logits, self.keys, self.state.lengths, self.sampling)
-        yield int(token[0])
-        for _ in range(1, self.max_new_tokens):
-            begin = time.perf_counter()
-            self.state, token, fetched = _step(self.model, self.state, token, self.keys, self.sampling)
-            number = int(token[0])
-            self.step_seconds.append(time.perf_counter() - begin)
-            self.fetched.append(0 if fetched is None else int(np.asarray(fetched).sum()))
-            yield number
 
 
-@functools.partial(
-    jax.jit, static_argnames="sampling", donate_argnames="state", compiler_options=decode.COMPILER_OPTIONS
-)
-def _step(model: NosaLM, state: DecodeState, token: Any, keys: Any, sampling: Sampling) -> tuple[DecodeState, Any, Any]:
-    """One token more: the new state, the token that follows, and the blocks fetched per layer, row and KV head."""
-    state, out = decode.run_step(model, state, token)
-    return state, sample(out.logits, keys, state.lengths, sampling), out.fetched
-
-
-def print_figures(run: Continuation) -> None:
-    """Prints speed and transfers of a finished run to stderr."""
-    config = run.model.config
-    rows: list[tuple[str, object]] = [
-        ("prompt", f"{len(run.prompt)} tokens in {run.prefill_seconds:.2f} s, compilation included")
-    ]
-    if len(run.step_seconds) > 1:  # the first step compiles
-        rate = (len(run.step_seconds) - 1) / sum(run.step_seconds[1:])
-        rows.append(("speed", f"{rate:,.1f} tokens/s over {len(run.step_seconds)} steps, after compilation"))
-    blocks = run.state.num_blocks
-    if run.state.host is None:
-        rows.append(("cache", f"all {blocks} blocks on the device"))
-    else:
-        rows.append(("cache", f"in host memory, {run.state.pool.shape[3]} of {blocks} blocks on the device"))
-        if run.fetched:
-            mean = sum(run.fetched) / len(run.fetched)
-            block = locality.block_bytes(config.attention, config.head_dim, run.model.embed.dtype.itemsize)
-            rows.append(
-                (
-                    "fetched",
-                    f"{mean / (config.num_layers * config.num_kv_heads):.2f} blocks per step, layer and KV head; "
-                    f"{size(mean * block)} per token",
-                )
-            )
-    print(file=sys.stderr)
-    facts(rows, stderr=True)
+def figures(
+    model: NosaLM, prompt: int, max_length: int, cache: CacheConfig, steps: list[tuple[Step, float]]
+) -> Iterator[tuple[str, object]]:
+    """Names and values of what a run of one row took. prompt: its tokens."""
+    (_, prompt_seconds), *rest = steps
+    yield "prompt", f"{prompt} tokens in {prompt_seconds:.2f} s, compilation included"
+    if len(rest) > 1:  # the first step compiles
+        rate = (len(rest) - 1) / sum(seconds for _, seconds in rest[1:])
+        yield "speed", f"{rate:,.1f} tokens/s over {len(rest)} steps, after compilation"
+    plan = nosa_jax.plan(model.config, 1, max_length, cache, dtype=model.embed.dtype)
+    if plan.slots is None:
+        yield "cache", f"all {plan.num_blocks} blocks on the device"
+        return
+    yield "cache", f"in host memory, {plan.slots} of {plan.num_blocks} blocks on the device"
+    if rest:
+        fetched = np.stack([step.fetched for step, _ in rest])  # [steps, L, 1, K]
+        per_token = fetched.sum() / len(rest) * plan.block_bytes
+        yield "fetched", f"{fetched.mean():.2f} blocks per step, layer and KV head; {size(per_token)} per token"

@@ -21,7 +21,7 @@ from nosa_jax.config import ModelConfig
 from nosa_jax.decode import checks
 from nosa_jax.decode.program import COMPILER_OPTIONS
 from nosa_jax.model import NosaLM
-from pallas_kernels import Token, blocks
+from pallas_kernels import blocks
 
 
 @pytree_dataclass
@@ -72,44 +72,33 @@ def place_of(config: ModelConfig, positions: Int32[Array, " B"]) -> Place:
 
 def attend_token(
     model: NosaLM,
-    attention: Attention,
-    x: Float[Array, "B 1 H"],
+    qkv: Float[Array, "B K G_plus_2 D"],
     state: DecodeState,
     place: Place,
     forced_block_ids: Int32[Array, "B K J"] | None,
     layer: Int32[Array, ""],
-) -> tuple[Float[Array, "B 1 H"], tuple[DecodeState, tuple[Int32[Array, "B K J"], Int32[Array, "B K"]] | None]]:
+) -> tuple[Float[Array, "B N D"], tuple[DecodeState, tuple[Int32[Array, "B K J"], Int32[Array, "B K"]] | None]]:
     """Attention of one new token per row: select, make resident, write the token, attend.
 
-    model: its importance, which an op reads by the layer's index.
-    attention: of this layer.
-    x: input of the layer's attention.
-    state: of all layers.
-    place: of the new tokens.
-    forced_block_ids: replace the selection, see `replace_selection`.
-    layer: index into what the state and the importance stack.
-
-    Returns the output, and the state with what was selected and how many blocks were fetched (None for `full`).
+    qkv: the token's projections in this layer, see `Attention.heads`. forced_block_ids: see `replace_selection`.
+    Returns the output of all heads, and the state with what was selected and how many blocks were fetched (None for
+    `full`).
     """
     config, positions = model.config, place.positions
     importance = model.layers.attention.importance if config.attention.uses_importance else None
-    qkv = attention.heads(config, x[:, 0])
-    state, q, k, v = summaries.read_token(config.attention, state, qkv, place.cos_sin, importance, positions, layer)
+    state, token = summaries.read_token(config.attention, state, qkv, place.cos_sin, importance, positions, layer)
     if config.attention.is_sparse:
-        ids = summaries.select_in(config.attention, state, q[:, None], positions[:, None], layer)[:, :, 0]
+        ids = summaries.select_in(config.attention, state, token.q[:, None], positions[:, None], layer)[:, :, 0]
         if forced_block_ids is not None:
             ids = replace_selection(ids, forced_block_ids, (positions >= 0)[:, None, None])
     else:
         own = blocks.query_blocks(positions, config.attention.block_size)
         every = jnp.arange(state.num_blocks, dtype=jnp.int32)
         every = jnp.where(every <= own[:, None], every, -1)[:, None]
-        ids = jnp.broadcast_to(every, (x.shape[0], config.num_kv_heads, state.num_blocks))
+        ids = jnp.broadcast_to(every, (qkv.shape[0], config.num_kv_heads, state.num_blocks))
     state, resident = residence.admit(state, ids, positions, layer)
-    state, out = residence.attend(state, Token(q, k, v), resident, positions, layer)
-    recorded, loads = None, resident.loads
-    if config.attention.is_sparse:
-        recorded = ids, jnp.zeros(ids.shape[:2], jnp.int32) if loads is None else jnp.sum(loads >= 0, -1, jnp.int32)
-    return attention.merge(out[:, None]), (state, recorded)
+    state, out = residence.attend(state, token, resident, positions, layer)
+    return out, (state, (ids, resident.num_loads) if config.attention.is_sparse else None)
 
 
 @jax.jit
@@ -132,7 +121,11 @@ def run_step(
     def body(index: Array, carry: tuple[Array, DecodeState, Any]) -> tuple[Array, DecodeState, Any]:
         x, state, recorded = carry
         forced = None if forced_block_ids is None else forced_block_ids[index]
-        attend = lambda attention, x: attend_token(model, attention, x, state, place, forced, index)
+
+        def attend(attention: Attention, x: Float[Array, "B 1 H"]) -> tuple[Array, Any]:
+            out, rest = attend_token(model, attention.heads(config, x[:, 0]), state, place, forced, index)
+            return attention.merge(out[:, None]), rest
+
         x, (state, of_layer) = model.layers.block(config, x, attend, index)
         return x, state, jax.tree.map(lambda whole, part: whole.at[index].set(part), recorded, of_layer)
 

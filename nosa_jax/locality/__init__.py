@@ -1,11 +1,14 @@
 """How local block selections are: recording them, measuring reuse and transfers, comparing methods, drawing them.
 
+    import nosa_jax
     from nosa_jax import locality
 
-    selections = {"nosa": locality.record(model, prompt, 512), "infllmv2": locality.record(rival, prompt, 512)}
-    reports = {name: recorded.report(slots=(64, 80, 96)) for name, recorded in selections.items()}
+    methods = {"nosa": model, "infllmv2": nosa_jax.with_attention(model, variant="infllmv2")}
+    prompt, text = tokens[0, :40], tokens[0, 40:]              # the same words for both
+    selections = {name: locality.record(method, prompt, len(text), text) for name, method in methods.items()}
+    reports = {name: recorded.report(slots=(8, 10)) for name, recorded in selections.items()}
     print(locality.comparison_table(reports))
-    locality.draw(selections, reports, "figures")
+    locality.draw(selections, reports, ".")                    # locality.png, selections-nosa.png, ...
 
 Figures need the extra `plots`: pip install "nosa-jax[plots]"; everything else needs the core alone. What the letters
 and shapes mean: `nosa_jax.locality.measures`.

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Int, Int32
 
 from nosa_jax.config import AttentionConfig, CacheConfig, ModelConfig
-from nosa_jax.generation import generate
+from nosa_jax.decode import generate
 from nosa_jax.locality.measures import block_bytes
 from nosa_jax.locality.report import LocalityReport, locality_report
 from nosa_jax.model import NosaLM
