@@ -28,10 +28,17 @@ def block_scores(
 ) -> Float[Array, "B K T M"]:
     """How much each query wants each block (paper section 3.2, query-aware selection).
 
-    q: after RoPE. pooled_keys: from `pool_keys`, or the cache's [L, B, K, C, D] with `layer`. positions: in the whole
-    row, also when it packs documents; -1 for padding, whose scores are 0. first_block: for each of the M blocks the
-    first block of its document; None for one document per row. Returns float32; blocks without any window score -inf.
-    Not differentiable.
+    q: queries after RoPE.
+    pooled_keys: from `pool_keys`, or the cache's [L, B, K, C, D] with `layer`.
+    positions: in the whole row, also when it packs documents; -1 for padding, whose scores are 0.
+    first_block: for each of the M blocks the first block of its document; None for one document per row.
+    num_blocks: M, enough for every window.
+    block_size: P, tokens per block.
+    stride: of the pooling windows, in tokens; it divides block_size.
+    layer: which of the L layers of the cache; None for the keys of one layer.
+
+    Returns float32; blocks without any window score -inf. Not differentiable.
+    Raises ValueError or TypeError for arguments that do not go together.
     """
     if (layer is None) != (pooled_keys.ndim == 4):
         raise bad_value(

@@ -40,10 +40,16 @@ def decode_attention(
 ) -> Float[Array, "B N D"]:
     """Attention of one query token per row over the blocks that lie in `slots` of the device pool.
 
-    pool: K (index 0) and V (index 1) of each block. bias: per token of each block, float32, None for none.
-    block_ids: ascending, -1 padding; block_ids[b, k, j] lies in slots[b, k, j]. positions: of the queries; later
-    tokens are masked. layer: which of the L layers. scale: default 1/sqrt(D). Returns the dtype of q; accumulates in
-    float32.
+    q: the queries, one token per row.
+    pool: K (index 0) and V (index 1) of each block.
+    bias: per token of each block, float32, added after scaling; None for none.
+    slots: block_ids[b, k, j] lies in slots[b, k, j].
+    block_ids: ascending, -1 padding.
+    positions: of the queries; later tokens are masked.
+    layer: which of the L layers.
+    scale: of the logits, 1/sqrt(D) by default.
+
+    Returns the dtype of q; accumulates in float32. Raises ValueError for shapes that do not go together.
     """
     _check(q, pool, bias, slots, block_ids, positions)
     scale = q.shape[-1] ** -0.5 if scale is None else scale

@@ -37,10 +37,17 @@ def append_pooled_keys(
     stride: int,
     implementation: str = "auto",
 ) -> tuple[Float[Array, "L B K C D"], Float[Array, "L B K 2 D"]]:
-    """Adds tokens to the running pooled keys of one layer; the first `count[b]` of `new[b]` follow `start[b]` others.
+    """Adds tokens to the running pooled keys of one layer; appending in any split gives the bits of `pool_keys`.
 
-    sums: float32, sum of the last complete stride and of the open one. Returns the updated (pooled, sums); windows
-    beyond C are dropped. Appending in any split gives the same bits as `pool_keys` on the whole.
+    pooled: the windows so far.
+    sums: float32, sum of the last complete stride and of the open one.
+    new: the tokens' keys; those from `count[b]` on are ignored.
+    start: how many tokens of each row came before.
+    count: how many of the new ones each row takes.
+    layer: which of the L layers.
+    stride: of the windows, in tokens.
+
+    Returns the updated (pooled, sums); windows beyond C are dropped. Raises ValueError for shapes that do not agree.
     """
     layers, batch, heads, _, dim = pooled.shape
     require_shape("sums", sums, (layers, batch, heads, 2, dim), "[L, B, K, 2, D]")

@@ -23,10 +23,11 @@ def resolve_slots(
     *,
     implementation: str = "auto",
 ) -> tuple[Int32[Array, "L B K slots"], Int32[Array, "L B K slots"], Int32[Array, "B K J"], Bool[Array, "B K J"]]:
-    """Returns (blocks, last_used, slot of each wanted block, whether it was missing), one layer's table up to date.
+    """Finds a slot for every wanted block of one layer, evicting where it must.
 
     blocks: block id in each slot, -1 where it is empty. last_used: step of its last use, -1 where it is empty.
-    wanted: distinct block ids, -1 for padding, whose slots are -1. step: grows from call to call.
+    wanted: distinct block ids, -1 for padding, whose slots are -1. step: grows from call to call. layer: which of the L
+    layers. Returns (blocks, last_used, slot of each wanted block, whether it was missing), the tables up to date.
     """
     _, batch, kv_heads, _ = blocks.shape
     require_shape("last_used", last_used, blocks.shape, "[L, B, K, slots]")

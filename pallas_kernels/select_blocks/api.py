@@ -27,10 +27,20 @@ def select_blocks(
 ) -> Int32[Array, "B K T J"]:
     """The blocks that each query attends to: sink and local window, then picks (paper section 3.3).
 
-    Both scores: `num_query_blocks` by query score, the rest by importance (NOSA). Query scores alone: all picks by them
-    (InfLLMv2). Importance alone: all picks by it (DMA). positions: in the whole row, also when it packs
-    documents; -1 for padding, whose ids are all -1. first_block: for each block the first block of its document.
-    Raises ValueError when neither score is given or the counts exceed the budget.
+    With both scores `num_query_blocks` are picked by query score and the rest by importance (NOSA); with one of them
+    all are picked by it: query scores (InfLLMv2) or importance (DMA).
+
+    query_scores: of each query and block, from `block_scores`; None to pick by importance alone.
+    importance_scores: of each block, the same for every query; None to pick by query score alone.
+    positions: in the whole row, also when it packs documents; -1 for padding, whose ids are all -1.
+    first_block: for each block the first block of its document; None for one document per row.
+    block_size: P, tokens per block.
+    num_selected_blocks: J, forced blocks and picks together.
+    num_sink_blocks: the first blocks of a document, always selected.
+    num_local_blocks: the query's own block and those before it, always selected.
+    num_query_blocks: picks by query score where there are both scores.
+
+    Returns ascending ids with -1 padding. Raises ValueError when neither score is given or counts exceed the budget.
     """
     scores = query_scores if query_scores is not None else importance_scores
     if scores is None:
