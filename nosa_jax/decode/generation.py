@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -169,28 +169,6 @@ def generate(
         place = lambda spec, part: jax.device_put(part, NamedSharding(mesh, spec))
         request = jax.tree.map(place, _request_specs(mesh), request, is_leaf=_is_spec)
     return _generate(model, request, options=options, mesh=mesh)
-
-
-@overload
-def stream(
-    model: NosaLM,
-    tokens: ArrayLike,
-    lengths: ArrayLike | None = None,
-    *,
-    record: Literal[False] = False,
-    **options: Any,
-) -> Iterator[np.ndarray]: ...
-
-
-@overload
-def stream(
-    model: NosaLM,
-    tokens: ArrayLike,
-    lengths: ArrayLike | None = None,
-    *,
-    record: Literal[True] | Iterable[str],
-    **options: Any,
-) -> Iterator[Step]: ...
 
 
 def stream(
