@@ -24,6 +24,7 @@ from nosa_jax.cli.train import Train
 from nosa_jax.hf import ByteTokenizer, GrowingText, load_tokenizer, stop_tokens
 from nosa_jax.locality import record
 from nosa_jax.train import OptimizerConfig, TrainConfig, read_log
+from pallas_kernels import OPS
 
 ROOT = Path(__file__).parents[1]
 
