@@ -67,6 +67,10 @@ CASES = {
 
 
 @pytest.mark.slow
+@pytest.mark.xfail(
+    jax.__version_info__ < (0, 12),
+    reason="the interpreter wants every thread to have seen a barrier's last phase, which a loader need not",
+)
 @pytest.mark.parametrize("name", CASES)
 def test_matches_the_reference(name, monkeypatch):
     monkeypatch.setattr(mosaic, "_add_products", add_products)

@@ -14,7 +14,7 @@ from support import lively_model, random_tokens, small_config
 import nosa_jax
 from nosa_jax import CacheConfig, presets
 from nosa_jax.cache import host_store, state
-from nosa_jax.decode import step
+from nosa_jax.decode import run_step
 from nosa_jax.locality import replay_misses
 
 NEW = 50
@@ -144,14 +144,14 @@ def test_inactive_rows_stay_as_they_are(model, running):
     """A row that stopped changes nothing of its state but keeps the batch going."""
     state, token = running
     active = jnp.array([True, False, True])
-    after, _ = step(model, state, token, active)
+    after, _ = run_step(model, state, token, active)
     np.testing.assert_array_equal(after.lengths, state.lengths + active)
 
     def row(x):
         return np.asarray(x)[:, 1]
 
     before_leaves, after_leaves = (
-        [s.pool, s.host, *s.table, *s.keys, s.importance, *s.pooled_importance] for s in (state, after)
+        [s.pool, s.host, *s.table, *s.pooled_keys, s.importance, *s.pooled_importance] for s in (state, after)
     )
     for x, y in zip(before_leaves, after_leaves, strict=True):
         np.testing.assert_array_equal(row(x), row(y))

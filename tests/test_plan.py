@@ -42,7 +42,7 @@ def test_bytes_equal_the_arrays(variant, cache):
     }
     assert plan.host_bytes == sizes["host"]
     assert plan.device["pool"] == sizes["pool"]
-    assert plan.device.get("pooled keys", 0) == sizes["keys"]
+    assert plan.device.get("pooled keys", 0) == sizes["pooled_keys"]
     assert plan.device.get("importance", 0) == sizes["importance"] + sizes["pooled_importance"]
     assert plan.device.get("slot tables", 0) == sizes["table"]
     model = lively_model(config)
