@@ -26,7 +26,7 @@ demo: $(INSTALLED) ## train and run a tiny model, and show what its cache does
 	$(BIN)/nosa demo
 
 test: $(INSTALLED) ## run all tests (ARGS="..." goes to pytest)
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(INSTALLED) ## check style and types
 	$(BIN)/ruff check .
@@ -38,6 +38,7 @@ format: $(INSTALLED) ## bring the code into shape
 	$(BIN)/ruff format .
 
 clean: ## remove caches and build leftovers; .venv stays
+	rm -rf $${XDG_CACHE_HOME:-$$HOME/.cache}/nosa-jax/tests
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 

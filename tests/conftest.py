@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -15,6 +16,8 @@ import pytest
 hypothesis.settings.register_profile("nosa", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("nosa")
 
+# Outside the checkout, so that a fresh clone finds it; `make clean` empties it.
+COMPILED = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nosa-jax" / "tests"
 
 # Compiled with little effort, which takes a third off their time: they bound the error of a kernel, most of them in an
 # interpreter that nobody runs. All others, those of bits above all, run what users run.
@@ -35,6 +38,9 @@ def pytest_configure(config: pytest.Config) -> None:
     expression = config.option.markexpr
     if "gpu" not in expression or "not gpu" in expression:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    # What XLA compiled is kept for the next run, and for the other workers and the programs that tests start.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
     # Workers of one run share the GPU.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 

@@ -164,6 +164,12 @@ def test_parse_inverts_render(config):
     assert raw["torch_dtype"] == "bfloat16"
 
 
+@pytest.mark.parametrize("name", ["qkv_bias", "qk_norm"])
+def test_a_model_beyond_llamas_form_is_not_written(name):
+    with pytest.raises(ValueError, match=rf"model.config.{name}: must be False in a folder of Llama's form, got True"):
+        render_config(dataclasses.replace(tiny(), **{name: True}), "float32")
+
+
 def test_the_written_form_has_every_key_that_llama_code_reads():
     published = json.loads((Path(__file__).parent / "golden/models/tiny_g4/config.json").read_text())
     optional = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -117,6 +119,33 @@ def test_locality_of_random_models(seed, variant):
     assert locality.meets_guaranteed_overlap(ids, positions, attention).all()
     if variant == "dma":
         assert locality.unchanged_inside_block(ids, positions, attention).all()
+
+
+def test_biases_and_norms_of_heads():
+    """Where the configuration asks for them: by hand for one token, and the same in decode as in the whole row."""
+    config = dataclasses.replace(small_config(kv_heads=2, group=3), qkv_bias=True, qk_norm=True)
+    model = lively_model(config)
+    attention, rng = model.layers.attention, np.random.default_rng(0)
+    for parameter in (attention.qkv_bias, attention.query_norm, attention.key_norm):
+        parameter[...] = jnp.asarray(1 + 0.5 * rng.standard_normal(parameter.shape), jnp.float32)
+    assert attention.qkv_bias.shape == (2, 2, 5, 32) and attention.key_norm.shape == (2, 32)
+
+    x = rng.standard_normal(config.hidden_size).astype(np.float32)
+    layer = jax.tree.map(lambda p: np.asarray(p[1]), attention)
+    ours = np.asarray(jax.tree.map(lambda p: p[1], attention).heads(config, jnp.asarray(x)))
+    for head, member in np.ndindex(2, 5):
+        expected = x @ layer.qkv[...][:, head, member] + layer.qkv_bias[...][head, member]
+        if member < 4:  # three queries and the key
+            weight = (layer.query_norm if member < 3 else layer.key_norm)[...]
+            expected = expected / np.sqrt((expected**2).mean() + config.rms_norm_eps) * weight
+        np.testing.assert_allclose(ours[head, member], expected, rtol=1e-5, atol=1e-5)
+
+    tokens = random_tokens(1, 60)
+    out = forward(model, tokens)
+    forced = {"forced_tokens": tokens[:, 50:], "record": True}
+    gen = nosa_jax.generate(model, tokens[:, :50], max_new_tokens=10, **forced)
+    np.testing.assert_allclose(gen.logits, out.logits[:, 49:59], atol=1e-4)
+    assert nosa_jax.plan(config, 1, 64, dtype=jnp.float32).device["weights"] == 4 * nosa_jax.num_parameters(model)
 
 
 def test_with_importance_of_zero_nosa_is_infllmv2_where_all_is_selected():

@@ -246,6 +246,23 @@ def test_a_checkpoint_of_another_shape_or_variant_is_refused(tmp_path):
             checkpoints.restore(abstract(MODEL), step=5)
 
 
+def test_a_checkpoint_of_another_layout_of_the_weights_is_refused(tmp_path):
+    """An old one, from before there was a number, and one to come: on resuming and on loading, with what to do."""
+    train(CONFIG, CORPUS, tmp_path, progress=False, on_record=interrupt_at(1))
+    file = tmp_path / "checkpoints" / "1" / "meta" / "metadata"
+    meta = json.loads(file.read_text())
+    assert meta.pop("layout") == 2
+    for content, layout in ((meta, 1), (meta | {"layout": 3}, 3)):
+        file.write_text(json.dumps(content))
+        refused = (
+            rf"directory: must hold weights of layout 2, got layout {layout} in .*Save it as a Hugging Face"
+        )
+        with pytest.raises(ValueError, match=refused):
+            train(CONFIG, CORPUS, tmp_path, resume=True, progress=False)
+        with pytest.raises(ValueError, match=refused):
+            load_model(tmp_path / "checkpoints")
+
+
 def test_there_must_be_a_checkpoint(tmp_path):
     with pytest.raises(ValueError, match="directory: must hold a checkpoint, got none in"):
         load_model(tmp_path)

@@ -84,7 +84,14 @@ def parse_config(raw: dict[str, Any], *, overrides: dict[str, Any], has_importan
 
 
 def render_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """The config.json of `config`; `parse_config` gives the same `config` back. dtype: name of the weights' dtype."""
+    """The config.json of `config`; `parse_config` gives the same `config` back. dtype: name of the weights' dtype.
+
+    Raises ValueError for a model that Llama's form cannot describe.
+    """
+    for name in ("qkv_bias", "qk_norm"):
+        if getattr(config, name):
+            remedy = "Keep such a model in checkpoints of nosa_jax.train."
+            raise bad_value(f"model.config.{name}", "must be False in a folder of Llama's form", True, remedy)
     rope = config.rope
     raw: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"],

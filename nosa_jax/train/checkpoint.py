@@ -1,8 +1,8 @@
 """Checkpoints with Orbax: the model, the optimizer, and a JSON item with all the rest.
 
 A checkpoint is `<directory>/<step>/{model,optimizer,meta}`. Arrays are stored under readable names such as
-`layers.attention.qkv`; `meta` holds the configuration and the position in the data. Orbax writes into a temporary
-folder and renames it, so a checkpoint that exists is whole.
+`layers.attention.qkv`; `meta` holds the configuration, the position in the data and the layout of the weights. Orbax
+writes into a temporary folder and renames it, so a checkpoint that exists is whole.
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ from nosa_jax.config import AttentionConfig, ModelConfig, RopeConfig
 from nosa_jax.model import NosaLM
 from nosa_jax.train.step import TrainState
 from pallas_kernels.checks import bad_value, require_int
+
+# How weights are arranged: 1 had all queries before all keys before all values, 2 has them by KV head. Checkpoints from
+# before the number was kept are of layout 1.
+LAYOUT = 2
 
 
 class Checkpoints:
@@ -61,15 +65,27 @@ class Checkpoints:
                 args=ocp.args.Composite(
                     model=ocp.args.StandardSave(_by_name(state.model)),
                     optimizer=ocp.args.StandardSave(_by_name(state.opt_state)),
-                    meta=ocp.args.JsonSave(meta),
+                    meta=ocp.args.JsonSave({"layout": LAYOUT, **meta}),
                 ),
             )
         return self.directory / str(step)
 
     def meta(self, step: int | None = None) -> dict[str, Any]:
-        """The JSON item of `step` (None: the newest)."""
+        """What was saved as `meta` at `step` (None: the newest).
+
+        Raises ValueError when there is no such checkpoint or when its weights are arranged otherwise than ours.
+        """
         step = self._existing(step)
-        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        layout = meta.pop("layout", 1)
+        if layout != LAYOUT:
+            raise bad_value(
+                "directory",
+                f"must hold weights of layout {LAYOUT}",
+                f"layout {layout} in {self.directory / str(step)}",
+                "Save it as a Hugging Face folder with the version of nosa-jax that wrote it, and load that one.",
+            )
+        return meta
 
     def restore(self, like: TrainState, step: int | None = None) -> TrainState:
         """The state saved at `step` (None: the newest); `like` gives the structure, shapes and dtypes expected.
@@ -102,6 +118,7 @@ class Checkpoints:
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
             for name, leaf in _by_name(like).items()
         }
+        self.meta(step)  # refuses another layout, which names and shapes would only hint at
         saved = self._manager.item_metadata(step)[item]
         for name in sorted(wanted.keys() | saved.keys()):
             expected, found = _describe(wanted.get(name)), _describe(saved.get(name))
