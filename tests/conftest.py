@@ -34,6 +34,16 @@ def quickly_compiled(request: pytest.FixtureRequest) -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.fixture
+def without_type_checker() -> Iterator[None]:
+    """What users see: our own checks, not the annotations that are switched on under pytest."""
+    import jaxtyping
+
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     expression = config.option.markexpr
     if "gpu" not in expression or "not gpu" in expression:
