@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int32
 
 from nosa_jax._pytree import pytree_dataclass
@@ -17,7 +17,17 @@ from nosa_jax.attention.importance import Importance
 from nosa_jax.attention.layer import SELECTION, Attention
 from nosa_jax.config import ModelConfig
 from nosa_jax.norm import rms_norm
-from pallas_kernels.checks import bad_value, is_concrete, require_integers, require_shape, require_type
+from pallas_kernels.checks import (
+    IntegersLike,
+    as_float_dtype,
+    as_integers,
+    bad_value,
+    is_concrete,
+    require_bool,
+    require_one_of,
+    require_shape,
+    require_type,
+)
 from pallas_kernels.device import current_device
 
 Logits = Literal["all", "last", "none"]
@@ -99,7 +109,7 @@ class NosaLM(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32) -> None:
         require_type("config", config, ModelConfig, "Pass presets.tiny() or a ModelConfig of your own.")
         require_type("rngs", rngs, nnx.Rngs, "Pass nnx.Rngs(0).")
-        dtype = jnp.dtype(dtype)
+        dtype = as_float_dtype("dtype", dtype)
         self.config = config
         vocab = (config.vocab_size, config.hidden_size)
         self.embed = nnx.Param(0.02 * jax.random.normal(rngs.params(), vocab, dtype))
@@ -109,7 +119,7 @@ class NosaLM(nnx.Module):
             None if config.tie_embeddings else nnx.Param(0.02 * jax.random.normal(rngs.params(), vocab[::-1], dtype))
         )
 
-    def __call__(self, tokens: ArrayLike, lengths: ArrayLike | None = None, **options: Any) -> ForwardOutput:
+    def __call__(self, tokens: IntegersLike, lengths: IntegersLike | None = None, **options: Any) -> ForwardOutput:
         return forward(self, tokens, lengths, **options)
 
     def logits(self, hidden: Float[Array, "*rest H"]) -> Float[Array, "*rest V"]:
@@ -124,11 +134,11 @@ class NosaLM(nnx.Module):
 
 def forward(
     model: NosaLM,
-    tokens: ArrayLike,
-    lengths: ArrayLike | None = None,
+    tokens: IntegersLike,
+    lengths: IntegersLike | None = None,
     *,
-    segment_ids: ArrayLike | None = None,
-    block_ids: ArrayLike | None = None,
+    segment_ids: IntegersLike | None = None,
+    block_ids: IntegersLike | None = None,
     logits: Logits = "all",
     record: bool = False,
     remat: bool = False,
@@ -145,16 +155,39 @@ def forward(
     """
     require_type("model", model, NosaLM, "Build one with NosaLM(...) or from_pretrained(...).")
     config = model.config
-    if logits not in ("all", "last", "none"):
-        raise bad_value("logits", "must be 'all', 'last' or 'none'", repr(logits), "Pick one.")
+    require_one_of("logits", logits, get_args(Logits))
+    record, remat = require_bool("record", record), require_bool("remat", remat)
     tokens = layout.as_tokens(tokens, config.vocab_size)
     lengths = layout.as_lengths(lengths, tokens.shape[0], tokens.shape[1])
-    if segment_ids is None:
-        rows = layout.row_layout(tokens, lengths)
-    else:
+    if segment_ids is not None:
         segment_ids = layout.as_segment_ids(segment_ids, tokens.shape, config.attention.block_size)
-        rows = layout.packed_layout(segment_ids, lengths, config.attention.block_size)
-    forced_block_ids = as_block_ids(config, block_ids, rows.positions)
+    if block_ids is not None:
+        block_ids = as_block_ids(config, block_ids, _rows(config, tokens, lengths, segment_ids).positions)
+    return _forward(model, tokens, lengths, segment_ids, block_ids, logits=logits, record=record, remat=remat)
+
+
+def _rows(config: ModelConfig, tokens: Array, lengths: Array | None, segment_ids: Array | None) -> layout.Layout:
+    if segment_ids is None:
+        return layout.row_layout(tokens, lengths)
+    return layout.packed_layout(segment_ids, lengths, config.attention.block_size)
+
+
+# Called eagerly it is one program, which the next call of these shapes finds; in a program it is a part like any other.
+@functools.partial(jax.jit, static_argnames=("logits", "record", "remat"), inline=True)
+def _forward(
+    model: NosaLM,
+    tokens: Int32[Array, "B T"],
+    lengths: Int32[Array, " B"] | None,
+    segment_ids: Int32[Array, "B T"] | None,
+    forced_block_ids: Int32[Array, "L B K T J"] | None,
+    *,
+    logits: Logits,
+    record: bool,
+    remat: bool,
+) -> ForwardOutput:
+    """`forward` of checked input."""
+    config = model.config
+    rows = _rows(config, tokens, lengths, segment_ids)
 
     def run_layer(x: Array, inputs: tuple[Layers, Array | None]) -> tuple[Array, Array | None]:
         layer, forced = inputs
@@ -182,11 +215,10 @@ def as_block_ids(
         return None
     if not config.attention.is_sparse:
         raise bad_value(name, "has no meaning for variant 'full'", "an array", "Drop it.")
-    require_integers(name, block_ids)
+    block_ids = as_integers(name, block_ids)
     batch, length = positions.shape
     expected = (config.num_layers, batch, config.num_kv_heads, length, config.attention.num_selected_blocks)
     require_shape(name, block_ids, expected, "[L, B, K, T, J]")
-    block_ids = jnp.asarray(block_ids, jnp.int32)
     if is_concrete(block_ids, positions):
         own = jnp.where(positions >= 0, positions // config.attention.block_size, -1)[None, :, None, :, None]
         before, after = block_ids[..., :-1], block_ids[..., 1:]
@@ -206,6 +238,7 @@ def with_attention(model: NosaLM, **overrides: Any) -> NosaLM:
 
     A variant that needs importance the model does not have gets a fresh one with A = 0.
     """
+    require_type("model", model, NosaLM, "Build one with NosaLM(...) or from_pretrained(...).")
     changed = _shallow_copy(model)
     changed.config = model.config.with_attention(**overrides)
     config = changed.config
@@ -218,6 +251,8 @@ def with_attention(model: NosaLM, **overrides: Any) -> NosaLM:
 
 def cast(model: NosaLM, dtype: Any) -> NosaLM:
     """The model in another dtype for parameters and computation; importance stays float32."""
+    require_type("model", model, NosaLM, "Build one with NosaLM(...) or from_pretrained(...).")
+    dtype = as_float_dtype("dtype", dtype)
     changed = jax.tree.map(lambda x: x.astype(dtype), model)
     if model.layers.attention.importance is not None:
         changed.layers.attention.importance = model.layers.attention.importance

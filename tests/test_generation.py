@@ -150,21 +150,18 @@ def drawn(sampling, logits=LOGITS, draws=200):
     return [set(row.tolist()) for row in np.asarray(tokens).reshape(-1, draws)]
 
 
-@pytest.mark.xfail(strict=True, reason="division by what float32 does not hold")
 @pytest.mark.parametrize("temperature", [1e-300, 5e-324, 1e-45, 1e-40, 1e-38])
 def test_a_temperature_next_to_zero_takes_the_best(temperature):
     for rest in ({}, {"top_k": 2}, {"top_p": 0.5}):
         assert drawn(Sampling(temperature, **rest)) == [{1}, {2}], rest
 
 
-@pytest.mark.xfail(strict=True, reason="division by what float32 does not hold")
 def test_a_huge_temperature_takes_any_possible_token():
     for temperature in (1e30, 1e39, 1e300):
         assert drawn(Sampling(temperature)) == [{0, 1, 2}, {0, 1, 2, 3}]
         assert drawn(Sampling(temperature, top_k=10**12, top_p=1 - 1e-12)) == [{0, 1, 2}, {0, 1, 2, 3}]
 
 
-@pytest.mark.xfail(strict=True, reason="every tie stays")
 def test_top_p_keeps_the_fewest_tokens_and_of_equal_ones_the_first():
     even = jnp.zeros((1, 4))
     for top_p, count in ((0.1, 1), (0.5, 2), (0.51, 3), (0.99, 4)):
@@ -174,7 +171,6 @@ def test_top_p_keeps_the_fewest_tokens_and_of_equal_ones_the_first():
     assert np.isfinite(both).tolist() == [[True, True, False]]  # of 0.3, 0.4, 0.3: top_k keeps its ties, top_p does not
 
 
-@pytest.mark.xfail(strict=True, reason="tokens of NaN")
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0), Sampling(1.0, top_k=3, top_p=0.5)])
 def test_logits_without_a_finite_best_end_the_row(model, tokens, sampling):
     """The second row meets a token whose embedding is NaN; the first has nothing to do with it."""
@@ -195,7 +191,6 @@ def test_logits_without_a_finite_best_end_the_row(model, tokens, sampling):
     assert gen.lengths.tolist()[1] == 0 and (np.asarray(gen.tokens)[1] == 7).all()
 
 
-@pytest.mark.xfail(strict=True, reason="refused")
 def test_numpy_numbers_and_nested_lists_are_taken(model, tokens, without_type_checker):
     few, lengths = tokens[:, :20], [20, 13]
     plain = dict(max_new_tokens=2, pad_token=5, stop_tokens=[3], chunk=16, record=True)

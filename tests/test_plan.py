@@ -146,7 +146,6 @@ def test_host_memory_limit():
         nosa_jax.set_host_memory_limit(0)
 
 
-@pytest.mark.xfail(strict=True, reason="counted on no CPU")
 def test_weights_count_where_one_memory_is_all(monkeypatch):
     """The machine's memory is not what is free of it: on a CPU the weights take their part."""
     model, tokens = lively_model(small_config()), random_tokens(1, 20)
@@ -159,7 +158,6 @@ def test_weights_count_where_one_memory_is_all(monkeypatch):
         nosa_jax.prefill(model, tokens, max_length=24)
 
 
-@pytest.mark.xfail(strict=True, reason="in no check")
 @pytest.mark.parametrize(
     ("call", "record", "entry"),
     [
@@ -180,7 +178,6 @@ def test_records_are_part_of_the_check(monkeypatch, call, record, entry):
         getattr(nosa_jax, call)(model, tokens, max_new_tokens=new, record=record)
 
 
-@pytest.mark.xfail(strict=True, reason="kept as they come")
 def test_configurations_hold_numbers_of_python(without_type_checker):
     """However they are given: a configuration is hashed, compared and written as JSON."""
     config = small_config()

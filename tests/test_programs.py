@@ -33,7 +33,6 @@ def model():
     return lively_model(small_config())
 
 
-@pytest.mark.xfail(strict=True, reason="compiles at every call")
 def test_forward_called_eagerly_compiles_once(model):
     segments = np.repeat([[0] * 16 + [1] * 20], 2, axis=0)
     calls = [
@@ -57,7 +56,6 @@ def test_forward_called_eagerly_has_the_bits_of_the_jitted_one(model):
         )
 
 
-@pytest.mark.xfail(strict=True, reason="a program per temperature and per count of stop tokens")
 def test_calls_of_the_same_shapes_share_a_program(model):
     def calls(tokens, lengths, sampling, stop, pad, seed):
         options = dict(max_new_tokens=3, sampling=sampling, key=jax.random.key(seed), stop_tokens=stop, pad_token=pad)
@@ -73,7 +71,6 @@ def test_calls_of_the_same_shapes_share_a_program(model):
         calls(TOKENS, LENGTHS, Sampling(1e-9, 20, 0.99), range(8), 3, 2)
 
 
-@pytest.mark.xfail(strict=True, reason="151,000 characters")
 def test_reprs_are_short_and_fetch_nothing(model):
     state, _ = nosa_jax.prefill(model, TOKENS, max_length=48, cache=CacheConfig(slots=8))
     gen = nosa_jax.generate(model, TOKENS, max_new_tokens=2, record=True)
@@ -95,19 +92,16 @@ def test_a_restored_state_goes_on_as_the_message_says(model):
     token = TOKENS[:, 0]
     expected = nosa_jax.decode_step(model, state, token)[1]
     for restored in (jax.device_get(state), pickle.loads(pickle.dumps(state))):
-        with pytest.raises(ValueError) as error:
+        with pytest.raises(ValueError, match="state: host must lie in host memory"):
             nosa_jax.decode_step(model, restored, token)
-        if "host memory" not in str(error.value):
-            pytest.xfail("fails inside an op")
         host = jax.device_put(restored.host, jax.memory.Space.Host)
         restored = dataclasses.replace(restored, host=host)
         np.testing.assert_array_equal(nosa_jax.decode_step(model, restored, token)[1], expected)
 
 
-@pytest.mark.xfail(strict=True, reason="an error of the runtime")
 def test_a_donated_state_is_named(model):
-    state, logits = nosa_jax.prefill(model, TOKENS, max_length=48)
+    state, _ = nosa_jax.prefill(model, TOKENS, max_length=48)
     nosa_jax.jit_decode_step(model, state, TOKENS[:, 0])
     for call in (nosa_jax.decode_step, nosa_jax.extend):
-        with pytest.raises(ValueError, match="state: must still hold its arrays.*the one returned"):
+        with pytest.raises(ValueError, match=r"state: must still hold its arrays.*the one returned"):
             call(model, state, TOKENS[:, :1] if call is nosa_jax.extend else TOKENS[:, 0])

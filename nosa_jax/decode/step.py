@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int32
 
 from nosa_jax import rope
@@ -22,6 +21,7 @@ from nosa_jax.decode import checks
 from nosa_jax.decode.program import COMPILER_OPTIONS
 from nosa_jax.model import NosaLM
 from pallas_kernels import blocks
+from pallas_kernels.checks import IntegersLike
 
 
 @pytree_dataclass
@@ -34,7 +34,7 @@ class StepOutput:
     fetched: Any
 
 
-def decode_step(model: NosaLM, state: DecodeState, tokens: ArrayLike) -> tuple[DecodeState, Float[Array, "B V"]]:
+def decode_step(model: NosaLM, state: DecodeState, tokens: IntegersLike) -> tuple[DecodeState, Float[Array, "B V"]]:
     """Feeds one token to every row. Returns the new state and the float32 logits of what follows.
 
     A plain function of int tokens [B]; `jit_decode_step` is it compiled for a loop. Under jit, where values cannot be
@@ -45,6 +45,7 @@ def decode_step(model: NosaLM, state: DecodeState, tokens: ArrayLike) -> tuple[D
     tokens = layout.as_tokens(tokens, model.config.vocab_size, rank=1)
     checks.check_state(model, state, tokens.shape[0])
     checks.check_room(state, 1)
+    model, state, tokens = checks.untransformed((model, state, tokens))
     state, out = run_step(model, state, tokens)
     return state, out.logits
 
