@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -23,6 +22,7 @@ from pallas_kernels.checks import (
     as_integers,
     bad_value,
     is_concrete,
+    is_tracing,
     require_bool,
     require_one_of,
     require_shape,
@@ -163,7 +163,8 @@ def forward(
         segment_ids = layout.as_segment_ids(segment_ids, tokens.shape, config.attention.block_size)
     if block_ids is not None:
         block_ids = as_block_ids(config, block_ids, _rows(config, tokens, lengths, segment_ids).positions)
-    return _forward(model, tokens, lengths, segment_ids, block_ids, logits=logits, record=record, remat=remat)
+    run = _forward if is_tracing() else _compiled_forward
+    return run(model, tokens, lengths, segment_ids, block_ids, logits=logits, record=record, remat=remat)
 
 
 def _rows(config: ModelConfig, tokens: Array, lengths: Array | None, segment_ids: Array | None) -> layout.Layout:
@@ -172,8 +173,6 @@ def _rows(config: ModelConfig, tokens: Array, lengths: Array | None, segment_ids
     return layout.packed_layout(segment_ids, lengths, config.attention.block_size)
 
 
-# Called eagerly it is one program, which the next call of these shapes finds; in a program it is a part like any other.
-@functools.partial(jax.jit, static_argnames=("logits", "record", "remat"), inline=True)
 def _forward(
     model: NosaLM,
     tokens: Int32[Array, "B T"],
@@ -205,6 +204,10 @@ def _forward(
         last = jnp.max(rows.positions, axis=1)[:, None, None]
         return ForwardOutput(model.logits(jnp.take_along_axis(hidden, last, axis=1)), hidden, recorded)
     return ForwardOutput(model.logits(hidden), hidden, recorded)
+
+
+# What runs where the caller is not compiled: the next call of the same shapes finds the program of the first.
+_compiled_forward = jax.jit(_forward, static_argnames=("logits", "record", "remat"))
 
 
 def as_block_ids(

@@ -187,3 +187,8 @@ def require_positive(argument: str, value: int) -> None:
 def is_concrete(*arrays: Any) -> bool:
     """True when every array has values to look at, that is, outside `jax.jit`."""
     return not any(isinstance(array, jax.core.Tracer) for array in arrays)
+
+
+def is_tracing() -> bool:
+    """True inside `jax.jit`, also where no argument is traced."""
+    return isinstance(jnp.zeros(()), jax.core.Tracer)

@@ -183,7 +183,7 @@ CASES = {
     "a number for sampling": (generate(OK, sampling=0.8), "sampling", "must be a Sampling", "float 0.8"),
     "a seed for a key": (generate(OK, sampling=Sampling(temperature=1.0), key=0), "key", "random key", "int 0"),
     "one stop token": (generate(OK, stop_tokens=10), "stop_tokens", "sequence", "10"),
-    "text as stop tokens": (generate(OK, stop_tokens=["a"]), "stop_tokens", "integers", "<U1"),
+    "text as stop tokens": (generate(OK, stop_tokens=["a"]), "stop_tokens", "integers", "text"),
     "text as tokens": (forward("hello"), "tokens", "integers", "text"),
     "ragged lists": (forward([[1, 2], [3]]), "tokens", "rectangular", "inhomogeneous"),
     "a float count of tokens": (generate(OK, max_new_tokens=5.0), "max_new_tokens", "must be an int", "5.0"),

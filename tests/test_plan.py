@@ -174,7 +174,7 @@ def test_records_are_part_of_the_check(monkeypatch, call, record, entry):
     monkeypatch.setattr(memory, "_physical_memory", lambda: limit)
     getattr(nosa_jax, call)(model, tokens, max_new_tokens=new, record=record)
     monkeypatch.setattr(memory, "_physical_memory", lambda: limit - 1)
-    with pytest.raises(nosa_jax.CacheTooLargeError, match=r"records .*record less"):
+    with pytest.raises(nosa_jax.CacheTooLargeError, match=r"record less\. .*records 0\.00"):
         getattr(nosa_jax, call)(model, tokens, max_new_tokens=new, record=record)
 
 

@@ -99,7 +99,7 @@ class Plan:
             sizes = ", ".join(f"{part} {size / GB:.2f}" for part, size in parts.items())
             raise CacheTooLargeError(
                 f"cache: the device pool must fit in device memory, got {needed / GB:.2f} GB needed and "
-                f"{available / GB:.2f} GB available ({source}; needed: {sizes}). {remedy}."
+                f"{available / GB:.2f} GB available ({source}). {remedy}. By part, in GB: {sizes}."
             )
 
     def to_dict(self) -> dict[str, Any]:

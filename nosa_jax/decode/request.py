@@ -89,7 +89,7 @@ def as_request(
     padded = np.full(max(_LEAST_STOP_TOKENS, 1 << (stop.size - 1).bit_length()), -1, np.int32)
     padded[: stop.size] = stop
     keys = row_keys(key, prompt.batch, sampling)
-    return Request(prompt, keys, Filter.of(sampling), jnp.asarray(padded), jnp.asarray(np.int32(pad)))
+    return Request(prompt, keys, *jax.tree.map(jnp.asarray, (Filter.of(sampling), padded, np.int32(pad))))
 
 
 def _as_stop_tokens(stop_tokens: Any) -> np.ndarray:
@@ -106,7 +106,8 @@ def _as_stop_tokens(stop_tokens: Any) -> np.ndarray:
         for token in stop_tokens:
             if isinstance(token, bool | np.bool_):
                 raise bad_type("stop_tokens", "must hold integers", repr(token), "Pass token ids.")
-    stop = np.asarray(as_integers("stop_tokens", stop_tokens))
+    with jax.ensure_compile_time_eval():
+        stop = np.asarray(as_integers("stop_tokens", stop_tokens))
     if stop.ndim != 1:
         remedy = "A row ends at any one of them: sequences of tokens are not looked for."
         raise bad_value("stop_tokens", "must be one flat sequence of ids", f"shape {stop.shape}", remedy)
