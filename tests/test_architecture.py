@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import pallas_kernels
+
 ROOT = Path(__file__).parents[1]
 TOPS = ("pallas_kernels", "nosa_jax", "experiments")
 
@@ -29,7 +31,7 @@ FLOORS: list[set[str]] = [
     {"nosa_jax.cli"},
     {"experiments"},
 ]
-IMPLEMENTATIONS = {"xla", "triton", "mosaic", "reference"}
+IMPLEMENTATION_MODULES = {*pallas_kernels.IMPLEMENTATIONS, "reference", "vjp"}
 KERNEL_DEPENDENCIES = {"jax", "jaxlib", "jaxtyping", "numpy", "pallas_kernels"}
 BACKEND_MODULE = "pallas_kernels._backend"
 BACKENDS = (*(f"jax.experimental.pallas.{name}" for name in ("triton", "mosaic_gpu", "tpu")), "jax._src.pallas")
@@ -82,7 +84,7 @@ def imports(module: str) -> Iterator[str]:
 def goes_past_the_doors(name: str) -> bool:
     """Whether an imported name is private to `pallas_kernels`: an underscore, or the module of an implementation."""
     top, *parts = name.split(".")
-    private = lambda part: part in IMPLEMENTATIONS or (part.startswith("_") and not part.startswith("__"))
+    private = lambda part: part in IMPLEMENTATION_MODULES or (part.startswith("_") and not part.startswith("__"))
     return top == "pallas_kernels" and any(map(private, parts))
 
 

@@ -18,7 +18,8 @@ from flax import nnx
 from nosa_jax.config import AttentionConfig, ModelConfig, RopeConfig
 from nosa_jax.model import NosaLM
 from nosa_jax.train.step import TrainState
-from pallas_kernels.checks import bad_value, require_int
+from pallas_kernels.checks import bad_value
+from pallas_kernels.device import default_device, require_int
 
 # How weights are arranged: 1 had all queries before all keys before all values, 2 has them by KV head. Checkpoints from
 # before the number was kept are of layout 1.
@@ -57,7 +58,10 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, state: TrainState, meta: dict[str, Any]) -> Path:
-        """Writes `state` with JSON-able `meta` and returns the folder; one of the same step is kept as it is."""
+        """Writes `state` with JSON-able `meta` and returns the folder; one of the same step is kept as it is.
+
+        The key `layout` of `meta` is ours.
+        """
         step = int(state.step)
         if step != self.latest_step():
             self._manager.save(
@@ -65,7 +69,7 @@ class Checkpoints:
                 args=ocp.args.Composite(
                     model=ocp.args.StandardSave(_by_name(state.model)),
                     optimizer=ocp.args.StandardSave(_by_name(state.opt_state)),
-                    meta=ocp.args.JsonSave({"layout": LAYOUT, **meta}),
+                    meta=ocp.args.JsonSave({**meta, "layout": LAYOUT}),
                 ),
             )
         return self.directory / str(step)
@@ -83,7 +87,7 @@ class Checkpoints:
                 "directory",
                 f"must hold weights of layout {LAYOUT}",
                 f"layout {layout} in {self.directory / str(step)}",
-                "Save it as a Hugging Face folder with the version of nosa-jax that wrote it, and load that one.",
+                "Save it as a Hugging Face folder with the code that wrote it (CHANGELOG.md names it), and load that.",
             )
         return meta
 
@@ -91,10 +95,12 @@ class Checkpoints:
         """The state saved at `step` (None: the newest); `like` gives the structure, shapes and dtypes expected.
 
         `like` may hold arrays, whose sharding is then kept, or the results of `jax.eval_shape`.
-        Raises ValueError when there is no such checkpoint or when it holds other names, shapes or dtypes.
+        Raises ValueError when there is no such checkpoint, or when it holds another layout of the weights or other names,
+        shapes or dtypes.
         """
         step = self._existing(step)
-        place = getattr(like.step, "sharding", None) or jax.devices()[0]
+        self.meta(step)  # refuses another layout, at which names and shapes would only hint
+        place = getattr(like.step, "sharding", None) or default_device()
         return TrainState(
             model=self._restore_item("model", like.model, step),
             opt_state=self._restore_item("optimizer", like.opt_state, step),
@@ -103,7 +109,9 @@ class Checkpoints:
 
     def restore_model(self, like: Any, step: int | None = None) -> Any:
         """As `restore`, for the model alone."""
-        return self._restore_item("model", like, self._existing(step))
+        step = self._existing(step)
+        self.meta(step)
+        return self._restore_item("model", like, step)
 
     def _existing(self, step: int | None) -> int:
         steps = sorted(self._manager.all_steps())
@@ -118,7 +126,6 @@ class Checkpoints:
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
             for name, leaf in _by_name(like).items()
         }
-        self.meta(step)  # refuses another layout, which names and shapes would only hint at
         saved = self._manager.item_metadata(step)[item]
         for name in sorted(wanted.keys() | saved.keys()):
             expected, found = _describe(wanted.get(name)), _describe(saved.get(name))
