@@ -95,7 +95,7 @@ class Checkpoints:
         """The state saved at `step` (None: the newest); `like` gives the structure, shapes and dtypes expected.
 
         `like` may hold arrays, whose sharding is then kept, or the results of `jax.eval_shape`.
-        Raises ValueError when there is no such checkpoint, or when it holds another layout of the weights or other names,
+        Raises ValueError when there is no such checkpoint, or when it has another layout of weights, or other names,
         shapes or dtypes.
         """
         step = self._existing(step)
