@@ -18,8 +18,8 @@ from flax import nnx
 from nosa_jax.config import AttentionConfig, ModelConfig, RopeConfig
 from nosa_jax.model import NosaLM
 from nosa_jax.train.step import TrainState
-from pallas_kernels.checks import bad_value
-from pallas_kernels.device import default_device, require_int
+from pallas_kernels.checks import bad_value, require_int
+from pallas_kernels.device import default_device
 
 # How weights are arranged: 1 had all queries before all keys before all values, 2 has them by KV head. Checkpoints from
 # before the number was kept are of layout 1.
