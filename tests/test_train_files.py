@@ -20,7 +20,9 @@ def write(path: Path, size: int, seed: int = 0) -> Path:
 
 @pytest.mark.parametrize("fraction", [0.05, 0.3, 0.9])
 @pytest.mark.parametrize(
-    "sizes", [[3_000_000, 20_000], [20_000, 3_000_000], [50_000], [1000] * 7, [10, 400_000, 300], [100_000, 99_999]], ids=str
+    "sizes",
+    [[3_000_000, 20_000], [20_000, 3_000_000], [50_000], [1000] * 7, [10, 400_000, 300], [100_000, 99_999]],
+    ids=str,
 )
 def test_the_share_held_out_is_close_to_the_one_asked_for(tmp_path, sizes, fraction):
     files = [write(tmp_path / f"{i}.txt", size, seed=i) for i, size in enumerate(sizes)]

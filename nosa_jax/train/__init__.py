@@ -7,7 +7,7 @@
     result = train.train(config, corpus, "runs/tiny")
     model = train.load_model("runs/tiny/checkpoints")
 
-Needs the extra `train`: pip install "nosa-jax[train]".
+Needs the extra `train`: pip install ".[train]" in a checkout.
 """
 
 from nosa_jax.environment import environment

@@ -167,7 +167,7 @@ def _read(path: Path) -> np.ndarray:
 
 def is_binary(content: np.ndarray) -> bool:
     """Whether bytes are something else than text: a zero, or too many control characters, near the beginning."""
-    start = content[:2**16]
+    start = content[: 2**16]
     return bool((start == 0).any() or np.isin(start, _CONTROL).sum() > 0.03 * len(start))
 
 

@@ -262,9 +262,7 @@ class _Run:
         else:
             self.evaluations.append(self.record("eval", **fields, seconds=seconds))
         if self.bar.shown:
-            self.bar.say(
-                f"step {self.step}: held-out {result.loss:.4f} nats, {result.bits_per_byte:.4f} bits per byte"
-            )
+            self.bar.say(f"step {self.step}: held-out {result.loss:.4f} nats, {result.bits_per_byte:.4f} bits per byte")
 
 
 def _due(step: int, every: int) -> bool:
