@@ -49,7 +49,7 @@ def test_bad_text_is_refused(tmp_path):
     full.write_bytes(b"text")
     with pytest.raises(ValueError, match="files: must name at least one file"):
         load_corpus([])
-    with pytest.raises(ValueError, match="files: must hold text, got .* with 0 bytes"):
+    with pytest.raises(ValueError, match=r"files: must hold text, got .* with 0 bytes"):
         load_corpus([empty])
     with pytest.raises(ValueError, match=r"heldout_fraction: must lie between 0.0 and 0.9"):
         load_corpus([full], heldout_fraction=1.5)

@@ -21,7 +21,7 @@ def write(path: Path, size: int, seed: int = 0) -> Path:
 @pytest.mark.parametrize("fraction", [0.05, 0.3, 0.9])
 @pytest.mark.parametrize(
     "sizes",
-    [[3_000_000, 20_000], [20_000, 3_000_000], [50_000], [1000] * 7, [10, 400_000, 300], [100_000, 99_999]],
+    [[3_000_000, 20_000], [20_000, 3_000_000], [50_000], [1000] * 7, [10, 400_000, 300], [10_000, 9_999]],
     ids=str,
 )
 def test_the_share_held_out_is_close_to_the_one_asked_for(tmp_path, sizes, fraction):
@@ -91,7 +91,7 @@ def test_binary_files_are_skipped_with_a_word(tmp_path, binary):
     with pytest.warns(UserWarning, match=rf"skipped 1 file that is not text: .*{tmp_path.name}/b"):
         corpus = load_corpus(find_files(tmp_path), heldout_fraction=0.1)
     assert corpus.train.tobytes() + corpus.heldout.tobytes() == text.read_bytes()
-    with pytest.raises(ValueError, match="files: must hold text, got 1 .* not text"):
+    with pytest.raises(ValueError, match=r"files: must hold text, got 1 .* not text"):
         load_corpus([tmp_path / "b"])
     with pytest.raises(ValueError, match=r"text: must be a text file, got .*/b, which is binary"):
         read_text(tmp_path / "b", argument="text")

@@ -46,10 +46,6 @@ def test_a_folder_has_one_run_at_a_time(tmp_path):
 # --- The log -------------------------------------------------------------------------------------------------------
 
 
-def cut(content: bytes, size: int) -> bytes:
-    return content[:-size]
-
-
 @pytest.mark.parametrize("end", [b"", b"\n", b'{"kind": "tr', b"\0\0\0\0", b"\xff\xfe", b'{"kind": "train", "ste'])
 def test_a_cut_last_line_of_the_log_is_dropped(run, end):
     log = run / "log.jsonl"
@@ -61,9 +57,7 @@ def test_a_cut_last_line_of_the_log_is_dropped(run, end):
     assert [json.loads(line)["kind"] for line in lines] == [record["kind"] for record in [*whole, whole[0]]]
 
 
-@pytest.mark.parametrize(
-    "line", ["{", "[]", "null", "7", "{}", '{"kind": "train"}', '{"kind": 1, "step": 2}', "[" * 9999]
-)
+@pytest.mark.parametrize("line", ["{", "[]", "7", "{}", '{"kind": "train"}', '{"kind": 1, "step": 2}', "[" * 9999])
 def test_other_lines_in_a_log_are_skipped_with_a_word(tmp_path, line):
     log = tmp_path / "log.jsonl"
     record = {"kind": "start", "step": 0}

@@ -27,8 +27,8 @@ Command = Demo | Train | Generate | Locality | Plan | Doctor
 
 TRACEBACK_VARIABLE = "NOSA_TRACEBACK"
 _DESCRIPTION = (
-    "Native and offloadable sparse attention in JAX. `nosa demo` shows all of it in a few minutes, `nosa --version` the "
-    f"version. Set {TRACEBACK_VARIABLE}=1 to see where an error comes from."
+    "Native and offloadable sparse attention in JAX. `nosa demo` shows all of it in a few minutes, `nosa --version` "
+    f"the version. Set {TRACEBACK_VARIABLE}=1 to see where an error comes from."
 )
 # What bad input raises: values and files of the user, missing extras, a loss that is no longer finite.
 _MISTAKES = (ValueError, TypeError, OSError, ImportError, FloatingPointError, nosa_jax.KernelUnsupportedError)
@@ -81,7 +81,7 @@ def _at_home(command: Command) -> Command:
     """The command with ~ in its paths replaced by the home folder."""
     values = {field.name: getattr(command, field.name) for field in dataclasses.fields(command)}
     paths = {name: user_path(name, value) for name, value in values.items() if isinstance(value, Path)}
-    return dataclasses.replace(command, **paths)
+    return dataclasses.replace(command, **paths)  # type: ignore[arg-type]
 
 
 def _parse(arguments: list[str]) -> Command:

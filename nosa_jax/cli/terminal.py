@@ -11,11 +11,12 @@ import textwrap
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 
 @contextlib.contextmanager
 def usable_streams() -> Iterator[None]:
-    """Until the block ends, streams are there even if the process began without them, and output takes any character."""
+    """Streams that are there, even if the process began without them, and an output that takes any character."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -24,7 +25,8 @@ def usable_streams() -> Iterator[None]:
     before = {name: getattr(sys, name) for name in ("stdin", "stdout", "stderr")}
     for name, stream in before.items():
         if stream is None or getattr(stream, "closed", False):
-            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 -- closed below
     errors = getattr(sys.stdout, "errors", None)
     set_errors = getattr(sys.stdout, "reconfigure", lambda errors: None)
     set_errors(errors="replace")

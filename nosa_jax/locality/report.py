@@ -25,7 +25,6 @@ from nosa_jax.locality.measures import (
 )
 from pallas_kernels.checks import bad_value, require_shape
 
-
 _LEGEND = "unforced: gamma without sink and local blocks; new, miss, KiB: per step; @: slots of the device pool"
 
 
@@ -75,8 +74,8 @@ class LocalityReport:
     def _summary(self) -> str:
         return (
             f"{self.label}: {self.steps} steps; {self.attention.num_selected_blocks} blocks of "
-            f"{self.attention.block_size} tokens selected; a block is {self.block_bytes / 1024:g} KiB; guaranteed gamma "
-            f"{_number(self.guaranteed_gamma, '.3f')}"
+            f"{self.attention.block_size} tokens selected; a block is {self.block_bytes / 1024:g} KiB; "
+            f"guaranteed gamma {_number(self.guaranteed_gamma, '.3f')}"
         )
 
     def table(self) -> str:

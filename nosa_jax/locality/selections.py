@@ -205,20 +205,21 @@ class Selections:
         """
         wrong = partial(bad_value, "path", "must be a file written by Selections.save")
         with user_path("path", path).open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
             try:
                 with zipfile.ZipFile(file) as archive:
-                    header = json.loads(str(_read_array(archive, "header", _HEADER_BYTES, ())[()]))
+                    header = json.loads(str(_read_array(archive, "header", size, _HEADER_BYTES, ())[()]))
                     if header.get("format") != _FORMAT:
                         rule = f"must hold {_FORMAT!r}"
                         raise bad_value("path", rule, repr(header.get("format")), "Record it again.")
                     attention = AttentionConfig(**header["attention"])
                     fields = [header[name] for name in ("head_dim", "itemsize", "label")]
                     limit = memory.host_limit()[0]
-                    positions = _read_array(archive, "positions", limit, (None, None))
+                    positions = _read_array(archive, "positions", size, limit, (None, None))
                     _require_counting(positions)
                     batch, steps = positions.shape
                     shape = (None, batch, None, steps, attention.num_selected_blocks)
-                    block_ids = _read_array(archive, "block_ids", limit, shape)
+                    block_ids = _read_array(archive, "block_ids", size, limit, shape)
                 return cls(block_ids, positions, attention, *fields)
             except MemoryError:
                 raise
@@ -236,13 +237,15 @@ class Selections:
         )
 
 
-def _read_array(archive: zipfile.ZipFile, name: str, limit: int, expected: tuple[int | None, ...]) -> np.ndarray:
-    """An array of an .npz, once its shape is the one expected and it needs at most `limit` bytes, which it may hold."""
+def _read_array(
+    archive: zipfile.ZipFile, name: str, size: int, limit: int, expected: tuple[int | None, ...]
+) -> np.ndarray:
+    """An array of an .npz of `size` bytes, once its shape is as expected, at most `limit` bytes and can be there."""
     entry = archive.getinfo(f"{name}.npy")
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError(f"{name} is compressed in another way")
     # Deflate makes nothing smaller than this, so more is a lie.
-    most = _MOST_DEFLATED * (min(entry.compress_size, os.fstat(archive.fp.fileno()).st_size) + 1)
+    most = _MOST_DEFLATED * (min(entry.compress_size, size) + 1)
     with archive.open(entry) as file:
         version = np.lib.format.read_magic(file)
         read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -269,7 +272,7 @@ def _require_counting(positions: np.ndarray) -> None:
 
 
 def _require_selections(block_ids: np.ndarray, own: np.ndarray) -> None:
-    """Raises ValueError unless ids ascend strictly up to `own`, the query's block, and -1 follows; no ids where own < 0."""
+    """Raises ValueError unless ids ascend strictly up to `own`, the query's block (-1: no ids at all), then are -1."""
     left, right = block_ids[..., :-1], block_ids[..., 1:]
     rules = (
         ("must hold block ids, or -1 for padding", block_ids < -1),

@@ -1,4 +1,4 @@
-"""Signals to end as a request to stop, not as an exception in the middle of a step whose buffers are already donated."""
+"""Signals to end as a request to stop, not as an exception in the middle of a step whose buffers are donated."""
 
 from __future__ import annotations
 

@@ -143,9 +143,9 @@ class Checkpoints:
             except DamagedCheckpointError as error:
                 damaged.append((step, error))
                 continue
-            for other, error in damaged:
+            for other, reason in damaged:
                 aside = self._move_aside(other)
-                warnings.warn(f"{error} It is now {aside}, and the run goes on from step {step}.", stacklevel=2)
+                warnings.warn(f"{reason} It is now {aside}, and the run goes on from step {step}.", stacklevel=2)
             return state, meta
         raise damaged[0][1]
 
@@ -158,9 +158,10 @@ class Checkpoints:
     @contextlib.contextmanager
     def reading(self, step: int, *errors: type[Exception]) -> Iterator[None]:
         """Turns `errors`, or whatever Orbax raises for a checkpoint that it cannot read, into one error."""
+        errors = errors or (Exception,)
         try:
             yield
-        except errors or Exception as error:
+        except errors as error:
             missing = FileNotFoundError | NotADirectoryError | IsADirectoryError
             if isinstance(error, MemoryError | jax.errors.JaxRuntimeError) or (
                 isinstance(error, OSError) and not isinstance(error, missing)

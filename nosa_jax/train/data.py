@@ -84,10 +84,10 @@ def find_files(*patterns: str | os.PathLike[str]) -> list[Path]:
     written: set[Path] = set()
     for pattern in patterns:
         path, runs = user_path("patterns", pattern), list[Path]()
-        if path.is_dir():
-            matches = list(_below(path, runs))
+        if not path.exists():
+            matches = list(_expand(path, runs))
         else:
-            matches = [path] if path.exists() else list(_expand(path, runs))
+            matches = list(_below(path, runs)) if path.is_dir() else [path]
         files = [match for match in matches if match.is_file() and not {match, *match.parents} & set(runs)]
         if not files:
             raise bad_value("patterns", "must each find a file", repr(str(pattern)), "Check the path or the glob.")

@@ -70,8 +70,8 @@ def train(
     model: to start from (copied), e.g. for continued pretraining; None draws weights with `config.seed`.
         Its configuration must be `config.model`.
     resume: continue from the newest checkpoint in `directory` that is whole (from the start if there is none at all)
-        on exactly the batches that would have come. Everything but the model's shape, the seed, the batches and the text
-        may change.
+        on exactly the batches that would have come. Everything but the model's shape, the seed, the batches and the
+        text may change.
     on_record: called with every log record, for trackers.
 
     A record of kind `train` holds step, loss (nats), bits_per_byte, learning_rate, grad_norm, and tokens_per_second
