@@ -18,7 +18,14 @@ TOPS = ("pallas_kernels", "nosa_jax", "experiments")
 # From the bottom up: a module may import its own floor and those below it.
 FLOORS: list[set[str]] = [
     {"pallas_kernels"},
-    {"nosa_jax._extras", "nosa_jax._pytree", "nosa_jax.config", "nosa_jax.environment", "nosa_jax.presets"},
+    {
+        "nosa_jax._extras",
+        "nosa_jax._paths",
+        "nosa_jax._pytree",
+        "nosa_jax.config",
+        "nosa_jax.environment",
+        "nosa_jax.presets",
+    },
     {"nosa_jax.attention", "nosa_jax.norm", "nosa_jax.rope"},
     {"nosa_jax.model"},
     {"nosa_jax.cache"},
@@ -28,7 +35,7 @@ FLOORS: list[set[str]] = [
     {"nosa_jax.hf", "nosa_jax.locality"},
     {"nosa_jax.train"},
     {"nosa_jax", "nosa_jax.ops", "nosa_jax.plots"},  # what users import
-    {"nosa_jax.cli"},
+    {"nosa_jax.__main__", "nosa_jax.cli"},
     {"experiments"},
 ]
 IMPLEMENTATION_MODULES = {*pallas_kernels.IMPLEMENTATIONS, "reference", "vjp"}
