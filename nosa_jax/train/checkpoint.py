@@ -114,8 +114,8 @@ class Checkpoints:
         """The state saved at `step` (None: the newest); `like` gives the structure, shapes and dtypes expected.
 
         `like` may hold arrays, whose sharding is then kept, or the results of `jax.eval_shape`.
-        Raises ValueError when there is no such checkpoint, when it is damaged, or when it has another layout of weights,
-        or other names, shapes or dtypes.
+        Raises ValueError when there is no such checkpoint, when it is damaged, or when it has another layout of
+        weights, or other names, shapes or dtypes.
         """
         step = self.existing(step)
         self.meta(step)  # refuses another layout, at which names and shapes would only hint
