@@ -56,7 +56,7 @@ class Target:
 def same_forms(value: Any, kind: str) -> Iterator[Any]:
     """The same input in other forms."""
     if kind == "int":
-        yield from (np.int64(value), np.int32(value), np.uint8(value))
+        yield from (np.int64(value), np.int32(value), np.uint16(value))
     elif kind in ("tokens", "ids"):
         array = np.asarray(value)
         yield from (array.tolist(), array, array.astype(np.int64), jnp.asarray(array))

@@ -32,24 +32,25 @@ _LONG = ("test_rows", "test_offload", "test_generation", "test_cli", "test_trito
          "test_triton_block_attention", "test_devices")  # fmt: skip
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quickly_compiled(request: pytest.FixtureRequest) -> Iterator[None]:
+def _compile_quickly(quickly: bool) -> None:
     import jax
 
-    jax.config.update("jax_disable_most_optimizations", request.path.name.startswith(_QUICKLY_COMPILED))
+    jax.config.update("jax_disable_most_optimizations", quickly)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quickly_compiled(request: pytest.FixtureRequest) -> Iterator[None]:
+    _compile_quickly(request.path.name.startswith(_QUICKLY_COMPILED))
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    _compile_quickly(False)
 
 
 @pytest.fixture
-def optimized() -> Iterator[None]:
+def optimized(quickly_compiled: None) -> Iterator[None]:
     """For a test of bits in a file of quickly compiled ones: what users run."""
-    import jax
-
-    before = jax.config.jax_disable_most_optimizations
-    jax.config.update("jax_disable_most_optimizations", False)
+    _compile_quickly(False)
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    _compile_quickly(True)
 
 
 def pytest_configure(config: pytest.Config) -> None:
