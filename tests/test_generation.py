@@ -37,6 +37,36 @@ def test_stream_yields_what_generate_returns(model, tokens, sampling):
     np.testing.assert_array_equal(np.stack(streamed, axis=1), gen.tokens)
 
 
+def test_stream_records_what_generate_records(model, tokens):
+    """Step by step in host memory, to the bit; only what was asked for."""
+    gen = nosa_jax.generate(model, tokens, LENGTHS, max_new_tokens=6, record=True)
+    steps = list(nosa_jax.stream(model, tokens, LENGTHS, max_new_tokens=6, record=True))
+    for number, step in enumerate(steps):
+        assert isinstance(step, nosa_jax.Step)
+        for name, axis in (("tokens", 1), ("logits", 1), ("block_ids", 3), ("fetched", 3)):
+            ours = getattr(step, name)
+            assert isinstance(ours, np.ndarray)
+            np.testing.assert_array_equal(ours, np.take(np.asarray(getattr(gen, name)), number, axis))
+    assert len(steps) == 6
+    only = next(nosa_jax.stream(model, tokens, LENGTHS, max_new_tokens=6, record=("fetched",)))
+    assert only.logits is None and only.block_ids is None and only.fetched.shape == (2, 2, 2)
+
+
+def test_the_compiled_step_gives_the_bits_of_the_plain_one_and_takes_the_state(model, tokens):
+    state, logits = nosa_jax.prefill(model, tokens, LENGTHS, max_length=100)
+    token = jnp.argmax(logits, -1).astype(jnp.int32)
+    expected, expected_logits = nosa_jax.decode_step(model, state, token)
+    traced = jax.jit(nosa_jax.jit_decode_step)(model, state, token)[1]  # inside another program it is a part of it
+    after, logits = nosa_jax.jit_decode_step(model, state, np.asarray(token))
+    assert state.pool.is_deleted() and state.host.is_deleted() and not after.pool.is_deleted()
+    np.testing.assert_array_equal(logits, expected_logits)
+    np.testing.assert_allclose(traced, expected_logits, atol=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(after), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    with pytest.raises(ValueError, match="tokens: must have the state's 2 rows, got 3"):
+        nosa_jax.jit_decode_step(model, after, np.array([1, 2, 3]))
+
+
 def test_a_sampled_row_is_what_it_would_be_alone(model, tokens):
     keys = jax.random.split(jax.random.key(1), 2)
     batch = nosa_jax.generate(model, tokens, LENGTHS, max_new_tokens=20, sampling=SAMPLED, key=keys, record=True)

@@ -169,7 +169,7 @@ def test_segment_ids_padding_by_zero_inside_a_block():
 
 
 @pytest.mark.parametrize("variant", ["nosa", "infllmv2", "dma", "full"])
-def test_causality_to_the_bit(variant):
+def test_causality_to_the_bit(optimized, variant):
     """Changing tokens after position i leaves outputs and block ids up to i as they were."""
     model = lively_model(small_config().with_attention(variant=variant))
     tokens = random_tokens(1, 400)

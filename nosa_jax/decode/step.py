@@ -18,7 +18,7 @@ from nosa_jax.cache import residence, summaries
 from nosa_jax.cache.state import DecodeState
 from nosa_jax.config import ModelConfig
 from nosa_jax.decode import checks
-from nosa_jax.decode.program import COMPILER_OPTIONS
+from nosa_jax.decode.program import program
 from nosa_jax.model import NosaLM
 from pallas_kernels import blocks
 from pallas_kernels.checks import IntegersLike
@@ -50,9 +50,24 @@ def decode_step(model: NosaLM, state: DecodeState, tokens: IntegersLike) -> tupl
     return state, out.logits
 
 
-jit_decode_step = jax.jit(decode_step, donate_argnames="state", compiler_options=COMPILER_OPTIONS)
-"""`decode_step` compiled with the options that it needs and the state donated: the one passed in is gone, go on with
-the one returned."""
+def jit_decode_step(model: NosaLM, state: DecodeState, tokens: ArrayLike) -> tuple[DecodeState, Float[Array, "B V"]]:
+    """`decode_step` compiled with the options that it needs, the state donated: go on with the state that it returns.
+
+    The state passed in is gone afterwards. A row that is already `max_length` long stays as it is and its logits mean
+    nothing: watch `state.lengths`. Raises TypeError or ValueError for a state of another model and wrong tokens.
+    """
+    checks.check_model(model)
+    tokens = layout.as_tokens(tokens, model.config.vocab_size, rank=1)
+    checks.check_state(model, state, tokens.shape[0])
+    return _donating_step(model, state, tokens)
+
+
+@program(donate_argnames="state")
+def _donating_step(
+    model: NosaLM, state: DecodeState, tokens: Int32[Array, " B"]
+) -> tuple[DecodeState, Float[Array, "B V"]]:
+    state, out = run_step(model, state, tokens)
+    return state, out.logits
 
 
 class Place(NamedTuple):

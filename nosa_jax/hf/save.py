@@ -61,6 +61,11 @@ def save_pretrained(
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def check_folder(path: str | os.PathLike[str]) -> None:
+    """Raises FileExistsError where `save_pretrained` would refuse `path`, before there is anything to lose."""
+    _refuse_foreign(Path(path).expanduser().resolve())
+
+
 def _refuse_foreign(folder: Path) -> None:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return

@@ -49,6 +49,8 @@ def append_pooled_keys(
 
     Returns the updated (pooled, sums); windows beyond C are dropped. Raises ValueError for shapes that do not agree.
     """
+    require_positive("stride", stride)
+    require_floats(pooled=pooled, sums=sums, new=new)
     layers, batch, heads, _, dim = pooled.shape
     require_shape("sums", sums, (layers, batch, heads, 2, dim), "[L, B, K, 2, D]")
     require_shape("start", start, (batch,), "[B]")
