@@ -134,8 +134,8 @@ def test_saving_a_variant_that_ignores_importance_keeps_it_where_the_model_has_i
 def test_which_variant_a_folder_becomes(folder, importance, own_key, asked, expected):
     if not importance:
         edit_tensors(folder, strip_importance)
-    if not own_key:
-        edit_config(folder, nosa_attention="absent")
+    if not own_key:  # as the official ones
+        edit_config(folder, nosa_attention="absent", model_type="llama", max_position_embeddings=8192)
     model = from_pretrained(folder, variant=asked)
     assert model.config.attention.variant == expected
     head = model.layers.attention.importance
