@@ -54,4 +54,5 @@ def status(name: str) -> str:
 
 
 def _command(*names: str) -> str:
-    return f'pip install "nosa-jax[{",".join(names)}]"'
+    extras = ",".join(names)
+    return f'pip install "nosa-jax[{extras}]", or pip install ".[{extras}]" in a checkout'

@@ -16,6 +16,7 @@ from nosa_jax.attention.importance import Importance
 from nosa_jax.attention.layer import SELECTION, Attention
 from nosa_jax.config import ModelConfig
 from nosa_jax.norm import rms_norm
+from nosa_jax.origin import Origin
 from pallas_kernels.checks import (
     IntegersLike,
     as_float_dtype,
@@ -111,6 +112,7 @@ class NosaLM(nnx.Module):
         require_type("rngs", rngs, nnx.Rngs, "Pass nnx.Rngs(0).")
         dtype = as_float_dtype("dtype", dtype)
         self.config = config
+        self.origin = Origin()
         vocab = (config.vocab_size, config.hidden_size)
         self.embed = nnx.Param(0.02 * jax.random.normal(rngs.params(), vocab, dtype))
         self.layers = Layers(config, rngs=rngs, dtype=dtype)
@@ -127,6 +129,11 @@ class NosaLM(nnx.Module):
         if self.lm_head is None:
             return jnp.einsum("...h,vh->...v", hidden, self.embed[...], preferred_element_type=jnp.float32)
         return jnp.einsum("...h,hv->...v", hidden, self.lm_head[...], preferred_element_type=jnp.float32)
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """The end-of-text ids that came with the checkpoint, for `generate(stop_tokens=...)`; empty without any."""
+        return self.origin.stop_tokens
 
     def final_norm(self, x: Float[Array, "*rest H"]) -> Float[Array, "*rest H"]:
         return rms_norm(x, self.norm[...], self.config.rms_norm_eps)

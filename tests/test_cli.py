@@ -296,7 +296,9 @@ def test_traceback_on_request(monkeypatch):
 
 def test_missing_packages_are_named_with_their_extra(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tyro", None)
-    assert fails(["plan"], capsys) == 'tyro is needed for the command line: pip install "nosa-jax[cli]"'
+    assert fails(["plan"], capsys) == (
+        'tyro is needed for the command line: pip install "nosa-jax[cli]", or pip install ".[cli]" in a checkout'
+    )
     monkeypatch.undo()
     monkeypatch.setitem(EXTRAS, "plots", Extra("figures", ("no_such_module",)))
     monkeypatch.setitem(EXTRAS, "hf", Extra("checkpoints", ("no_such_other",)))

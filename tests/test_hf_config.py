@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nosa_jax.config import AttentionConfig, RopeConfig
-from nosa_jax.hf.config_json import parse_config, render_config
+from nosa_jax.hf.config_json import parse_config, read_config_json, render_config
 from nosa_jax.presets import nosa_8b, tiny
 
 LLAMA = {
@@ -181,3 +181,182 @@ def test_the_written_form_has_every_key_that_llama_code_reads():
         "transformers_version",
     }
     assert published.keys() - optional <= render_config(tiny(), "float32").keys()
+
+
+LONG = {"rope_type": "longrope", "original_max_position_embeddings": 1024, **FACTORS}
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"factor": 4.0},
+        {"rope_type": None, "factor": 4.0},
+        {"rope_type": "default", "factor": 4.0},
+        {"rope_type": "default", "attention_factor": 1.5},
+        {"rope_type": "default", **FACTORS},
+        {"rope_type": "default", "type": "linear"},
+        {"rope_type": "default", "type": "linear", "factor": 4.0},
+        {"rope_type": "longrope", "type": "yarn", "original_max_position_embeddings": 1024, **FACTORS},
+        {"type": "default", "rope_type": "longrope", "original_max_position_embeddings": 1024, **FACTORS},
+        {"rope_type": ["default"]},
+        {"full_attention": {"rope_type": "default"}, "sliding_attention": {"rope_type": "default"}},
+        [],
+        "linear",
+        4.0,
+        True,
+        LONG | {"short_factor": [[1], [1], [1], [1]]},
+        LONG | {"short_factor": [1, 1, 1, 0]},
+        LONG | {"long_factor": [1, 1, 1, float("nan")]},
+        LONG | {"long_factor": ["1", "1", "1", "1"]},
+        LONG | {"long_factor": {"a": 1}},
+        LONG | {"original_max_position_embeddings": 1},
+        LONG | {"original_max_position_embeddings": 1024.5},
+        LONG | {"original_max_position_embeddings": "1024"},
+        LONG | {"attention_factor": -1},
+        LONG | {"attention_factor": "1.0"},
+        LONG | {"factor": 0},
+        LONG | {"factor": True},
+        LONG | {"rope_theta": 0},
+        LONG | {"rope_theta": -1.0},
+        LONG | {"rope_theta": float("inf")},
+    ],
+    ids=repr,
+)
+def test_rope_that_is_not_understood_is_refused(rope):
+    for key in ("rope_scaling", "rope_parameters"):
+        with pytest.raises(ValueError, match=r"config\.json: .*(rope|original_max_position_embeddings)"):
+            parse(**{key: rope})
+
+
+def test_two_statements_about_rope_must_agree():
+    assert parse(rope_scaling=LONG, rope_parameters={**LONG, "rope_theta": 500000}).rope == LONGROPE
+    for other in (
+        {"rope_type": "yarn", "factor": 2.0},
+        {"rope_type": "default"},
+        {**LONG, "long_factor": [1, 1, 1, 1]},
+    ):
+        with pytest.raises(ValueError, match="rope"):
+            parse(rope_scaling=LONG, rope_parameters=other)
+    with pytest.raises(ValueError, match="original_max_position_embeddings"):
+        parse(rope_scaling=LONG, original_max_position_embeddings=2048)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sliding_window": 1024},
+        {"layer_types": ["sliding_attention", "full_attention", "full_attention"]},
+        {"scale_emb": 12},
+        {"scale_depth": 1.4},
+        {"dim_model_base": 32},
+        {"logit_scale": 0.0625},
+        {"logits_scaling": 8.0},
+        {"embedding_multiplier": 12.0},
+        {"attention_multiplier": 0.0078125},
+        {"residual_multiplier": 0.22},
+        {"final_logit_softcapping": 30.0},
+        {"attn_logit_softcapping": 50.0},
+        {"query_pre_attn_scalar": 256},
+        {"num_experts": 8},
+        {"num_local_experts": 8},
+        {"n_routed_experts": 64},
+        {"kv_lora_rank": 512},
+        {"rope_interleaved": True},
+        {"rope_interleave": True},
+        {"rotary_pct": 0.25},
+        {"rotary_dim": 4},
+        {"no_rope_layers": [1, 0, 1]},
+        {"use_qk_norm": True},
+        {"qk_layernorm": True},
+        {"qkv_bias": True},
+        {"use_parallel_residual": True},
+        {"alibi": True},
+        {"position_embedding_type": "alibi"},
+        {"clip_qkv": 8.0},
+        {"norm_type": "layernorm"},
+        {"hidden_activation": "gelu_pytorch_tanh"},
+        {"is_encoder_decoder": True},
+        {"attention_chunk_size": 8192},
+        {"sparse_config": {"topk": 64}},
+        {"attention_bias": "false"},
+    ],
+    ids=repr,
+)
+def test_keys_of_other_architectures_are_refused_where_they_change_the_maths(changes):
+    (key,) = changes
+    with pytest.raises(ValueError, match=rf"config\.json: .*{key}="):
+        parse(**changes)
+
+
+def test_keys_of_other_architectures_pass_where_they_change_nothing():
+    parse(
+        sliding_window=4096,
+        use_sliding_window=False,
+        max_window_layers=28,
+        layer_types=["full_attention"] * 3,
+        scale_emb=1,
+        dim_model_base=64,
+        scale_depth=math.sqrt(3),
+        logit_scale=1.0,
+        embedding_multiplier=1.0,
+        attention_multiplier=8**-0.5,
+        query_pre_attn_scalar=8,
+        rotary_dim=8,
+        num_experts=0,
+        final_logit_softcapping=None,
+        rope_interleaved=False,
+        no_rope_layers=[1, 1, 1],
+        pretraining_tp=1,
+        attention_dropout=0.0,
+        initializer_range=0.02,
+        a_note_of_my_own={"x": 1},
+    )
+
+
+@pytest.mark.parametrize("key", ["num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"])
+@pytest.mark.parametrize("value", [0, -1, 2.0, True, "8", [8], 10**400], ids=lambda value: f"{value!r:.8}")
+def test_sizes_are_whole_numbers(key, value):
+    with pytest.raises(ValueError, match=rf"config\.json: {key}: must be a whole number") as error:
+        parse(**{key: value})
+    assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rms_norm_eps", None),
+        ("rms_norm_eps", "1e-6"),
+        ("rms_norm_eps", float("nan")),
+        ("rms_norm_eps", -1.0),
+        ("rope_theta", "10000"),
+        ("rope_theta", 0),
+        ("tie_word_embeddings", "false"),
+        ("tie_word_embeddings", 1),
+        ("hidden_size", 65),
+        ("nosa_attention", {"block_size": "64"}),
+        ("nosa_attention", {"variant": ["nosa"]}),
+        ("nosa_attention", {"num_local_blocks": 1}),
+    ],
+)
+def test_values_of_the_wrong_kind_are_named(key, value):
+    with pytest.raises(ValueError, match=rf"config\.json: .*{key}"):
+        parse(**{key: value})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"a": ' + "9" * 6000 + "}",
+        '{"a": ' * 10**5,
+        "[" * 10**5,
+        '"llama"',
+        "\udcff",
+        "",
+    ],
+    ids=["digits", "nested", "lists", "string", "bytes", "empty"],
+)
+def test_json_that_cannot_be_read_is_named(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=r"config\.json: must (be valid JSON|hold a JSON object)") as error:
+        read_config_json(tmp_path)
+    assert len(str(error.value)) < 400

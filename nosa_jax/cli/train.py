@@ -12,6 +12,7 @@ from nosa_jax._extras import require_extras
 from nosa_jax.cli.plan import PresetName, preset
 from nosa_jax.cli.terminal import facts, heading, working
 from nosa_jax.config import Variant
+from nosa_jax.hf import ByteTokenizer
 from nosa_jax.hf.save import check_folder
 from nosa_jax.train import Corpus, OptimizerConfig, TrainConfig
 
@@ -96,7 +97,7 @@ class Train:
         facts([("text", describe(corpus)), ("folder", out)])
         result = train.train(config, corpus, out, resume=self.resume)
         with working("writing the model"):
-            nosa_jax.save_pretrained(result.model, out / "model")
+            nosa_jax.save_pretrained(result.model, out / "model", tokenizer=ByteTokenizer())
         heading(f"{'Interrupted' if result.interrupted else 'Done'} after step {result.step}")
         loss = f"{result.evaluations[-1]['bits_per_byte']:.4f} bits per byte" if result.evaluations else "not evaluated"
         facts(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,16 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+from nosa_jax._paths import user_path
 from nosa_jax.attention.importance import Importance
 from nosa_jax.config import ModelConfig, Variant
-from nosa_jax.hf.config_json import parse_config, read_config_json
+from nosa_jax.hf.config_json import ATTENTION_KEY, parse_config, read_config_json, unused
 from nosa_jax.hf.files import CheckpointFiles, TensorInfo
+from nosa_jax.hf.folder import TEXT_FILES, read_whole
 from nosa_jax.hf.keymap import Piece, model_pieces
 from nosa_jax.model import NosaLM
-from pallas_kernels.checks import bad_value
+from nosa_jax.origin import Origin
+from pallas_kernels.checks import bad_type, bad_value
 
 DTYPES = ("float32", "bfloat16", "float16")
 _STORED_DTYPES = ("F32", "BF16", "F16", "F64")
@@ -41,26 +45,41 @@ def from_pretrained(
     attention: fields of AttentionConfig to change, e.g. `{"num_selected_blocks": 32}`. The released NOSA checkpoints
         do not store theirs: the defaults of AttentionConfig are theirs.
 
-    The host holds one parameter at a time beside what is already on the device.
+    The model remembers what else the folder says (`model.origin`; `model.stop_tokens` are its end-of-text ids), and
+    save_pretrained writes it. The host holds one parameter at a time beside what is already on the device. A folder
+    that a writer replaces meanwhile is read again: the model is of one state of it.
 
     Raises FileNotFoundError where files are missing, ImportError without the extra `hf`, ValueError for an unreadable
-    file, for a config.json that asks for other maths, and for tensors that do not fit (all of them are listed).
+    file, for a config.json that asks for other maths, and for tensors that do not fit (all of them are listed), and
+    TypeError for arguments of other types. Warns where a Llama asked for as sparse is too short to be it.
     """
-    folder = Path(path)
+    folder = user_path("path", path)
     want = check_dtype(dtype)
+    if not isinstance(attention, dict | None):
+        raise bad_type("attention", "must be a dict of fields of AttentionConfig", f"{attention!r:.60}", "Pass a dict.")
     overrides = dict(attention or {})
     if variant is not None:
         if overrides.get("variant", variant) != variant:
             raise bad_value("variant", f"must agree with attention={overrides}", repr(variant), "Give it once.")
         overrides["variant"] = variant
+    return read_whole(folder, lambda: _load(folder, want, overrides))
+
+
+def _load(folder: Path, dtype: np.dtype, overrides: dict[str, Any]) -> NosaLM:
     raw = read_config_json(folder)
     files = CheckpointFiles(folder)
     has_importance = any(name.endswith(("self_attn.A", "self_attn.delta.weight")) for name in files.infos)
     config = parse_config(raw, overrides=overrides, has_importance=has_importance)
+    if config.num_layers > len(files.infos):  # before a list of all that they would hold
+        rule = f"must fit the {len(files.infos)} tensors of {folder}"
+        remedy = "Check that config.json and the weights belong together."
+        raise bad_value("config.json: num_hidden_layers", rule, config.num_layers, remedy)
+    if ATTENTION_KEY not in raw and "variant" in overrides:
+        _warn_if_dense(config)
     fresh = config.attention.uses_importance and not has_importance and "variant" in overrides
     pieces = model_pieces(config, importance=config.attention.uses_importance and not fresh)
     _check_tensors(folder, config, pieces, files)
-    model = nnx.eval_shape(lambda: NosaLM(config, rngs=nnx.Rngs(0), dtype=want))
+    model = nnx.eval_shape(lambda: NosaLM(config, rngs=nnx.Rngs(0), dtype=dtype))
     for target, parts in _by_target(pieces).items():
         variable = operator.attrgetter(target)(model)
         buffer = np.empty(variable.shape, variable.dtype)
@@ -72,14 +91,32 @@ def from_pretrained(
         model.layers.attention.importance = Importance(
             config.num_layers, config.num_kv_heads, config.head_dim, rngs=nnx.Rngs(0)
         )
+    texts = {name: (folder / name).read_bytes() for name in TEXT_FILES if (folder / name).is_file()}
+    model.origin = Origin(unused(raw), texts)
     return model
 
 
-def check_dtype(dtype: DTypeLike) -> np.dtype:
-    """The numpy dtype of weights; raises ValueError for one that weights cannot have."""
-    want = jnp.dtype(dtype)
+def _warn_if_dense(config: ModelConfig) -> None:
+    attention = config.attention
+    reach = attention.num_selected_blocks * attention.block_size
+    if attention.is_sparse and config.max_context <= reach:
+        warnings.warn(
+            f"variant: nothing is sparse: {attention.variant!r} selects {attention.num_selected_blocks} blocks of "
+            f"{attention.block_size} tokens, and max_position_embeddings = {config.max_context} is at most their "
+            f"{reach} tokens. Lower num_selected_blocks or block_size with attention={{...}}.",
+            stacklevel=5,
+        )
+
+
+def check_dtype(dtype: Any) -> np.dtype:
+    """The numpy dtype of weights; raises ValueError for one that weights cannot have, TypeError for what is none."""
+    rule, remedy = f"must be one of {DTYPES}", "Use jnp.float32 or jnp.bfloat16."
+    try:
+        want = jnp.dtype(dtype)
+    except TypeError:
+        raise bad_type("dtype", rule, f"{dtype!r:.60}", remedy) from None
     if want.name not in DTYPES:
-        raise bad_value("dtype", f"must be one of {DTYPES}", want.name, "Use jnp.float32 or jnp.bfloat16.")
+        raise bad_value("dtype", rule, want.name, remedy)
     return want
 
 

@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import math
 import operator
 import os
-import shutil
-import uuid
+import warnings
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from jax.typing import DTypeLike
 
 from nosa_jax._extras import import_extra
-from nosa_jax.hf.config_json import CONFIG_NAME, render_config
-from nosa_jax.hf.files import INDEX_NAME, SINGLE_NAME
+from nosa_jax._json import parse_object
+from nosa_jax._paths import user_path
+from nosa_jax.hf.config_json import MODEL_TYPES, render_config, unused
+from nosa_jax.hf.folder import (
+    INDEX_NAME,
+    PARTIAL,
+    SINGLE_NAME,
+    TEXT_FILES,
+    TOKENIZER_FILES,
+    locked,
+    partial_folder,
+    swap_in,
+)
 from nosa_jax.hf.keymap import Piece, model_pieces
 from nosa_jax.hf.load import check_dtype
+from nosa_jax.hf.tokenizer import ByteTokenizer, FileTokenizer
 from nosa_jax.model import NosaLM
-from pallas_kernels.checks import bad_type, bad_value
+from nosa_jax.origin import CONFIG_NAME
+from pallas_kernels.checks import bad_type, require_int
 
 
 def save_pretrained(
@@ -30,59 +42,98 @@ def save_pretrained(
     dtype: DTypeLike | None = None,
     *,
     max_shard_bytes: int = 5 * 2**30,
+    tokenizer: ByteTokenizer | FileTokenizer | None = None,
 ) -> None:
-    """Writes `model` to the folder `path`: a Hugging Face Llama config.json and safetensors.
+    """Writes `model` to the folder `path`: a Hugging Face config.json and safetensors.
 
     dtype: of the weights in the files; None keeps the model's. Importance (A and delta) is written in that dtype where
         this loses nothing, else in float32.
     max_shard_bytes: larger models are split into files of at most this size (a larger tensor gets a file of its own).
+    tokenizer: is written as tokenizer.json, so that the folder says what its tokens are.
 
-    `path` may be new, an empty folder, or a folder with a Llama checkpoint, whose config and safetensors are then
-    replaced while its other files (a tokenizer, say) stay. Anything else is refused. All files are written beside
-    `path` first and moved there at the end, so a failure leaves `path` as it was.
+    A `full` model is a Llama to every library. The others are of the type `nosa_llama`, which libraries that do not
+    know it refuse: as a Llama they would compute something else.
+
+    What the folder that `model` was loaded from says beyond the model (end-of-text ids and other keys of config.json,
+    generation_config.json, the tokenizer's files) is written too.
+
+    `path` may be new, an empty folder, or a folder with a Llama or NOSA checkpoint, whose config and safetensors are
+    then replaced while its other files (a tokenizer, say) stay. Anything else is refused. All files are written to a
+    hidden folder first, inside `path` or, where that is new, beside it, and moved at the end: a failure leaves `path`
+    as it was, and of two who write at once the last one wins whole.
 
     Raises FileExistsError for a `path` that is refused, ImportError without the extra `hf`, TypeError and ValueError
-    for bad arguments.
+    for bad arguments. Warns where a tokenizer in `path` differs from the model's.
     """
     if not isinstance(model, NosaLM):
         raise bad_type("model", "must be a NosaLM", type(model).__name__, "Pass the model itself, not its state.")
-    if max_shard_bytes < 1:
-        raise bad_value("max_shard_bytes", "must be >= 1", max_shard_bytes, "The default is 5 GiB.")
+    require_int("max_shard_bytes", max_shard_bytes, 1)
+    if not isinstance(tokenizer, ByteTokenizer | FileTokenizer | None):
+        raise bad_type("tokenizer", "must be a tokenizer of nosa_jax.hf", f"{tokenizer!r:.60}", "Use ByteTokenizer().")
     weights_dtype = check_dtype(model.embed[...].dtype if dtype is None else dtype)
-    folder = Path(path).resolve()
-    _refuse_foreign(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.partial-{uuid.uuid4().hex[:8]}")
-    partial.mkdir()
-    try:
-        _write(model, partial, weights_dtype, max_shard_bytes)
-        _swap_in(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    folder = user_path("path", path).resolve()
+    replaced = _replaced_config(folder)
+    config = render_config(model.config, weights_dtype.name, _carried_keys(model, replaced))
+    texts = _carried_files(model, folder)
+    if tokenizer is not None:
+        texts["tokenizer.json"] = tokenizer.to_json().encode()
+    with partial_folder(folder) as partial:
+        _write(model, partial, weights_dtype, max_shard_bytes, config)
+        for name, data in texts.items():
+            (partial / name).write_bytes(data)
+        swap_in(partial, folder)
 
 
 def check_folder(path: str | os.PathLike[str]) -> None:
     """Raises FileExistsError where `save_pretrained` would refuse `path`, before there is anything to lose."""
-    _refuse_foreign(Path(path).expanduser().resolve())
+    _replaced_config(user_path("path", path).resolve())
 
 
-def _refuse_foreign(folder: Path) -> None:
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
+def _replaced_config(folder: Path) -> dict[str, Any]:
+    """The config.json that is replaced, empty without one. Raises FileExistsError for a folder of something else."""
+    if not folder.exists():
+        return {}
     try:
-        ours = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["model_type"] == "llama"
-    except (OSError, ValueError, KeyError, TypeError):
-        ours = False
-    if not ours:
+        with locked(folder, shared=True):  # never while another writer moves its files in
+            if all(name.startswith(PARTIAL) for name in os.listdir(folder)):
+                return {}
+            raw = parse_object(CONFIG_NAME, (folder / CONFIG_NAME).read_bytes())
+    except (OSError, ValueError):
+        raw = {}
+    if raw.get("model_type") not in MODEL_TYPES:
         raise FileExistsError(
-            f"path: must be new, empty, or a folder with a Llama checkpoint to replace, got {folder}. "
+            f"path: must be new, empty, or a folder with a Llama or NOSA checkpoint to replace, got {folder}. "
             "Choose another path or empty that folder."
         )
+    return raw
 
 
-def _write(model: NosaLM, folder: Path, dtype: np.dtype, max_shard_bytes: int) -> None:
+def _carried_keys(model: NosaLM, replaced: dict[str, Any]) -> dict[str, Any]:
+    """Keys of config.json: those that the model came with, over those that stand in its place now."""
+    # In another vocabulary the same ids are other tokens.
+    same = replaced.get("vocab_size") == model.config.vocab_size
+    return {**(unused(replaced) if same else {}), **model.origin.config}
+
+
+def _carried_files(model: NosaLM, folder: Path) -> dict[str, bytes]:
+    """Text files that the model came with, but for those that `folder` has: a tokenizer is kept or taken as a whole."""
+    files = model.origin.files
+    kept = {name for name in TEXT_FILES if (folder / name).is_file()}
+    other = sorted(name for name in kept & files.keys() if (folder / name).read_bytes() != files[name])
+    if other:
+        warnings.warn(
+            f"path: {folder} keeps its own {', '.join(other)}, which the model did not come with. "
+            "Remove them before saving if the model's are meant.",
+            stacklevel=3,
+        )
+    if kept & set(TOKENIZER_FILES):
+        kept.update(TOKENIZER_FILES)
+    return {name: data for name, data in files.items() if name not in kept}
+
+
+def _write(model: NosaLM, folder: Path, dtype: np.dtype, max_shard_bytes: int, config: dict[str, Any]) -> None:
     config_file = folder / CONFIG_NAME
-    config_file.write_text(json.dumps(render_config(model.config, dtype.name), indent=2) + "\n", encoding="utf-8")
+    config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     importance = model.layers.attention.importance is not None
     dtypes = {
         piece: _importance_dtype(model, piece, dtype) if piece.is_importance else dtype
@@ -134,31 +185,3 @@ def _split(dtypes: dict[Piece, np.dtype], limit: int) -> list[list[Piece]]:
         shards[-1].append(piece)
         size += _num_bytes(piece, dtype)
     return shards
-
-
-def _swap_in(partial: Path, folder: Path) -> None:
-    """Puts `partial` in the place of `folder`, taking over the files of `folder` that are not weights."""
-    if not folder.exists():
-        partial.rename(folder)
-        return
-    shutil.copytree(folder, partial, dirs_exist_ok=True, symlinks=True, ignore=_replaced, copy_function=_link)
-    old = partial.with_name(f"{partial.name}.old")
-    folder.rename(old)
-    try:
-        partial.rename(folder)
-    except BaseException:
-        old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _replaced(directory: str, names: list[str]) -> set[str]:
-    patterns = (CONFIG_NAME, SINGLE_NAME, INDEX_NAME, "model-*-of-*.safetensors")
-    return {name for name in names for pattern in patterns if fnmatch.fnmatch(name, pattern)}
-
-
-def _link(source: str, destination: str) -> None:
-    try:
-        os.link(source, destination)
-    except OSError:  # a file system without hard links
-        shutil.copy2(source, destination)

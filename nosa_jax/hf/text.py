@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-from pathlib import Path
 
+from nosa_jax._json import parse_object
+from nosa_jax.hf.folder import TOKENIZER_FILES, existing_folder
 from nosa_jax.hf.tokenizer import ByteTokenizer, FileTokenizer
+from nosa_jax.origin import CONFIG_NAME, GENERATION_NAME, end_of_text
 from pallas_kernels.checks import bad_value
 
 Tokenizer = ByteTokenizer | FileTokenizer
@@ -16,34 +17,44 @@ Tokenizer = ByteTokenizer | FileTokenizer
 def load_tokenizer(path: str | os.PathLike[str], vocab_size: int) -> Tokenizer:
     """The tokenizer.json of the folder `path`, or bytes for a vocabulary of 256.
 
-    Raises ValueError where neither fits.
+    Raises ValueError where neither fits, FileNotFoundError where there is no such folder.
     """
-    if (Path(path) / "tokenizer.json").is_file():
-        return FileTokenizer(path)
-    if vocab_size != ByteTokenizer.vocab_size:
+    folder = existing_folder(path)
+    if (folder / "tokenizer.json").is_file():
+        return FileTokenizer(folder)
+    others = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    if vocab_size != ByteTokenizer.vocab_size or others:
         raise bad_value(
             "path",
             f"must hold a tokenizer.json for a vocabulary of {vocab_size} (256 would be bytes)",
-            path,
-            "Copy it from the original checkpoint.",
+            f"{folder}" + (f" with {', '.join(others)}" if others else ""),
+            "Copy it from the original checkpoint; for a model of bytes write ByteTokenizer().to_json() there.",
         )
     return ByteTokenizer()
 
 
 def stop_tokens(path: str | os.PathLike[str]) -> tuple[int, ...]:
-    """The end-of-text ids that generation_config.json or config.json of the folder `path` name; empty for none."""
-    for name in ("generation_config.json", "config.json"):
-        file = Path(path) / name
+    """The end-of-text ids that generation_config.json or config.json of the folder `path` name; empty for none.
+
+    `model.stop_tokens` are those of the folder that a model was loaded from.
+
+    Raises FileNotFoundError where there is no such folder, ValueError for a damaged file.
+    """
+    for name in (GENERATION_NAME, CONFIG_NAME):
+        file = existing_folder(path) / name
         if file.is_file():
-            ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-            if ids is not None:
-                return tuple(ids) if isinstance(ids, list) else (ids,)
+            ids = end_of_text(str(file), parse_object(str(file), file.read_bytes()))
+            if ids:
+                return ids
     return ()
 
 
 @dataclasses.dataclass
 class GrowingText:
-    """Turns tokens into text piece by piece: a character is held back until all of its tokens are there.
+    """Turns tokens into text piece by piece; all pieces together are what the tokens decode to.
+
+    A character is held back until all of its tokens are there, and byte-fallback tokens until their run is over: a
+    byte that does not fit would change the text of all of them.
 
     tokens: what is on the screen already, the prompt say; it decides whether a word gets its leading space.
     """
@@ -53,22 +64,42 @@ class GrowingText:
 
     def __post_init__(self) -> None:
         self.tokens = list(self.tokens)
-        self._shown = len(self.tokens)
-        self._context = max(self._shown - 1, 0)  # decoding starts here: one piece back is enough
+        self._restart()
 
     def add(self, token: int) -> str:
         """The text that is complete now and was not before."""
         self.tokens.append(token)
-        return self._advance(final=False)
+        return "" if self._is_open(token) else self._advance(final=False)
 
     def finish(self) -> str:
         """What is still held back, incomplete characters as U+FFFD."""
         return self._advance(final=True)
+
+    def _restart(self) -> None:
+        """All tokens are shown. Decoding starts again as late as the text does not depend on what was before."""
+        self._shown = len(self.tokens)
+        self._context = max(self._shown - 1, 0)
+        while self._context > 0 and not self._may_start_at(self._context):
+            self._context -= 1
+
+    def _may_start_at(self, start: int) -> bool:
+        if self.tokens[start] in self.tokenizer.fallback_ids:
+            return False
+        # Nothing: a decoder may drop the space that comes next. U+FFFD: the second half of a character.
+        return not self.tokenizer.decode(self.tokens[start : self._shown]).startswith(("\ufffd",)) and bool(
+            self.tokenizer.decode([self.tokens[start]])
+        )
+
+    def _is_open(self, token: int) -> bool:
+        """Whether the text so far may yet change: after one byte of a run, or after a token that has no text."""
+        return token in self.tokenizer.fallback_ids or not self.tokenizer.decode([token])
 
     def _advance(self, final: bool) -> str:
         before = self.tokenizer.decode(self.tokens[self._context : self._shown])
         after = self.tokenizer.decode(self.tokens[self._context :])
         if after.endswith("\ufffd") and not final:
             return ""
-        self._context, self._shown = self._shown, len(self.tokens)
+        if not after.startswith(before):
+            before = before.rstrip("\ufffd")  # half a character then, a whole one now
+        self._restart()
         return after[len(before) :]

@@ -98,6 +98,7 @@ def train(
         )
     # Committed to its device as restored arrays are: otherwise the step would compile twice.
     state = jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding), init_state(model, config.optimizer))
+    origin = model.origin
     del model
 
     with contextlib.ExitStack() as stack:
@@ -123,6 +124,7 @@ def train(
         run.start()
         run.advance(stop)
         run.finish(interrupted=stop.is_set())
+        run.state.model.origin = origin  # the compiled step may be that of a run with another
         return TrainResult(run.state.model, run.step, run.history, run.evaluations, root, run.step < config.steps)
 
 

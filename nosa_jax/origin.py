@@ -1,0 +1,57 @@
+"""What the folder that a model was loaded from says beside the model itself."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from nosa_jax._json import parse_object
+from pallas_kernels.checks import bad_value
+
+GENERATION_NAME = "generation_config.json"
+CONFIG_NAME = "config.json"
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Origin:
+    """Kept on a model, so that saving it carries everything along; a part of its structure, no leaf.
+
+    config: the keys of config.json that we do not use.
+    files: contents of generation_config.json and of the tokenizer's files, by name.
+
+    All origins are equal: models of one configuration have one tree structure and share compiled functions, wherever
+    they come from. (So a jitted function that returns a model gives it the origin that the first one traced had.)
+    """
+
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Origin)
+
+    def __hash__(self) -> int:
+        return hash(Origin)
+
+    def __repr__(self) -> str:
+        return f"Origin({', '.join([*self.config, *self.files])})"
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """The end-of-text ids of generation_config.json or, where it names none, of config.json."""
+        generation = self.files.get(GENERATION_NAME, b"{}")
+        ids = end_of_text(GENERATION_NAME, parse_object(GENERATION_NAME, generation))
+        return ids or end_of_text(CONFIG_NAME, self.config)
+
+
+def end_of_text(source: str, raw: Mapping[str, Any]) -> tuple[int, ...]:
+    """The ids under `eos_token_id`, one or a list of them; empty where there are none. source: the file, for messages.
+
+    Raises ValueError where they are no token ids.
+    """
+    stored = raw.get("eos_token_id")
+    ids = stored if isinstance(stored, list) else [] if stored is None else [stored]
+    if not all(type(token) is int and 0 <= token < 2**31 for token in ids):
+        rule = "must be a token id or a list of them"
+        raise bad_value(f"{source}: eos_token_id", rule, f"{stored!r:.60}", "Correct or remove it.")
+    return tuple(ids)
