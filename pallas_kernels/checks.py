@@ -72,7 +72,7 @@ def as_integers(argument: str, value: Any) -> jax.Array:
         least, most = int(value.min()), int(value.max())
         if least < limits.min or most > limits.max:
             raise bad_value(argument, "values must fit in int32", f"{least} to {most}", "Check the values.")
-    return jnp.asarray(value, jnp.int32)
+    return jnp.asarray(value.astype(np.int32) if isinstance(value, np.ndarray) else value, jnp.int32)
 
 
 def _as_numpy(argument: str, value: Any) -> np.ndarray:

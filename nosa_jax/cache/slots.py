@@ -21,7 +21,8 @@ class SlotTable(NamedTuple):
     blocks: Int32[Array, "... slots"]
     last_used: Int32[Array, "... slots"]
 
-    __repr__ = short_repr
+    def __repr__(self) -> str:
+        return short_repr(self)
 
 
 class Resolution(NamedTuple):
@@ -32,7 +33,8 @@ class Resolution(NamedTuple):
     slots: Int32[Array, "... J"]
     missing: Bool[Array, "... J"]
 
-    __repr__ = short_repr
+    def __repr__(self) -> str:
+        return short_repr(self)
 
 
 def empty_table(shape: tuple[int, ...]) -> SlotTable:

@@ -25,7 +25,8 @@ class PooledCache(NamedTuple):
     pooled: Float[Array, "L B K C D"]
     sums: Float[Array, "L B K 2 D"]
 
-    __repr__ = short_repr
+    def __repr__(self) -> str:
+        return short_repr(self)
 
 
 @pytree_dataclass

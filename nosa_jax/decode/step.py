@@ -45,12 +45,11 @@ def decode_step(model: NosaLM, state: DecodeState, tokens: IntegersLike) -> tupl
     tokens = layout.as_tokens(tokens, model.config.vocab_size, rank=1)
     checks.check_state(model, state, tokens.shape[0])
     checks.check_room(state, 1)
-    model, state, tokens = checks.untransformed((model, state, tokens))
-    state, out = run_step(model, state, tokens)
+    state, out = run_step(*checks.untransformed((model, state, tokens)))
     return state, out.logits
 
 
-def jit_decode_step(model: NosaLM, state: DecodeState, tokens: ArrayLike) -> tuple[DecodeState, Float[Array, "B V"]]:
+def jit_decode_step(model: NosaLM, state: DecodeState, tokens: IntegersLike) -> tuple[DecodeState, Float[Array, "B V"]]:
     """`decode_step` compiled with the options that it needs, the state donated: go on with the state that it returns.
 
     The state passed in is gone afterwards. A row that is already `max_length` long stays as it is and its logits mean
@@ -59,7 +58,7 @@ def jit_decode_step(model: NosaLM, state: DecodeState, tokens: ArrayLike) -> tup
     checks.check_model(model)
     tokens = layout.as_tokens(tokens, model.config.vocab_size, rank=1)
     checks.check_state(model, state, tokens.shape[0])
-    return _donating_step(model, state, tokens)
+    return _donating_step(*checks.untransformed((model, state, tokens)))
 
 
 @program(donate_argnames="state")
