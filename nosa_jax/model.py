@@ -136,9 +136,11 @@ def forward(
     """Runs whole rows without a cache: training and evaluation. Same as `model(tokens, ...)`.
 
     tokens: int [B, T], right-padded where `lengths` [B] says so; padded positions give finite logits and ids of -1.
-    segment_ids: int [B, T] for rows that pack several documents, each starting on a block boundary; -1 marks padding
-        (0 inside another document's last block too). Each document is computed as if it were alone. Ids need not
-        ascend: a new one starts a document. With `lengths` too, tokens from there on are padding.
+    segment_ids: int [B, T] for rows that pack several documents: each run of one id is a document of its own, starts
+        on a block boundary and is computed as if it were alone. Ids need not ascend. -1 marks padding, and so does a
+        run of 0 that starts inside a block after a document counted from 1. Padding ends its document: the same id
+        after it is a new document. With `lengths` too, tokens from there on are padding. Under jit, where values
+        cannot be checked, a run that starts inside a block is padding.
     block_ids: int [L, B, K, T, J] from an earlier call with `record`, used instead of selecting.
     remat: recompute each layer, but not its selection, in the backward pass instead of keeping its activations.
     Raises ValueError or TypeError for wrong shapes and dtypes, and for wrong values outside `jax.jit`.
@@ -152,7 +154,7 @@ def forward(
     if segment_ids is None:
         rows = layout.row_layout(tokens, lengths)
     else:
-        segment_ids = layout.as_segment_ids(segment_ids, tokens.shape, config.attention.block_size)
+        segment_ids = layout.as_segment_ids(segment_ids, tokens.shape, config.attention.block_size, lengths)
         rows = layout.packed_layout(segment_ids, lengths, config.attention.block_size)
     forced_block_ids = as_block_ids(config, block_ids, rows.positions)
 

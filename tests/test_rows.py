@@ -192,16 +192,6 @@ ALL_ROWS = {name: row[:2] for name, row in (UNUSUAL_ROWS | MISALIGNED_ROWS).item
 BEYOND = [0] * 32 + [1] * 8 + [2] * 3 + [0] * 21, [(0, 32), (32, 5)]  # of a row that is 37 long
 
 
-WRONG = (
-    "padding in the middle",
-    "0 in the middle of document 1",
-    "0 after document 1 to the end",
-    "goes on inside the block",
-    "0 inside document 1",
-    "starts inside a block",
-)
-
-
 @functools.cache
 def unusual_rows():
     """Tokens, the same with others at padded places, which places are real, and the forward pass of both."""
@@ -219,10 +209,8 @@ def unusual_rows():
 
 
 @pytest.mark.parametrize("case", [*ALL_ROWS, "beyond the length"])
-def test_padding_ends_its_document(case, request):
+def test_padding_ends_its_document(case):
     """Documents are what they are alone, and tokens at padded places, which have no ids, move nothing."""
-    if case in WRONG:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="padding inside a document is attended to"))
     tokens, real, packed, moved = unusual_rows()
     row = [*ALL_ROWS, "beyond the length"].index(case)
     for start, length in ALL_ROWS.get(case, BEYOND)[1]:
@@ -238,9 +226,7 @@ def test_padding_ends_its_document(case, request):
 
 
 @pytest.mark.parametrize("case", ALL_ROWS)
-def test_documents_start_on_block_boundaries(case, request):
-    if case in ("goes on inside the block", "0 inside document 1"):
-        request.applymarker(pytest.mark.xfail(strict=True, reason="padding inside a document is attended to"))
+def test_documents_start_on_block_boundaries(case):
     segments = np.array([ALL_ROWS[case][0]])
     if case in UNUSUAL_ROWS:
         as_segment_ids(segments, (1, 64), SMALL.block_size)
@@ -250,12 +236,10 @@ def test_documents_start_on_block_boundaries(case, request):
         as_segment_ids(segments, (1, 64), SMALL.block_size)
 
 
-@pytest.mark.xfail(strict=True, reason="padding inside a document is attended to")
 def test_segments_beyond_the_length_may_be_anything():
     as_segment_ids(np.array([BEYOND[0]]), (1, 64), SMALL.block_size, jnp.array([37], jnp.int32))
 
 
-@pytest.mark.xfail(strict=True, reason="padding inside a document is attended to")
 def test_gradients_do_not_reach_padding():
     """What stands at padded places moves no gradient of the layers either."""
     model = lively_model(small_config())
