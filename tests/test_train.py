@@ -254,9 +254,7 @@ def test_a_checkpoint_of_another_layout_of_the_weights_is_refused(tmp_path):
     assert meta.pop("layout") == 2
     for content, layout in ((meta, 1), (meta | {"layout": 3}, 3)):
         file.write_text(json.dumps(content))
-        refused = (
-            rf"directory: must hold weights of layout 2, got layout {layout} in .*Save it as a Hugging Face"
-        )
+        refused = rf"directory: must hold weights of layout 2, got layout {layout} in .*Save it as a Hugging Face"
         with pytest.raises(ValueError, match=refused):
             train(CONFIG, CORPUS, tmp_path, resume=True, progress=False)
         with pytest.raises(ValueError, match=refused):

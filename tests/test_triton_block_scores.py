@@ -42,7 +42,6 @@ def test_matches_the_reference(name):
     assert_close(scores, definition(inputs, **sizes))
 
 
-@pytest.mark.xfail(strict=True, reason="NaN and infinite scores")
 @pytest.mark.parametrize("name", ["k1_g8_packed", "k2_g4_ragged"])
 def test_nan_is_where_the_definition_has_it(name):
     """In all windows that the query sees, in no others."""

@@ -10,8 +10,7 @@ import numpy as np
 from jaxtyping import Array, Int32
 
 from nosa_jax._pytree import pytree_dataclass
-from pallas_kernels import blocks
-from pallas_kernels.checks import bad_type, bad_value, is_concrete, require_integers, require_shape
+from pallas_kernels.checks import as_integers, bad_value, is_concrete, require_shape
 
 
 @pytree_dataclass
@@ -49,7 +48,7 @@ def packed_layout(segment_ids: Int32[Array, "B T"], lengths: Int32[Array, " B"] 
 
 def as_tokens(tokens: Any, vocab_size: int, *, rank: int = 2, name: str = "tokens") -> Array:
     """int32 tokens of the right rank; values are checked where there are any to look at."""
-    tokens = _as_integers(name, tokens)
+    tokens = as_integers(name, tokens)
     if tokens.ndim != rank:
         letters = {1: "[B]", 2: "[B, T]"}[rank]
         raise bad_value(name, f"must be {letters}", f"shape {tokens.shape}", "Add or drop a batch axis.")
@@ -75,7 +74,7 @@ def as_lengths(
     """int32 lengths [B] between `minimum` and `limit`, or None as given."""
     if lengths is None:
         return None
-    lengths = _as_integers("lengths", lengths)
+    lengths = as_integers("lengths", lengths)
     require_shape("lengths", lengths, (batch,), "[B]")
     if is_concrete(lengths):
         values = np.asarray(jax.device_get(lengths))
@@ -95,7 +94,7 @@ def as_segment_ids(
     segment_ids: Any, shape: tuple[int, ...], block_size: int, lengths: Int32[Array, " B"] | None = None
 ) -> Array:
     """int32 segment ids [B, T] whose documents start on block boundaries; from `lengths` on they may be anything."""
-    segment_ids = _as_integers("segment_ids", segment_ids)
+    segment_ids = as_integers("segment_ids", segment_ids)
     require_shape("segment_ids", segment_ids, shape, "[B, T]")
     if is_concrete(segment_ids, lengths):
         values = np.array(jax.device_get(segment_ids))
@@ -115,21 +114,3 @@ def as_segment_ids(
                 "Pad each document up to a whole block, with segment id -1.",
             )
     return segment_ids
-
-
-def _as_integers(name: str, array: Any) -> Array:
-    if not hasattr(array, "dtype"):
-        try:
-            array = np.asarray(array)
-        except ValueError as error:
-            raise bad_value(
-                name, "must be one rectangular array", f"({error})", "Right-pad the rows and pass lengths."
-            ) from error
-    if not isinstance(array, jax.Array) and array.dtype.kind in "US":
-        raise bad_type(name, "must hold integers", "text", "Encode it with a tokenizer first.")
-    require_integers(name, array)
-    if isinstance(array, np.ndarray) and array.size and array.dtype.itemsize > 4:
-        limits = np.iinfo(np.int32)  # before the cast would wrap them into range
-        if array.max() > limits.max or array.min() < limits.min:
-            raise bad_value(name, "values must fit in int32", f"{array.min()} to {array.max()}", "Check the values.")
-    return jnp.asarray(array, jnp.int32)
