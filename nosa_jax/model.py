@@ -18,7 +18,9 @@ from nosa_jax.attention.layer import SELECTION, Attention
 from nosa_jax.config import ModelConfig
 from nosa_jax.norm import rms_norm
 from pallas_kernels.checks import bad_value, is_concrete, require_integers, require_shape, require_type
+from pallas_kernels.derivatives import reverse_mode_only
 from pallas_kernels.device import current_device
+from pallas_kernels.promotion import usual_promotion
 
 Logits = Literal["all", "last", "none"]
 
@@ -122,6 +124,7 @@ class NosaLM(nnx.Module):
         return rms_norm(x, self.norm[...], self.config.rms_norm_eps)
 
 
+@usual_promotion
 def forward(
     model: NosaLM,
     tokens: ArrayLike,
@@ -143,6 +146,8 @@ def forward(
         cannot be checked, a run that starts inside a block is padding.
     block_ids: int [L, B, K, T, J] from an earlier call with `record`, used instead of selecting.
     remat: recompute each layer, but not its selection, in the backward pass instead of keeping its activations.
+    Differentiable once, in reverse mode, as `block_attention` is. `jax_enable_x64`, `jax_numpy_rank_promotion` and
+    `jax_numpy_dtype_promotion` change nothing, here and in all of decoding and training.
     Raises ValueError or TypeError for wrong shapes and dtypes, and for wrong values outside `jax.jit`.
     """
     require_type("model", model, NosaLM, "Build one with NosaLM(...) or from_pretrained(...).")
@@ -166,7 +171,8 @@ def forward(
     # The selection is kept: it is small, takes no gradient, and making it again would mean all scores again.
     policy = jax.checkpoint_policies.save_only_these_names(SELECTION)
     body = jax.checkpoint(run_layer, policy=policy) if remat else run_layer
-    x, recorded = jax.lax.scan(body, model.embed[...][tokens], (model.layers, forced_block_ids))
+    with reverse_mode_only("forward"):
+        x, recorded = jax.lax.scan(body, model.embed[...][tokens], (model.layers, forced_block_ids))
     hidden = model.final_norm(x)
     if logits == "none":
         return ForwardOutput(None, hidden, recorded)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +12,24 @@ from jaxtyping import Array, Int32
 from pallas_kernels import checks
 from pallas_kernels.checks import bad_type, bad_value, is_concrete, require_floats, require_shape
 
+# With None where there was None, which a type checker is told nothing of: every optional argument would need a cast.
+if TYPE_CHECKING:
+    Arrays = tuple[Array, ...]
+else:
+    Arrays = tuple[Any, ...]
 
-def as_floats(**arrays: Any) -> tuple[Any, ...]:
+
+def as_floats(**arrays: Any) -> Arrays:
     """Each as a JAX array, from NumPy or nested lists too; None stays. Raises TypeError for what holds no floats."""
-    found = {name: x if x is None else _as_array(name, x) for name, x in arrays.items()}
+    found: dict[str, Any] = {name: x if x is None else _as_array(name, x) for name, x in arrays.items()}
     require_floats(**found)
     return tuple(found.values())
 
 
-def as_integers(**arrays: Any) -> tuple[Any, ...]:
+def as_integers(**arrays: Any) -> Arrays:
     """`checks.as_integers` of each; None stays."""
-    return tuple(x if x is None else checks.as_integers(name, x) for name, x in arrays.items())
+    found: list[Any] = [x if x is None else checks.as_integers(name, x) for name, x in arrays.items()]
+    return tuple(found)
 
 
 def as_layer(layer: Any, layers: int | None) -> Int32[Array, ""]:

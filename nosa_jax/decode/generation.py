@@ -25,6 +25,7 @@ from nosa_jax.decode.sampling import Sampling, row_keys, sample
 from nosa_jax.decode.step import StepOutput, run_step
 from nosa_jax.model import NosaLM
 from pallas_kernels.checks import bad_type, bad_value, is_concrete, require_integers, require_shape, require_type
+from pallas_kernels.promotion import usual_promotion
 
 RECORDS = ("logits", "block_ids", "fetched")
 GREEDY = Sampling(temperature=0.0)
@@ -214,6 +215,7 @@ def _on_host(one: Step) -> Step:
 
 
 @functools.partial(jax.jit, static_argnames="options", donate_argnames="loop", compiler_options=COMPILER_OPTIONS)
+@usual_promotion
 def _stream_step(model: NosaLM, request: Request, loop: Loop, *, options: _Options) -> tuple[Loop, Step]:
     return _advance(model, request, loop, options, None, None)
 

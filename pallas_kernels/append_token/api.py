@@ -11,6 +11,7 @@ from pallas_kernels._dispatch import register
 from pallas_kernels.append_token import triton, xla
 from pallas_kernels.append_token.summaries import Summaries
 from pallas_kernels.checks import bad_value, require_int, require_shape, require_type
+from pallas_kernels.promotion import usual_promotion
 
 APPEND_TOKEN = register(
     "append_token", {"xla": xla.append_token, "triton": triton.append_token}, {"triton": triton.unsupported}
@@ -61,6 +62,7 @@ def append_token(
         return APPEND_TOKEN(implementation, qkv, cos, sin, scale, delta, summaries, positions, layer, stride=stride)
 
 
+@usual_promotion
 def append_summaries(
     summaries: Summaries,
     keys: Float[ArrayLike, "B K n D"],

@@ -16,6 +16,7 @@ from pallas_kernels.checks import (
     require_int,
     require_shape,
 )
+from pallas_kernels.derivatives import reverse_mode_only
 
 BLOCK_ATTENTION = register(
     "block_attention",
@@ -55,7 +56,8 @@ def block_attention(
     block_size: P, tokens per block.
     scale: of the logits, a Python number; 1/sqrt(D) by default.
 
-    Returns (out in q's dtype, natural-log lse in float32), differentiable in q, k, v and bias, also through lse.
+    Returns (out in q's dtype, natural-log lse in float32), differentiable in q, k, v and bias, also through lse: once,
+    in reverse mode; `jax.jvp` of `jax.grad` works where "xla" runs.
     Raises ValueError or TypeError for arguments that do not go together.
     """
     q, k, v, bias = as_floats(q=q, k=k, v=v, bias=bias)
@@ -89,5 +91,5 @@ def block_attention(
     if q.size == 0 or tokens == 0:
         return jnp.zeros_like(q), jnp.full(q.shape[:-1], -jnp.inf, jnp.promote_types(q.dtype, jnp.float32))
     settings = xla.Settings(block_size, scale)
-    with jax.named_scope("block_attention"):
+    with jax.named_scope("block_attention"), reverse_mode_only("block_attention"):
         return BLOCK_ATTENTION(implementation, settings, q, k, v, bias, block_ids, positions, first_block)

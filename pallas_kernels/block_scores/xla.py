@@ -36,7 +36,9 @@ def _cached_dot(
 
     def body(piece: Array, logits: Array) -> Array:
         start = jnp.minimum(piece * width, windows - width)  # the last piece overlaps the one before
-        keys = jax.lax.dynamic_slice(pooled_keys, (layer, 0, 0, start, 0), (1, batch, kv_heads, width, dim))[0]
+        keys = jax.lax.dynamic_slice(
+            pooled_keys, blocks.slice_start(layer, 0, 0, start, 0), (1, batch, kv_heads, width, dim)
+        )[0]
         return jax.lax.dynamic_update_slice_in_dim(logits, _dot(q, keys), start, axis=-1)
 
     return jax.lax.fori_loop(0, (reached + width - 1) // width, body, logits)
