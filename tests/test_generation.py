@@ -204,9 +204,9 @@ def test_top_p_keeps_the_fewest_tokens_and_of_equal_ones_the_first():
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0), Sampling(1.0, top_k=3, top_p=0.5)])
 def test_logits_without_a_finite_best_end_the_row(model, tokens, sampling):
     """The second row meets a token whose embedding is NaN; the first has nothing to do with it."""
-    broken = jax.tree.map(lambda x: x, model)
-    broken.lm_head = nnx.Param(model.embed[...].T)  # untied, so that NaN meets only those that read the token
-    broken.config = dataclasses.replace(model.config, tie_embeddings=False)
+    # Untied, so that NaN meets only those that read the token.
+    broken = NosaLM(dataclasses.replace(model.config, tie_embeddings=False), rngs=nnx.Rngs(0))
+    broken.embed[...], broken.layers, broken.lm_head[...] = model.embed[...], model.layers, model.embed[...].T
     bad = int(nosa_jax.generate(model, tokens, LENGTHS, max_new_tokens=4).tokens[1, 2])
     broken.embed[...] = broken.embed[...].at[bad].set(jnp.nan)
     prompt = np.where(tokens[:, :40] == bad, (bad + 1) % 128, tokens[:, :40])
