@@ -164,7 +164,8 @@ def forward(
     block_ids: int [L, B, K, T, J] from an earlier call with `record`, used instead of selecting.
     remat: recompute each layer, but not its selection, in the backward pass instead of keeping its activations.
     Differentiable once, in reverse mode, as `block_attention` is. `jax_enable_x64`, `jax_numpy_rank_promotion` and
-    `jax_numpy_dtype_promotion` change nothing, here and in all of decoding and training.
+    `jax_numpy_dtype_promotion` are supported here, in decoding and in training steps: bits stay as they are, but for
+    the optimizer's own numbers, which have 64 bits where they may.
     Raises ValueError or TypeError for wrong shapes and dtypes, and for wrong values outside `jax.jit`.
     """
     require_type("model", model, NosaLM, "Build one with NosaLM(...) or from_pretrained(...).")

@@ -38,12 +38,11 @@ def test_matches_the_reference(name):
 
 
 @pytest.mark.parametrize("name", ["k1_g8_packed", "k2_g4_ragged"])
-def test_nan_is_where_the_definition_has_it(name):
-    """In all windows that the query sees, in no others."""
-    inputs, sizes = with_nan(inputs_of(name)), options(SMALL[name])
-    expected = definition(inputs, **sizes)
-    assert 0 < np.isnan(expected).mean() < 0.5
-    assert_close(run(inputs, **sizes), expected)
+def test_nan_stays_with_its_query(name):
+    inputs, sizes = inputs_of(name), options(SMALL[name])
+    dirty, untouched = with_nan(inputs)
+    ours, clean = (np.asarray(run(x, **sizes))[untouched] for x in (dirty, inputs))
+    np.testing.assert_array_equal(ours, clean)
 
 
 def test_bfloat16_takes_float32_sums():

@@ -40,8 +40,8 @@ def block_scores(
     layer: which of the L layers of the cache; None for the keys of one layer. One out of range is refused, or means
         nothing where it is traced.
 
-    Returns float32; blocks without any window score -inf. A query whose product with a window that it sees is NaN or
-    inf scores NaN in all windows that it sees, which `select_blocks` ranks lowest. Not differentiable.
+    Returns float32; blocks without any window score -inf. Scores of a query that holds NaN or inf, or sees them in a
+    window, mean nothing, NaN among them; `select_blocks` keeps its forced blocks. Not differentiable.
     Raises ValueError or TypeError for arguments that do not go together.
     """
     q, pooled_keys = as_floats(q=q, pooled_keys=pooled_keys)

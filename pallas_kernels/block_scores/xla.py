@@ -71,7 +71,7 @@ def block_scores(
         top = jnp.max(logits, axis=-1, keepdims=True, initial=jnp.finfo(jnp.float32).min)
         weights = jnp.exp(logits - top)
         total = weights.sum(-1, keepdims=True)
-        scores = jnp.where(visible, weights / jnp.where(total != 0, total, 1), 0).sum(2)
+        scores = (weights / jnp.where(total > 0, total, 1)).sum(2)
         return blocks.pool_windows_to_blocks(scores, first_block, blocks=num_blocks, ratio=block_size // stride)
 
     per_query = 4 * batch * heads * max(windows, 1)
