@@ -26,7 +26,7 @@ demo: $(INSTALLED) ## train and run a tiny model, and show what its cache does
 	$(BIN)/nosa demo
 
 test: $(INSTALLED) ## run all tests (ARGS="..." goes to pytest)
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(INSTALLED) ## check style and types
 	$(BIN)/ruff check .

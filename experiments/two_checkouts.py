@@ -1,12 +1,11 @@
 """Times decoding and reading of two checkouts of this project in turn, in one process on one GPU.
 
-    git worktree add /tmp/before d99d2a7
     python -m experiments.two_checkouts /tmp/before . --output experiments/results/two_checkouts_h100.json
 
-The 8B shape with random weights, bfloat16: decode steps of 16 rows of 16K tokens with 80 slots and selections of
-published locality (`experiments.traces`), `prefill` and `forward` of one row of 32K tokens, and `forward` of `full`.
-Both checkouts run the same inputs, one call after the other, the order changing from repeat to repeat; the first
-repeat is not counted. Says also whether both gave the same bits. Both must have `experiments.decode_throughput`.
+The other checkout is a folder that `git worktree add` makes. The 8B shape, random weights, bfloat16: decode steps of 16
+rows of 16K tokens with 80 slots and selections of published locality (`experiments.traces`), `prefill` and `forward`
+of one row of 32K tokens, and `forward` of `full`. Both run the same inputs, one call after the other, the order
+changing from repeat to repeat; the first repeat is not counted. Says also whether both gave the same bits.
 """
 
 from __future__ import annotations

@@ -1,5 +1,8 @@
 """Native and offloadable sparse attention (NOSA, arXiv 2510.13602) in JAX."""
 
+import importlib
+from typing import TYPE_CHECKING
+
 from nosa_jax import locality, ops, presets
 from nosa_jax.cache.memory import set_host_memory_limit
 from nosa_jax.cache.plan import CacheTooLargeError, Plan, plan
@@ -21,6 +24,17 @@ from nosa_jax.hf import from_pretrained, save_pretrained
 from nosa_jax.locality import Selections
 from nosa_jax.model import ForwardOutput, NosaLM, cast, forward, num_parameters, with_attention
 from pallas_kernels import KernelUnsupportedError
+
+if TYPE_CHECKING:
+    from nosa_jax import plots, train
+else:
+
+    def __getattr__(name):
+        """Rooms that need an extra come when they are asked for: `nosa_jax.train`, `nosa_jax.plots`."""
+        if name in ("plots", "train"):
+            return importlib.import_module(f"nosa_jax.{name}")
+        raise AttributeError(f"module 'nosa_jax' has no attribute {name!r}")
+
 
 __version__ = "0.1.0"
 
@@ -51,10 +65,12 @@ __all__ = [
     "num_parameters",
     "ops",
     "plan",
+    "plots",
     "prefill",
     "presets",
     "save_pretrained",
     "set_host_memory_limit",
     "stream",
+    "train",
     "with_attention",
 ]

@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
-from pallas_kernels.checks import bad_type, bad_value, require_int, require_type
+from pallas_kernels.checks import (
+    bad_type,
+    bad_value,
+    require_bool,
+    require_int,
+    require_number,
+    require_one_of,
+    require_type,
+)
 
 Variant = Literal["full", "infllmv2", "dma", "nosa"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
+_POSITIVE = (1e-38, 1e38)  # what float32 holds above 0
+
+
+def _set(config: Any, **checked: Any) -> None:
+    """Keeps checked values, numbers of Python by now, in a frozen configuration."""
+    for name, value in checked.items():
+        object.__setattr__(config, name, value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +53,7 @@ class AttentionConfig:
     num_query_blocks: int = 15
 
     def __post_init__(self) -> None:
-        if self.variant not in VARIANTS:
-            raise bad_value("AttentionConfig.variant", f"must be one of {VARIANTS}", repr(self.variant), "Pick one.")
+        require_one_of("AttentionConfig.variant", self.variant, VARIANTS)
         for name, minimum in (
             ("block_size", 1),
             ("pooling_window", 2),
@@ -48,7 +63,7 @@ class AttentionConfig:
             ("num_local_blocks", 1),
             ("num_query_blocks", 0),
         ):
-            require_int(f"AttentionConfig.{name}", getattr(self, name), minimum)
+            _set(self, **{name: require_int(f"AttentionConfig.{name}", getattr(self, name), minimum)})
         if self.pooling_window != 2 * self.pooling_stride:
             raise bad_value(
                 "AttentionConfig.pooling_window",
@@ -100,7 +115,13 @@ class AttentionConfig:
 class RopeConfig:
     """Rotary position embedding. Factors apply to `longrope` only, one per pair of dimensions (D/2).
 
+    longrope takes the long factors where `ModelConfig.max_context` exceeds `original_max_context`, else the short ones,
+    for texts of any length. transformers decides by the length of each text: up to the original context it takes the
+    short ones. To compute what it does there, set max_context to original_max_context, and attention_factor to the one
+    of the longer context.
+
     attention_factor: multiplies cos and sin; None derives it from the context lengths.
+    Raises ValueError or TypeError for numbers that are not above 0 in float32.
     """
 
     theta: float = 10000.0
@@ -111,12 +132,17 @@ class RopeConfig:
     attention_factor: float | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in ("plain", "longrope"):
-            raise bad_value(
-                "RopeConfig.kind", "must be 'plain' or 'longrope'", repr(self.kind), "Other kinds are not built."
-            )
-        if not self.theta > 0:
-            raise bad_value("RopeConfig.theta", "must be > 0", self.theta, "10000.0 is usual.")
+        require_one_of("RopeConfig.kind", self.kind, ("plain", "longrope"), "Other kinds are not built.")
+        _set(self, theta=require_number("RopeConfig.theta", self.theta, *_POSITIVE))
+        for name in ("short_factor", "long_factor"):
+            if getattr(self, name) is not None:
+                _set(self, **{name: _factors(f"RopeConfig.{name}", getattr(self, name))})
+        if self.original_max_context is not None:
+            length = require_int("RopeConfig.original_max_context", self.original_max_context, 2)
+            _set(self, original_max_context=length)
+        if self.attention_factor is not None:
+            factor = require_number("RopeConfig.attention_factor", self.attention_factor, *_POSITIVE)
+            _set(self, attention_factor=factor)
         if self.kind == "longrope" and None in (self.short_factor, self.long_factor, self.original_max_context):
             raise bad_value(
                 "RopeConfig",
@@ -124,6 +150,13 @@ class RopeConfig:
                 f"{self.short_factor}, {self.long_factor}, {self.original_max_context}",
                 "Copy them from the checkpoint's config.json.",
             )
+
+
+def _factors(name: str, factors: Any) -> tuple[float, ...]:
+    if isinstance(factors, str) or not isinstance(factors, Iterable):
+        got = f"{factors!r:.60}"
+        raise bad_type(name, "must be a sequence of numbers", got, "Copy it from the checkpoint's config.json.")
+    return tuple(require_number(f"{name}[{i}]", factor, *_POSITIVE) for i, factor in enumerate(factors))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,12 +184,15 @@ class ModelConfig:
     attention: AttentionConfig = AttentionConfig()
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
-            require_int(f"ModelConfig.{name}", getattr(self, name), 1)
-        require_int("ModelConfig.head_dim", self.head_dim, 2)
-        require_int("ModelConfig.max_context", self.max_context, 1)
-        for name in ("qkv_bias", "qk_norm"):
-            require_type(f"ModelConfig.{name}", getattr(self, name), bool, "Pass True or False.")
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
+        for name, minimum in (*((size, 1) for size in sizes), ("head_dim", 2), ("max_context", 1)):
+            _set(self, **{name: require_int(f"ModelConfig.{name}", getattr(self, name), minimum)})
+        _set(self, rms_norm_eps=require_number("ModelConfig.rms_norm_eps", self.rms_norm_eps, 0.0, 1.0))
+        for name in ("tie_embeddings", "qkv_bias", "qk_norm"):
+            _set(self, **{name: require_bool(f"ModelConfig.{name}", getattr(self, name))})
+        require_type("ModelConfig.rope", self.rope, RopeConfig, "Pass RopeConfig(theta=10000.0), for example.")
+        remedy = "Pass AttentionConfig(variant='nosa'), for example."
+        require_type("ModelConfig.attention", self.attention, AttentionConfig, remedy)
         if self.num_heads % self.num_kv_heads:
             raise bad_value(
                 "ModelConfig.num_heads",
@@ -211,8 +247,7 @@ class CacheConfig:
     transport: Literal["auto", "device_put"] = "auto"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.offload, bool):
-            raise bad_type("CacheConfig.offload", "must be a bool", repr(self.offload), "Pass True or False.")
+        _set(self, offload=require_bool("CacheConfig.offload", self.offload))
         if self.slots is not None:
             if not self.offload:
                 raise bad_value(
@@ -221,14 +256,8 @@ class CacheConfig:
                     f"slots={self.slots} with offload=False",
                     "Drop slots or set offload=True.",
                 )
-            require_int("CacheConfig.slots", self.slots, 1)
-        if self.transport not in ("auto", "device_put"):
-            raise bad_value(
-                "CacheConfig.transport",
-                "must be 'auto' or 'device_put'",
-                repr(self.transport),
-                "Use transport='auto'.",
-            )
+            _set(self, slots=require_int("CacheConfig.slots", self.slots, 1))
+        require_one_of("CacheConfig.transport", self.transport, ("auto", "device_put"), "Use transport='auto'.")
 
     def resolve_slots(self, attention: AttentionConfig, num_blocks: int) -> int | None:
         """Blocks in the device pool, or None where the whole cache is on the device.

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int32
 
 from nosa_jax._pytree import pytree_dataclass
@@ -18,8 +17,21 @@ from nosa_jax.attention.layer import SELECTION, Attention
 from nosa_jax.config import ModelConfig
 from nosa_jax.norm import rms_norm
 from nosa_jax.origin import Origin
-from pallas_kernels.checks import bad_value, is_concrete, require_integers, require_shape, require_type
+from pallas_kernels.checks import (
+    IntegersLike,
+    as_float_dtype,
+    as_integers,
+    bad_value,
+    is_concrete,
+    is_tracing,
+    require_bool,
+    require_one_of,
+    require_shape,
+    require_type,
+)
+from pallas_kernels.derivatives import reverse_mode_only
 from pallas_kernels.device import current_device
+from pallas_kernels.promotion import usual_promotion
 
 Logits = Literal["all", "last", "none"]
 
@@ -100,7 +112,7 @@ class NosaLM(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32) -> None:
         require_type("config", config, ModelConfig, "Pass presets.tiny() or a ModelConfig of your own.")
         require_type("rngs", rngs, nnx.Rngs, "Pass nnx.Rngs(0).")
-        dtype = jnp.dtype(dtype)
+        dtype = as_float_dtype("dtype", dtype)
         self.config = config
         self.origin = Origin()
         vocab = (config.vocab_size, config.hidden_size)
@@ -111,7 +123,7 @@ class NosaLM(nnx.Module):
             None if config.tie_embeddings else nnx.Param(0.02 * jax.random.normal(rngs.params(), vocab[::-1], dtype))
         )
 
-    def __call__(self, tokens: ArrayLike, lengths: ArrayLike | None = None, **options: Any) -> ForwardOutput:
+    def __call__(self, tokens: IntegersLike, lengths: IntegersLike | None = None, **options: Any) -> ForwardOutput:
         return forward(self, tokens, lengths, **options)
 
     def logits(self, hidden: Float[Array, "*rest H"]) -> Float[Array, "*rest V"]:
@@ -129,13 +141,14 @@ class NosaLM(nnx.Module):
         return rms_norm(x, self.norm[...], self.config.rms_norm_eps)
 
 
+@usual_promotion
 def forward(
     model: NosaLM,
-    tokens: ArrayLike,
-    lengths: ArrayLike | None = None,
+    tokens: IntegersLike,
+    lengths: IntegersLike | None = None,
     *,
-    segment_ids: ArrayLike | None = None,
-    block_ids: ArrayLike | None = None,
+    segment_ids: IntegersLike | None = None,
+    block_ids: IntegersLike | None = None,
     logits: Logits = "all",
     record: bool = False,
     remat: bool = False,
@@ -143,25 +156,51 @@ def forward(
     """Runs whole rows without a cache: training and evaluation. Same as `model(tokens, ...)`.
 
     tokens: int [B, T], right-padded where `lengths` [B] says so; padded positions give finite logits and ids of -1.
-    segment_ids: int [B, T] for rows that pack several documents, each starting on a block boundary; -1 marks padding
-        (0 inside another document's last block too). Each document is computed as if it were alone. Ids need not
-        ascend: a new one starts a document. With `lengths` too, tokens from there on are padding.
+    segment_ids: int [B, T] for rows that pack several documents: each run of one id is a document of its own, starts
+        on a block boundary and is computed as if it were alone. Ids need not ascend. -1 marks padding, and so does a
+        run of 0 that starts inside a block after a document counted from 1. Padding ends its document: the same id
+        after it is a new document. With `lengths` too, tokens from there on are padding. Under jit, where values
+        cannot be checked, a run that starts inside a block is padding.
     block_ids: int [L, B, K, T, J] from an earlier call with `record`, used instead of selecting.
     remat: recompute each layer, but not its selection, in the backward pass instead of keeping its activations.
+    Differentiable once, in reverse mode, as `block_attention` is. `jax_enable_x64`, `jax_numpy_rank_promotion` and
+    `jax_numpy_dtype_promotion` change nothing, here and in all of decoding and training.
     Raises ValueError or TypeError for wrong shapes and dtypes, and for wrong values outside `jax.jit`.
     """
     require_type("model", model, NosaLM, "Build one with NosaLM(...) or from_pretrained(...).")
     config = model.config
-    if logits not in ("all", "last", "none"):
-        raise bad_value("logits", "must be 'all', 'last' or 'none'", repr(logits), "Pick one.")
+    require_one_of("logits", logits, get_args(Logits))
+    record, remat = require_bool("record", record), require_bool("remat", remat)
     tokens = layout.as_tokens(tokens, config.vocab_size)
     lengths = layout.as_lengths(lengths, tokens.shape[0], tokens.shape[1])
+    if segment_ids is not None:
+        segment_ids = layout.as_segment_ids(segment_ids, tokens.shape, config.attention.block_size, lengths)
+    if block_ids is not None:
+        block_ids = as_block_ids(config, block_ids, _rows(config, tokens, lengths, segment_ids).positions)
+    run = _forward if is_tracing() else _compiled_forward
+    return run(model, tokens, lengths, segment_ids, block_ids, logits=logits, record=record, remat=remat)
+
+
+def _rows(config: ModelConfig, tokens: Array, lengths: Array | None, segment_ids: Array | None) -> layout.Layout:
     if segment_ids is None:
-        rows = layout.row_layout(tokens, lengths)
-    else:
-        segment_ids = layout.as_segment_ids(segment_ids, tokens.shape, config.attention.block_size)
-        rows = layout.packed_layout(segment_ids, lengths, config.attention.block_size)
-    forced_block_ids = as_block_ids(config, block_ids, rows.positions)
+        return layout.row_layout(tokens, lengths)
+    return layout.packed_layout(segment_ids, lengths, config.attention.block_size)
+
+
+def _forward(
+    model: NosaLM,
+    tokens: Int32[Array, "B T"],
+    lengths: Int32[Array, " B"] | None,
+    segment_ids: Int32[Array, "B T"] | None,
+    forced_block_ids: Int32[Array, "L B K T J"] | None,
+    *,
+    logits: Logits,
+    record: bool,
+    remat: bool,
+) -> ForwardOutput:
+    """`forward` of checked input."""
+    config = model.config
+    rows = _rows(config, tokens, lengths, segment_ids)
 
     def run_layer(x: Array, inputs: tuple[Layers, Array | None]) -> tuple[Array, Array | None]:
         layer, forced = inputs
@@ -171,7 +210,8 @@ def forward(
     # The selection is kept: it is small, takes no gradient, and making it again would mean all scores again.
     policy = jax.checkpoint_policies.save_only_these_names(SELECTION)
     body = jax.checkpoint(run_layer, policy=policy) if remat else run_layer
-    x, recorded = jax.lax.scan(body, model.embed[...][tokens], (model.layers, forced_block_ids))
+    with reverse_mode_only("forward"):
+        x, recorded = jax.lax.scan(body, model.embed[...][tokens], (model.layers, forced_block_ids))
     hidden = model.final_norm(x)
     if logits == "none":
         return ForwardOutput(None, hidden, recorded)
@@ -179,6 +219,10 @@ def forward(
         last = jnp.max(rows.positions, axis=1)[:, None, None]
         return ForwardOutput(model.logits(jnp.take_along_axis(hidden, last, axis=1)), hidden, recorded)
     return ForwardOutput(model.logits(hidden), hidden, recorded)
+
+
+# What runs where the caller is not compiled: the next call of the same shapes finds the program of the first.
+_compiled_forward = jax.jit(_forward, static_argnames=("logits", "record", "remat"))
 
 
 def as_block_ids(
@@ -189,11 +233,10 @@ def as_block_ids(
         return None
     if not config.attention.is_sparse:
         raise bad_value(name, "has no meaning for variant 'full'", "an array", "Drop it.")
-    require_integers(name, block_ids)
+    block_ids = as_integers(name, block_ids)
     batch, length = positions.shape
     expected = (config.num_layers, batch, config.num_kv_heads, length, config.attention.num_selected_blocks)
     require_shape(name, block_ids, expected, "[L, B, K, T, J]")
-    block_ids = jnp.asarray(block_ids, jnp.int32)
     if is_concrete(block_ids, positions):
         own = jnp.where(positions >= 0, positions // config.attention.block_size, -1)[None, :, None, :, None]
         before, after = block_ids[..., :-1], block_ids[..., 1:]
@@ -213,6 +256,7 @@ def with_attention(model: NosaLM, **overrides: Any) -> NosaLM:
 
     A variant that needs importance the model does not have gets a fresh one with A = 0.
     """
+    require_type("model", model, NosaLM, "Build one with NosaLM(...) or from_pretrained(...).")
     changed = _shallow_copy(model)
     changed.config = model.config.with_attention(**overrides)
     config = changed.config
@@ -225,6 +269,8 @@ def with_attention(model: NosaLM, **overrides: Any) -> NosaLM:
 
 def cast(model: NosaLM, dtype: Any) -> NosaLM:
     """The model in another dtype for parameters and computation; importance stays float32."""
+    require_type("model", model, NosaLM, "Build one with NosaLM(...) or from_pretrained(...).")
+    dtype = as_float_dtype("dtype", dtype)
     changed = jax.tree.map(lambda x: x.astype(dtype), model)
     if model.layers.attention.importance is not None:
         changed.layers.attention.importance = model.layers.attention.importance

@@ -39,6 +39,11 @@ def current_device() -> Device:
     abstract = jax.sharding.get_abstract_mesh().abstract_device
     if abstract is not None:
         return Device(abstract.platform, abstract.device_kind)
-    chosen = jax.config.jax_default_device
-    device = chosen if isinstance(chosen, jax.Device) else jax.devices(chosen)[0]
+    device = default_device()
     return Device(device.platform, device.device_kind)
+
+
+def default_device() -> jax.Device:
+    """Where JAX puts what is given no other place: `jax_default_device`, else its first device of this process."""
+    chosen = jax.config.jax_default_device
+    return chosen if isinstance(chosen, jax.Device) else jax.local_devices(backend=chosen)[0]

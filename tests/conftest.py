@@ -19,19 +19,48 @@ hypothesis.settings.load_profile("nosa")
 # Outside the checkout, so that a fresh clone finds it; `make clean` empties it.
 COMPILED = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nosa-jax" / "tests"
 
-# Compiled with little effort, which takes a third off their time: they bound the error of a kernel, most of them in an
+# Compiled with little effort, which takes a third off their time: they bound errors, many of them of a kernel in an
 # interpreter that nobody runs. All others, those of bits above all, run what users run.
-_QUICKLY_COMPILED = ("test_triton_", "test_ops_block_attention", "test_ops_append_token", "test_tuning")
+_QUICKLY_COMPILED = (
+    "test_bad_input", "test_bench", "test_docstrings", "test_model", "test_ops_append_token", "test_ops_block_",
+    "test_plan", "test_readme",
+    "test_rows", "test_triton_", "test_tuning",
+)  # fmt: skip
+# Files that take longest are begun first, so that no worker is left alone with one at the end.
+_LONG = ("test_rows", "test_offload", "test_generation", "test_cli", "test_triton_decode", "test_lowering_cuda",
+         "test_model", "test_golden_model", "test_train", "test_readme", "test_docstrings", "test_examples",
+         "test_triton_block_attention", "test_devices")  # fmt: skip
+
+
+def _compile_quickly(quickly: bool) -> None:
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", quickly)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def quickly_compiled(request: pytest.FixtureRequest) -> Iterator[None]:
-    import jax
-
-    quick = request.path.name.startswith(_QUICKLY_COMPILED)
-    jax.config.update("jax_disable_most_optimizations", quick)
+    _compile_quickly(request.path.name.startswith(_QUICKLY_COMPILED))
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    _compile_quickly(False)
+
+
+@pytest.fixture
+def optimized(quickly_compiled: None) -> Iterator[None]:
+    """For a test of bits in a file of quickly compiled ones: what users run."""
+    _compile_quickly(False)
+    yield
+    _compile_quickly(True)
+
+
+@pytest.fixture
+def without_type_checker() -> Iterator[None]:
+    """What users see: our own checks, not the annotations that are switched on under pytest."""
+    import jaxtyping
+
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -50,6 +79,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {f"{name}.py": number for number, name in enumerate(_LONG)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
     marked = [item for item in items if "gpu" in item.keywords]
     if not marked:
         return

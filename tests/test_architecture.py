@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 
+import pallas_kernels
+
 ROOT = Path(__file__).parents[1]
 TOPS = ("pallas_kernels", "nosa_jax", "experiments")
 
 # From the bottom up: a module may import its own floor and those below it.
 FLOORS: list[set[str]] = [
     {"pallas_kernels"},
-    {"nosa_jax._extras", "nosa_jax._json", "nosa_jax._pytree"},
+    {"nosa_jax._extras", "nosa_jax._json", "nosa_jax._paths", "nosa_jax._pytree"},
     {"nosa_jax.config", "nosa_jax.environment", "nosa_jax.origin", "nosa_jax.presets"},
     {"nosa_jax.attention", "nosa_jax.norm", "nosa_jax.rope"},
     {"nosa_jax.model"},
@@ -27,10 +29,10 @@ FLOORS: list[set[str]] = [
     {"nosa_jax.hf", "nosa_jax.locality"},
     {"nosa_jax.train"},
     {"nosa_jax", "nosa_jax.ops", "nosa_jax.plots"},  # what users import
-    {"nosa_jax.cli"},
+    {"nosa_jax.__main__", "nosa_jax.cli"},
     {"experiments"},
 ]
-IMPLEMENTATIONS = {"xla", "triton", "mosaic", "reference"}
+IMPLEMENTATION_MODULES = {*pallas_kernels.IMPLEMENTATIONS, "reference", "vjp"}
 KERNEL_DEPENDENCIES = {"jax", "jaxlib", "jaxtyping", "numpy", "pallas_kernels"}
 BACKEND_MODULE = "pallas_kernels._backend"
 BACKENDS = (*(f"jax.experimental.pallas.{name}" for name in ("triton", "mosaic_gpu", "tpu")), "jax._src.pallas")
@@ -83,7 +85,7 @@ def imports(module: str) -> Iterator[str]:
 def goes_past_the_doors(name: str) -> bool:
     """Whether an imported name is private to `pallas_kernels`: an underscore, or the module of an implementation."""
     top, *parts = name.split(".")
-    private = lambda part: part in IMPLEMENTATIONS or (part.startswith("_") and not part.startswith("__"))
+    private = lambda part: part in IMPLEMENTATION_MODULES or (part.startswith("_") and not part.startswith("__"))
     return top == "pallas_kernels" and any(map(private, parts))
 
 

@@ -7,7 +7,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from flax import nnx
@@ -16,15 +15,9 @@ from support import lively_model, small_config
 import nosa_jax
 from nosa_jax import AttentionConfig, CacheConfig, CacheTooLargeError, ModelConfig, RopeConfig, Sampling
 
+pytestmark = pytest.mark.usefixtures("without_type_checker")
+
 OK = np.zeros((2, 20), np.int32)
-
-
-@pytest.fixture(autouse=True)
-def without_type_checker():
-    """What users see: our own checks, not the annotations that are switched on under pytest."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def model():
@@ -70,6 +63,22 @@ LATE = IDS.copy()
 LATE[..., 0] = 1
 UNSORTED = IDS.copy()
 UNSORTED[..., 1] = 0
+
+
+def longrope(**fields):
+    return RopeConfig(
+        kind="longrope", **(dict(short_factor=(1.0,), long_factor=(1.0,), original_max_context=4) | fields)
+    )
+
+
+def on_device(state):
+    """As pickling and `jax.device_put` leave it."""
+    return jax.device_put(jax.device_get(state))
+
+
+def pinned(state):
+    return dataclasses.replace(state, pool=jax.device_put(state.pool, jax.memory.Space.Host))
+
 
 # name: (call, what the message must say: argument, rule, value)
 CASES = {
@@ -174,10 +183,10 @@ CASES = {
     "a number for sampling": (generate(OK, sampling=0.8), "sampling", "must be a Sampling", "float 0.8"),
     "a seed for a key": (generate(OK, sampling=Sampling(temperature=1.0), key=0), "key", "random key", "int 0"),
     "one stop token": (generate(OK, stop_tokens=10), "stop_tokens", "sequence", "10"),
-    "text as stop tokens": (generate(OK, stop_tokens=["a"]), "stop_tokens", "integers", "<U1"),
+    "text as stop tokens": (generate(OK, stop_tokens=["a"]), "stop_tokens", "integers", "text"),
     "text as tokens": (forward("hello"), "tokens", "integers", "text"),
     "ragged lists": (forward([[1, 2], [3]]), "tokens", "rectangular", "inhomogeneous"),
-    "a float count of tokens": (generate(OK, max_new_tokens=5.0), "max_new_tokens", "must be a int", "5.0"),
+    "a float count of tokens": (generate(OK, max_new_tokens=5.0), "max_new_tokens", "must be an int", "5.0"),
     # sampling
     "temperature without a key": (
         generate(OK, sampling=Sampling(temperature=0.7)), "key", "temperature 0.7 needs a random key", "None"
@@ -191,6 +200,96 @@ CASES = {
     "stop token out of range": (generate(OK, stop_tokens=[500]), "stop_tokens", "vocab_size = 128", "500"),
     "pad token out of range": (generate(OK, pad_token=-1), "pad_token", "vocab_size = 128", "-1"),
     "unknown record": (generate(OK, record=["logit"]), "record", "names among", "logit"),
+    "nested stop tokens": (generate(OK, stop_tokens=[[13, 10]]), "stop_tokens", "one flat sequence", "(1, 2)"),
+    "ragged stop tokens": (generate(OK, stop_tokens=[[13, 10], [5]]), "stop_tokens", "rectangular", "inhomogeneous"),
+    "arrays as stop tokens": (generate(OK, stop_tokens=[np.array([1, 2])]), "stop_tokens", "flat", "(1, 2)"),
+    "bool stop tokens": (generate(OK, stop_tokens=[True, 10]), "stop_tokens", "integers", "True"),
+    "text of stop tokens": (generate(OK, stop_tokens=["\n"]), "stop_tokens", "integers", "text"),
+    "one text of stop tokens": (generate(OK, stop_tokens="\n"), "stop_tokens", "sequence of token ids", "tokenizer"),
+    "huge stop token": (generate(OK, stop_tokens=[2**32 + 5]), "stop_tokens", "int32", str(2**32 + 5)),
+    "half a pad token": (generate(OK, pad_token=1.9), "pad_token", "int", "1.9"),
+    "no pad token": (generate(OK, pad_token=None), "pad_token", "int", "None"),
+    "bool pad token": (generate(OK, pad_token=True), "pad_token", "int", "True"),
+    "bool count of tokens": (generate(OK, max_new_tokens=True), "max_new_tokens", "int", "True"),
+    "text max_length": (prefill(OK, max_length="24"), "max_length", "int", "'24'"),
+    "record a number": (generate(OK, record=5), "record", "names among", "5"),
+    "no record": (generate(OK, record=None), "record", "names among", "None"),
+    "record in forward": (forward(OK, record="block_ids"), "record", "True or False", "'block_ids'"),
+    "remat in forward": (forward(OK, remat=None), "remat", "True or False", "None"),
+    "key of floats": (
+        generate(OK, sampling=Sampling(1.0), key=np.array([0.0, 1.0])), "key", "random key", "float64"
+    ),
+    "key of another width": (
+        generate(OK, sampling=Sampling(1.0), key=np.zeros(3, np.uint32)), "key", "random key", "uint32[3]"
+    ),
+    "no temperature": (lambda: Sampling(None), "Sampling.temperature", "number", "None"),
+    "text temperature": (lambda: Sampling("hot"), "Sampling.temperature", "number", "'hot'"),
+    "bool temperature": (lambda: Sampling(True), "Sampling.temperature", "number", "True"),
+    "half a top_k": (lambda: Sampling(1.0, top_k=1.5), "Sampling.top_k", "int", "1.5"),
+    "no top_p": (lambda: Sampling(1.0, top_p=None), "Sampling.top_p", "number", "None"),
+    "empty rows": (forward([[], []]), "tokens", "at least one token", "(2, 0)"),
+    "no tokens": (forward(None), "tokens", "integers", "NoneType"),
+    "a set of tokens": (forward({1, 2}), "tokens", "integers", "set"),
+    "tokens that wrap": (forward(np.full((1, 4), 2**32 - 1, np.uint32)), "tokens", "int32", str(2**32 - 1)),
+    "ids of floats in lists": (forward(OK, block_ids=(IDS + 0.5).tolist()), "block_ids", "integers", "float64"),
+    "text as ids": (forward(OK, block_ids="auto"), "block_ids", "integers", "text"),
+    "forced ids of None": (
+        generate(OK, max_new_tokens=1, forced_block_ids=[None]), "forced_block_ids", "integers", "None"
+    ),
+    # configurations
+    "NaN eps": (small(rms_norm_eps=float("nan")), "ModelConfig.rms_norm_eps", "between", "nan"),
+    "negative eps": (small(rms_norm_eps=-1e-6), "ModelConfig.rms_norm_eps", "between", "-1e-06"),
+    "text eps": (small(rms_norm_eps="1e-6"), "ModelConfig.rms_norm_eps", "number", "'1e-6'"),
+    "no eps": (small(rms_norm_eps=None), "ModelConfig.rms_norm_eps", "number", "None"),
+    "a variant for a config": (small(attention="nosa"), "ModelConfig.attention", "an AttentionConfig", "'nosa'"),
+    "a dict for rope": (small(rope={"theta": 1e4}), "ModelConfig.rope", "must be a RopeConfig", "dict"),
+    "tied by a number": (small(tie_embeddings=1), "ModelConfig.tie_embeddings", "True or False", "1"),
+    "infinite theta": (lambda: RopeConfig(theta=float("inf")), "RopeConfig.theta", "between", "inf"),
+    "theta beyond float32": (lambda: RopeConfig(theta=1e300), "RopeConfig.theta", "between", "1e+300"),
+    "no theta": (lambda: RopeConfig(theta=0), "RopeConfig.theta", "between", "0"),
+    "text theta": (lambda: RopeConfig(theta="1e4"), "RopeConfig.theta", "number", "'1e4'"),
+    "a factor of zero": (lambda: longrope(long_factor=(1.0, 0.0)), "RopeConfig.long_factor[1]", "between", "0.0"),
+    "a NaN factor": (lambda: longrope(short_factor=(float("nan"),)), "RopeConfig.short_factor[0]", "between", "nan"),
+    "one factor": (lambda: longrope(short_factor=4.0), "RopeConfig.short_factor", "sequence of numbers", "4.0"),
+    "text factors": (lambda: longrope(long_factor="4.0"), "RopeConfig.long_factor", "sequence of numbers", "'4.0'"),
+    "no original context": (
+        lambda: longrope(original_max_context=0), "RopeConfig.original_max_context", ">= 2", "0"
+    ),
+    "negative attention factor": (
+        lambda: longrope(attention_factor=-1.0), "RopeConfig.attention_factor", "between", "-1.0"
+    ),
+    "an array as rope kind": (lambda: RopeConfig(kind=np.zeros(2)), "RopeConfig.kind", "'plain' or 'longrope'", "0."),
+    "an array as variant": (attention(variant=np.zeros(2)), "AttentionConfig.variant", "one of", "0."),
+    "an array as transport": (lambda: CacheConfig(transport=np.zeros(2)), "CacheConfig.transport", "'auto'", "0."),
+    "text batch": (lambda: nosa_jax.plan(small_config(), "1", 8), "batch", "whole number", "'1'"),
+    "NaN batch": (lambda: nosa_jax.plan(small_config(), float("nan"), 8), "batch", "whole number", "nan"),
+    "NaN misses": (lambda: nosa_jax.plan(small_config(), 1, 8, misses=float("nan")), "misses", ">= 0", "nan"),
+    "a dict for a planned cache": (lambda: nosa_jax.plan(small_config(), 1, 8, {}), "cache", "a CacheConfig", "dict"),
+    "weights of integers": (
+        lambda: nosa_jax.NosaLM(small_config(), rngs=nnx.Rngs(0), dtype=jnp.int8), "dtype", "float", "int8"
+    ),
+    "cast to integers": (lambda: nosa_jax.cast(model(), jnp.int8), "dtype", "float", "int8"),
+    "cast to nonsense": (lambda: nosa_jax.cast(model(), "float33"), "dtype", "float", "'float33'"),
+    "cast of a config": (lambda: nosa_jax.cast(small_config(), "float32"), "model", "must be a NosaLM", "ModelConfig"),
+    "planned in integers": (lambda: nosa_jax.plan(small_config(), 1, 8, dtype=int), "dtype", "float", "int"),
+    # states
+    "state on the device": (
+        lambda: nosa_jax.decode_step(model(), on_device(running()), OK[:, 0]), "state", "host memory", "host"
+    ),
+    "state of NumPy arrays": (
+        lambda: nosa_jax.extend(model(), jax.device_get(running()), OK[:, :2]), "state", "host memory", "host"
+    ),
+    "state in host memory": (
+        lambda: nosa_jax.decode_step(model(), pinned(running()), OK[:, 0]), "state", "device memory", "pool"
+    ),
+    "state with a hole": (
+        lambda: nosa_jax.decode_step(model(), dataclasses.replace(running(), pool=None), OK[:, 0]),
+        "state", "pool must be an array", "None",
+    ),
+    "state of lists": (
+        lambda: nosa_jax.decode_step(model(), dataclasses.replace(running(), lengths=[20, 20]), OK[:, 0]),
+        "state", "lengths must be an array", "20",
+    ),
 }  # fmt: skip
 
 
@@ -250,3 +349,28 @@ def test_a_state_of_another_model(other, message):
     for call in (lambda: nosa_jax.decode_step(wrong, state, OK[:, 0]), lambda: nosa_jax.extend(wrong, state, OK)):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+@pytest.mark.parametrize("function", ["prefill", "extend", "decode_step", "generate"])
+def test_transforms_are_refused(function, jitted):
+    state, token = running(), OK[:, :1]
+    calls = {
+        "prefill": lambda model, tokens: nosa_jax.prefill(model, tokens, max_length=24)[1],
+        "extend": lambda model, tokens: nosa_jax.extend(model, state, tokens)[1],
+        "decode_step": lambda model, tokens: nosa_jax.decode_step(model, state, tokens[:, 0])[1],
+        "generate": lambda model, tokens: nosa_jax.generate(model, tokens, max_new_tokens=2, record=["logits"]).logits,
+    }
+    call = jax.jit(calls[function]) if jitted else calls[function]
+    with pytest.raises(TypeError, match=r"vmap.*rows.*batch"):
+        jax.vmap(call, (None, 0))(model(), token[None])
+    with pytest.raises(TypeError, match=r"gradient.*nosa_jax\.forward"):
+        jax.grad(lambda model: call(model, token).sum())(model())
+
+
+def test_a_model_that_is_no_part_of_the_gradient_decodes():
+    def loss(model):
+        state, _ = nosa_jax.prefill(jax.lax.stop_gradient(model), OK, max_length=24)
+        return model.norm[...].sum() * state.lengths[0]
+
+    assert (jax.jit(jax.grad(loss))(model()).norm[...] == 20).all()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from support import lively_model, random_tokens, small_config
 
 import nosa_jax
-from nosa_jax import Sampling
+from nosa_jax import CacheConfig, Sampling
 from nosa_jax.decode.sampling import filter_logits, sample
 
 LENGTHS = np.array([90, 40])
@@ -32,6 +35,36 @@ def test_stream_yields_what_generate_returns(model, tokens, sampling):
     gen = nosa_jax.generate(model, tokens, LENGTHS, max_new_tokens=20, sampling=sampling, key=key, record=True)
     streamed = list(nosa_jax.stream(model, tokens, LENGTHS, max_new_tokens=20, sampling=sampling, key=key))
     np.testing.assert_array_equal(np.stack(streamed, axis=1), gen.tokens)
+
+
+def test_stream_records_what_generate_records(model, tokens):
+    """Step by step in host memory, to the bit; only what was asked for."""
+    gen = nosa_jax.generate(model, tokens, LENGTHS, max_new_tokens=6, record=True)
+    steps = list(nosa_jax.stream(model, tokens, LENGTHS, max_new_tokens=6, record=True))
+    for number, step in enumerate(steps):
+        assert isinstance(step, nosa_jax.Step)
+        for name, axis in (("tokens", 1), ("logits", 1), ("block_ids", 3), ("fetched", 3)):
+            ours = getattr(step, name)
+            assert isinstance(ours, np.ndarray)
+            np.testing.assert_array_equal(ours, np.take(np.asarray(getattr(gen, name)), number, axis))
+    assert len(steps) == 6
+    only = next(nosa_jax.stream(model, tokens, LENGTHS, max_new_tokens=6, record=("fetched",)))
+    assert only.logits is None and only.block_ids is None and only.fetched.shape == (2, 2, 2)
+
+
+def test_the_compiled_step_gives_the_bits_of_the_plain_one_and_takes_the_state(model, tokens):
+    state, logits = nosa_jax.prefill(model, tokens, LENGTHS, max_length=100)
+    token = jnp.argmax(logits, -1).astype(jnp.int32)
+    expected, expected_logits = nosa_jax.decode_step(model, state, token)
+    traced = jax.jit(nosa_jax.jit_decode_step)(model, state, token)[1]  # inside another program it is a part of it
+    after, logits = nosa_jax.jit_decode_step(model, state, np.asarray(token))
+    assert state.pool.is_deleted() and state.host.is_deleted() and not after.pool.is_deleted()
+    np.testing.assert_array_equal(logits, expected_logits)
+    np.testing.assert_allclose(traced, expected_logits, atol=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(after), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    with pytest.raises(ValueError, match="tokens: must have the state's 2 rows, got 3"):
+        nosa_jax.jit_decode_step(model, after, np.array([1, 2, 3]))
 
 
 def test_a_sampled_row_is_what_it_would_be_alone(model, tokens):
@@ -134,3 +167,80 @@ def test_raw_and_typed_keys_agree(model, tokens):
         for key in (jax.random.key(3), jax.random.PRNGKey(3))
     ]
     np.testing.assert_array_equal(*runs)
+
+
+LOGITS = jnp.array([[1.0, 3.0, 2.0, -np.inf], [-5.0, -7.0, -4.0, -6.0]])
+
+
+def drawn(sampling, logits=LOGITS, draws=200):
+    """Which tokens come, per row of logits."""
+    rows = jnp.repeat(logits, draws, axis=0)
+    keys = jax.random.split(jax.random.key(0), rows.shape[0])
+    tokens = sample(rows, keys, jnp.zeros(rows.shape[0], jnp.int32), sampling)
+    return [set(row.tolist()) for row in np.asarray(tokens).reshape(-1, draws)]
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 5e-324, 1e-45, 1e-40, 1e-38])
+def test_a_temperature_next_to_zero_takes_the_best(temperature):
+    for rest in ({}, {"top_k": 2}, {"top_p": 0.5}):
+        assert drawn(Sampling(temperature, **rest)) == [{1}, {2}], rest
+
+
+def test_a_huge_temperature_takes_any_possible_token():
+    for temperature in (1e30, 1e39, 1e300):
+        assert drawn(Sampling(temperature)) == [{0, 1, 2}, {0, 1, 2, 3}]
+        assert drawn(Sampling(temperature, top_k=10**12, top_p=1 - 1e-12)) == [{0, 1, 2}, {0, 1, 2, 3}]
+
+
+def test_top_p_keeps_the_fewest_tokens_and_of_equal_ones_the_first():
+    even = jnp.zeros((1, 4))
+    for top_p, count in ((0.1, 1), (0.5, 2), (0.51, 3), (0.99, 4)):
+        kept = np.isfinite(filter_logits(even, Sampling(1.0, top_p=top_p)))
+        assert kept.tolist() == [[True] * count + [False] * (4 - count)]
+    both = filter_logits(jnp.log(jnp.array([[0.3, 0.4, 0.3]])), Sampling(1.0, top_k=2, top_p=0.6))
+    assert np.isfinite(both).tolist() == [[True, True, False]]  # of 0.3, 0.4, 0.3: top_k keeps its ties, top_p does not
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0), Sampling(1.0, top_k=3, top_p=0.5)])
+def test_logits_without_a_finite_best_end_the_row(model, tokens, sampling):
+    """The second row meets a token whose embedding is NaN; the first has nothing to do with it."""
+    # Untied, so that NaN meets only those that read the token.
+    broken = NosaLM(dataclasses.replace(model.config, tie_embeddings=False), rngs=nnx.Rngs(0))
+    broken.embed[...], broken.layers, broken.lm_head[...] = model.embed[...], model.layers, model.embed[...].T
+    bad = int(nosa_jax.generate(model, tokens, LENGTHS, max_new_tokens=4).tokens[1, 2])
+    broken.embed[...] = broken.embed[...].at[bad].set(jnp.nan)
+    prompt = np.where(tokens[:, :40] == bad, (bad + 1) % 128, tokens[:, :40])
+    options = dict(max_new_tokens=6, sampling=sampling, key=jax.random.key(0), pad_token=7)
+    prompt[1, 20] = bad
+    with pytest.raises(FloatingPointError, match=r"logits.*row 1.*step 0"):
+        nosa_jax.generate(broken, prompt, **options)
+    with pytest.raises(FloatingPointError, match=r"logits.*row 1.*step 0"):
+        next(nosa_jax.stream(broken, prompt, **options))
+    gen = jax.jit(lambda model, tokens: nosa_jax.generate(model, tokens, **options))(broken, prompt)
+    assert gen.failed.tolist() == [False, True]
+    assert gen.lengths.tolist()[1] == 0 and (np.asarray(gen.tokens)[1] == 7).all()
+
+
+def test_numpy_numbers_and_nested_lists_are_taken(model, tokens, without_type_checker):
+    few, lengths = tokens[:, :20], [20, 13]
+    plain = dict(max_new_tokens=2, pad_token=5, stop_tokens=[3], chunk=16, record=True)
+    numbers = dict(
+        max_new_tokens=np.int64(2), pad_token=jnp.int32(5), stop_tokens=np.array([3]), chunk=np.int8(16), record=True
+    )
+    sampling = [Sampling(0.5, 3, 0.75), Sampling(jnp.float32(0.5), np.int64(3), np.float32(0.75))]
+    assert sampling[0] == sampling[1] and isinstance(sampling[1].top_k, int)
+    caches = [CacheConfig(slots=9), CacheConfig(offload=np.True_, slots=np.int32(9))]
+    assert caches[0] == caches[1] and hash(caches[0]) == hash(caches[1])
+    key = jax.random.key(0)
+    expected = nosa_jax.generate(model, few, lengths, cache=caches[0], sampling=sampling[0], key=key, **plain)
+    got = nosa_jax.generate(model, few.tolist(), lengths, cache=caches[1], sampling=sampling[1], key=key, **numbers)
+    again = nosa_jax.generate(
+        model, few, lengths, cache=caches[0], sampling=sampling[0], key=key, **plain,
+        forced_tokens=np.asarray(got.tokens).tolist(), forced_block_ids=np.asarray(got.block_ids).tolist(),
+    )  # fmt: skip
+    for other in (got, again):
+        jax.tree.map(np.testing.assert_array_equal, other, expected)
+    state, _ = nosa_jax.prefill(model, few, max_length=np.int64(24), cache=caches[1])
+    assert isinstance(state.max_length, int)
+    for stop in ({3, 5}, range(4), (x for x in [3, 5]), [jnp.int32(3)], np.array([], np.int64), jnp.array([3]), b"ab"):
+        assert nosa_jax.generate(model, few, max_new_tokens=1, stop_tokens=stop).lengths.tolist() == [1, 1]

@@ -144,3 +144,55 @@ def test_host_memory_limit():
     assert done.stdout == "refused\n", done.stderr
     with pytest.raises(ValueError, match="gib: must be >= 1, got 0"):
         nosa_jax.set_host_memory_limit(0)
+
+
+def test_weights_count_where_one_memory_is_all(monkeypatch):
+    """The machine's memory is not what is free of it: on a CPU the weights take their part."""
+    model, tokens = lively_model(small_config()), random_tokens(1, 20)
+    plan = nosa_jax.plan(model.config, 1, 24, dtype=jnp.float32)
+    limit = plan.host_bytes + plan.device_bytes
+    monkeypatch.setattr(memory, "_physical_memory", lambda: limit)
+    nosa_jax.prefill(model, tokens, max_length=24)
+    monkeypatch.setattr(memory, "_physical_memory", lambda: limit - 1)
+    with pytest.raises(nosa_jax.CacheTooLargeError, match=r"weights 0\.00"):
+        nosa_jax.prefill(model, tokens, max_length=24)
+
+
+@pytest.mark.parametrize(
+    ("call", "record", "entry"),
+    [
+        ("generate", ["logits"], 2 * 128 * 4),
+        ("generate", "block_ids", 2 * 2 * 2 * 8 * 4),
+        ("generate", True, 2 * 128 * 4 + 2 * 2 * 2 * 9 * 4),
+    ],
+)
+def test_records_are_part_of_the_check(monkeypatch, call, record, entry):
+    """Twice: as they are written, one entry per step first, and as they are returned."""
+    model, tokens, new = lively_model(small_config()), random_tokens(2, 20), 4
+    plan = nosa_jax.plan(model.config, 2, 20 + new, dtype=jnp.float32)
+    limit = plan.host_bytes + plan.device_bytes + 2 * new * entry
+    monkeypatch.setattr(memory, "_physical_memory", lambda: limit)
+    getattr(nosa_jax, call)(model, tokens, max_new_tokens=new, record=record)
+    monkeypatch.setattr(memory, "_physical_memory", lambda: limit - 1)
+    with pytest.raises(nosa_jax.CacheTooLargeError, match=r"record less\. .*records 0\.00"):
+        getattr(nosa_jax, call)(model, tokens, max_new_tokens=new, record=record)
+
+
+def test_configurations_hold_numbers_of_python(without_type_checker):
+    """However they are given: a configuration is hashed, compared and written as JSON."""
+    config = small_config()
+    numbers = {
+        field.name: np.int64(value) if type(value) is int else np.float64(value) if type(value) is float else value
+        for field in dataclasses.fields(config)
+        for value in [getattr(config, field.name)]
+    }
+    attention = dataclasses.replace(config.attention, block_size=np.int32(16), num_sink_blocks=jnp.int32(1))
+    again = dataclasses.replace(config, **numbers | {"attention": attention, "tie_embeddings": np.True_})
+    assert again == config and repr(again) == repr(config)
+    rope = nosa_jax.RopeConfig(
+        np.float32(10000), "longrope", [1, 2.0], np.array([1.0, 2.0]), np.int64(64), attention_factor=np.float64(1.5)
+    )
+    assert rope == nosa_jax.RopeConfig(10000.0, "longrope", (1.0, 2.0), (1.0, 2.0), 64, 1.5)
+    assert hash(rope) and "np." not in repr(rope)
+    plan = nosa_jax.plan(config, np.int64(2), 30.0)
+    assert plan == nosa_jax.plan(config, 2, 30) and isinstance(plan.max_length, int)

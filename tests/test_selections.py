@@ -1,9 +1,13 @@
 """Recorded selections: where they come from, how they are stored and joined, and what is drawn from them."""
 
 import dataclasses
+import io
 import json
+import pickle
 import sys
+import tracemalloc
 import types
+import zipfile
 
 import jax.numpy as jnp
 import jaxtyping
@@ -127,6 +131,161 @@ def test_load_refuses_other_arrays(tmp_path):
             Selections.load(tmp_path / name)
     with pytest.raises(FileNotFoundError):
         Selections.load(tmp_path / "missing.npz")
+
+
+def npz(path, header, compression=zipfile.ZIP_DEFLATED, **members):
+    """A zip of `header` (any JSON) and of members given as bytes or arrays."""
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in {"header": np.array(json.dumps(header)), **members}.items():
+            buffer = io.BytesIO()
+            if not isinstance(content, bytes):
+                np.lib.format.write_array(buffer, np.asarray(content))
+            archive.writestr(f"{name}.npy", content if isinstance(content, bytes) else buffer.getvalue())
+
+
+def claim(*shape):
+    """A .npy header that claims int32 of this shape, and four bytes of it."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": "<i4", "fortran_order": False, "shape": shape})
+    return buffer.getvalue() + bytes(4)
+
+
+GOOD = {
+    "format": "nosa-jax selections 1",
+    "attention": dataclasses.asdict(ATTENTION),
+    "head_dim": 16,
+    "itemsize": 2,
+    "label": "nosa",
+}
+ARRAYS = {"positions": np.arange(3, dtype=np.int32)[None], "block_ids": ids_for([range(3)])}
+HOSTILE = {
+    "256 TiB of positions": (GOOD, ARRAYS | {"positions": claim(1, 2**46)}),
+    "256 TiB of ids": (GOOD, ARRAYS | {"block_ids": claim(2**40, 1, 2, 3, 5)}),
+    "a shape below 0": (GOOD, ARRAYS | {"block_ids": claim(-1, 1, 2, 3, 5)}),
+    "an overflowing shape": (GOOD, ARRAYS | {"block_ids": claim(2**62, 1, 2**62, 3, 5)}),
+    "a bomb": (GOOD, ARRAYS | {"block_ids": np.zeros((2, 1, 2, 2**18, 5), np.int32)}),
+    "a long header": (GOOD | {"more": "x" * 2**19}, ARRAYS),
+    "another J": (GOOD, ARRAYS | {"block_ids": ids_for([range(3)])[..., :-1]}),
+    "a cut header": (GOOD, ARRAYS | {"positions": claim(1, 3)[:40]}),
+    "objects": (GOOD, ARRAYS | {"positions": np.array([[None]])}),
+    "floats": (GOOD, ARRAYS | {"positions": np.zeros((1, 3))}),
+    "no arrays": (GOOD, {}),
+    "a list": ([GOOD], ARRAYS),
+    "a text": ("nosa-jax selections 1", ARRAYS),
+    "null": (None, ARRAYS),
+    "deep": (GOOD | {"attention": []}, ARRAYS),
+    **{
+        f"{name} {value!r}": (GOOD | {name: value}, ARRAYS)
+        for name, values in {
+            "attention": [None, {}, {"block_size": "4"}, {"unknown": 1}, {"block_size": 10**30}],
+            "head_dim": [0, -1, 1.5, "16", None, True, [16]],
+            "itemsize": [0, "2", None, {}],
+            "label": [1, None, ["nosa"]],
+            "format": [1, None, "nosa-jax selections 2"],
+        }.items()
+        for value in values
+        if (name, value) != ("attention", {})
+    },
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_files_are_refused_before_memory_is_asked_for(tmp_path, name):
+    path = tmp_path / "run.npz"
+    npz(path, HOSTILE[name][0], **HOSTILE[name][1])
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r"path: must (be a file written by|hold 'nosa-jax)"):
+            Selections.load(path)
+        assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_other_compression_is_refused(tmp_path):
+    npz(tmp_path / "run.npz", GOOD, zipfile.ZIP_BZIP2, **ARRAYS)
+    with pytest.raises(ValueError, match="compressed in another way"):
+        Selections.load(tmp_path / "run.npz")
+    npz(tmp_path / "run.npz", GOOD, **ARRAYS)
+    assert Selections.load(tmp_path / "run.npz").block_ids.shape == (2, 1, 2, 3, 5)
+
+
+def test_what_needs_more_memory_than_there_is_is_refused(tmp_path, monkeypatch):
+    run([range(200)]).save(tmp_path / "run")
+    monkeypatch.setattr("nosa_jax.cache.memory.host_limit", lambda: (1000, "for a test"))
+    with pytest.raises(ValueError, match="block_ids needs 16000 bytes, more than the 1000 available"):
+        Selections.load(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("ids", "rule"),
+    [
+        ([0, 2, 1, -1, -1], "must ascend, no id twice"),
+        ([0, 1, 1, -1, -1], "must ascend, no id twice"),
+        ([0, -1, 1, -1, -1], "must ascend, no id twice"),
+        ([-2, 0, 1, -1, -1], "must hold block ids, or -1"),
+        ([0, 1, 3, -1, -1], "must not name blocks behind the query"),
+        ([0, 1, 2, 2**31 - 1, -1], "must not name blocks behind the query"),
+    ],
+)
+def test_ids_that_no_selection_has_are_refused(tmp_path, ids, rule):
+    recorded = run([range(12)])
+    wrong = recorded.block_ids.copy()
+    wrong[1, 0, 1, 11] = ids
+    with pytest.raises(ValueError, match=rf"block_ids: {rule}.*in layer 1, row 0, KV head 1, step 11"):
+        dataclasses.replace(recorded, block_ids=wrong)
+    npz(tmp_path / "run.npz", GOOD, positions=recorded.positions, block_ids=wrong)
+    with pytest.raises(ValueError, match=rf"path: must be .*{rule}"):
+        Selections.load(tmp_path / "run.npz")
+
+
+def test_padded_steps_have_no_ids():
+    ids = run([[0, 1, -1]]).block_ids.copy()
+    ids[0, 0, 0, 2, 0] = 0
+    with pytest.raises(ValueError, match="nor any for a padded step"):
+        Selections(ids, np.array([[0, 1, -1]], np.int32), ATTENTION, 16)
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "run"
+    prefill().save(path)
+
+    def full(file, **_):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez_compressed", full)
+    with pytest.raises(OSError, match="No space left"):
+        decode().save(path)
+    assert_same(Selections.load(path), prefill())
+    assert [file.name for file in tmp_path.iterdir()] == ["run"]
+
+
+def test_home_is_understood(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    prefill().save("~/run")
+    assert_same(Selections.load("~/run"), prefill())
+    plots.plot_selection_map(prefill(), path="~/map.png")
+    assert (tmp_path / "run").is_file() and (tmp_path / "map.png").is_file()
+
+
+def test_what_a_notebook_shows():
+    recorded = dataclasses.replace(run([range(12)]), label="<b>nosa</b> & co")
+    assert repr(recorded) == (
+        "Selections('<b>nosa</b> & co': 12 steps of 1 rows, 2 layers, 2 KV heads, 5 blocks of 4 tokens each)"
+    )
+    report = recorded.report([5])
+    assert (
+        repr(report).startswith("LocalityReport(<b>nosa</b> & co: 11 steps; 5 blocks of 4 tokens")
+        and len(repr(report)) < 200
+    )
+    shown = report._repr_html_()
+    assert "&lt;b&gt;nosa&lt;/b&gt; &amp; co" in shown and "<b>" not in shown
+    for row in report.table().splitlines()[2:-1]:
+        assert "".join(f"<td>{cell}</td>" for cell in row.split()) in shown
+    figure = plots.plot_selection_map(recorded)
+    assert figure._repr_png_().startswith(b"\x89PNG")
+    assert pickle.loads(pickle.dumps(figure))._repr_png_().startswith(b"\x89PNG")
 
 
 def test_report_uses_the_block_size_in_bytes():

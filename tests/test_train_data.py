@@ -11,7 +11,7 @@ from nosa_jax.train import Corpus, find_files, heldout_batches, load_corpus, std
 @pytest.fixture
 def files(tmp_path):
     for i in range(20):
-        (tmp_path / f"{i:02}.txt").write_bytes(bytes([i]) * 100)
+        (tmp_path / f"{i:02}.txt").write_bytes(bytes([ord("a") + i]) * 100)
     return find_files(tmp_path)
 
 
@@ -43,21 +43,14 @@ def test_whole_files_are_held_out_and_the_seed_decides_which(files):
     assert len(load_corpus(files, heldout_fraction=0.0).heldout) == 0
 
 
-def test_one_file_always_stays_to_train_on(files):
-    corpus = load_corpus(files[:2], heldout_fraction=0.9)
-    assert len(corpus.train) == len(corpus.heldout) == 100
-
-
 def test_bad_text_is_refused(tmp_path):
     empty, full = tmp_path / "empty", tmp_path / "full"
     empty.write_bytes(b"")
     full.write_bytes(b"text")
     with pytest.raises(ValueError, match="files: must name at least one file"):
         load_corpus([])
-    with pytest.raises(ValueError, match="files: must hold text, got 1 empty files"):
+    with pytest.raises(ValueError, match=r"files: must hold text, got .* with 0 bytes"):
         load_corpus([empty])
-    with pytest.raises(ValueError, match=r"files: must be at least two that are not empty.*got 1"):
-        load_corpus([empty, full])
     with pytest.raises(ValueError, match=r"heldout_fraction: must lie between 0.0 and 0.9"):
         load_corpus([full], heldout_fraction=1.5)
     with pytest.raises(TypeError, match=r"Corpus.train: must be a NumPy array of integers, got float64"):

@@ -17,7 +17,7 @@ from nosa_jax.cache import memory
 from nosa_jax.config import CacheConfig, ModelConfig
 from nosa_jax.model import NosaLM
 from pallas_kernels import blocks
-from pallas_kernels.checks import bad_value, require_type
+from pallas_kernels.checks import as_float_dtype, bad_value, require_int, require_number, require_type
 from pallas_kernels.device import RATES, Rates, current_device
 
 GB = 10**9
@@ -69,8 +69,9 @@ class Plan:
         return self.batch / self.seconds_per_step
 
     def require_memory(self, allocated: tuple[str, ...] = (), devices: int = 1) -> None:
-        """Raises CacheTooLargeError unless host and device bytes fit. `allocated`: device parts that exist already.
+        """Raises CacheTooLargeError unless host and device bytes fit.
 
+        allocated: device parts that exist already; they count where it is not known what is free, but what there is.
         devices: how many run such a batch each, over one host memory.
         """
         rows = f"batch ({devices * self.batch})"
@@ -78,22 +79,27 @@ class Plan:
         remedy = f"Lower {rows}, {tokens} or slots ({self.slots})"
         if self.slots is None:
             remedy = f"Lower {rows} or {tokens}, or offload the cache"
-        host, host_source = memory.host_limit()
+        host = memory.host_limit()
         needed = devices * self.host_bytes
-        if needed > host:
+        if needed > host.size:
             raise CacheTooLargeError(
                 f"cache: the host store must fit in host memory, got {needed / GB:.2f} GB needed and "
-                f"{host / GB:.2f} GB available ({host_source}). {remedy}."
+                f"{host.size / GB:.2f} GB available ({host.source}). {remedy}."
             )
-        needed = sum(size for part, size in self.device.items() if part not in allocated)
-        device, device_source = memory.device_limit()
-        if device_source == host_source:  # one memory is both
-            device, device_source = host - devices * self.host_bytes, f"{host_source}, less the host store"
-            needed *= devices
-        if needed > device:
+        device = memory.device_limit()
+        parts = {part: size for part, size in self.device.items() if not (device.is_free and part in allocated)}
+        available, source = device.size, device.source
+        if source == host.source:  # one memory is both
+            available, source = host.size - needed, f"{source}, less the host store"
+            parts = {part: devices * size for part, size in parts.items()}
+        needed = sum(parts.values())
+        if needed > available:
+            if "records" in parts:
+                remedy += ", or record less"
+            sizes = ", ".join(f"{part} {size / GB:.2f}" for part, size in parts.items())
             raise CacheTooLargeError(
                 f"cache: the device pool must fit in device memory, got {needed / GB:.2f} GB needed and "
-                f"{device / GB:.2f} GB available ({device_source}). {remedy}."
+                f"{available / GB:.2f} GB available ({source}). {remedy}. By part, in GB: {sizes}."
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -136,17 +142,17 @@ def plan(
     Raises ValueError for sizes below 1 or slots that cannot work.
     """
     require_type("config", config, ModelConfig, "Pass presets.nosa_8b() or model.config.")
-    for name, value in (("batch", batch), ("max_length", max_length)):
-        if value < 1 or value != int(value):
-            raise bad_value(name, "must be a whole number >= 1", value, "Raise it.")
+    require_type("cache", cache, CacheConfig, "Pass CacheConfig(...).")
+    batch, max_length = _count("batch", batch), _count("max_length", max_length)
+    dtype = as_float_dtype("dtype", dtype)
     rates = default_rates()
     link = rates.link if link_bytes_per_second is None else link_bytes_per_second
     memory_rate = rates.memory if hbm_bytes_per_second is None else hbm_bytes_per_second
     for name, rate in (("link_bytes_per_second", link), ("hbm_bytes_per_second", memory_rate)):
-        if rate <= 0:
+        if require_number(name, rate, 0.0) == 0:
             raise bad_value(name, "must be above 0", rate, "Pass bytes per second.")
-    if misses is not None and misses < 0:
-        raise bad_value("misses", "must be >= 0", misses, "Pass blocks per step, layer, KV head and row.")
+    if misses is not None:
+        misses = require_number("misses", misses, 0.0)
     attention, itemsize = config.attention, jnp.dtype(dtype).itemsize
     m = blocks.num_blocks(max_length, attention.block_size)
     slots = cache.resolve_slots(attention, m)
@@ -185,6 +191,12 @@ def plan(
         link_bytes_per_second=link,
         hbm_bytes_per_second=memory_rate,
     )
+
+
+def _count(name: str, value: Any) -> int:
+    """A whole number above 0; 1e6 is one, too."""
+    value = int(value) if isinstance(value, float) and value.is_integer() else value
+    return require_int(name, value, 1, "must be a whole number >= 1")
 
 
 def default_rates() -> Rates:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32
 
+from nosa_jax._pytree import short_repr
 from pallas_kernels.resolve_slots import EMPTY, resolve_table
 
 
@@ -20,6 +21,9 @@ class SlotTable(NamedTuple):
     blocks: Int32[Array, "... slots"]
     last_used: Int32[Array, "... slots"]
 
+    def __repr__(self) -> str:
+        return short_repr(self)
+
 
 class Resolution(NamedTuple):
     """table: after the step. slots [..., J]: where each wanted block is, -1 for padding. missing [..., J]: it was not
@@ -28,6 +32,9 @@ class Resolution(NamedTuple):
     table: SlotTable
     slots: Int32[Array, "... J"]
     missing: Bool[Array, "... J"]
+
+    def __repr__(self) -> str:
+        return short_repr(self)
 
 
 def empty_table(shape: tuple[int, ...]) -> SlotTable:

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from nosa_jax._pytree import pytree_dataclass, static_field
+from nosa_jax._pytree import pytree_dataclass, short_repr, static_field
 from nosa_jax.cache import host_store
 from nosa_jax.cache.slots import SlotTable, empty_table
 from nosa_jax.config import CacheConfig, ModelConfig
 from pallas_kernels import blocks
-from pallas_kernels.checks import bad_value
+from pallas_kernels.checks import bad_value, is_concrete
 
 
 class PooledCache(NamedTuple):
@@ -24,6 +24,9 @@ class PooledCache(NamedTuple):
 
     pooled: Float[Array, "L B K C D"]
     sums: Float[Array, "L B K 2 D"]
+
+    def __repr__(self) -> str:
+        return short_repr(self)
 
 
 @pytree_dataclass
@@ -94,6 +97,28 @@ def empty_state(config: ModelConfig, batch: int, max_length: int, cache: CacheCo
     )
 
 
+def require_whole(state: DecodeState) -> None:
+    """Raises ValueError unless the state has its arrays, and each in the memory where it belongs."""
+    axes = {"pool": 7, "host": 7, "lengths": 1}
+    for name, value in _fields(state).items():
+        if name in axes and getattr(value, "ndim", None) != axes[name] and not (name == "host" and value is None):
+            rule, remedy = f"{name} must be an array of {axes[name]} axes", "Take the state that prefill returns."
+            raise bad_value("state", rule, _names(value) or type(value).__name__, remedy)
+        wanted = jax.memory.Space.Host if name == "host" else jax.memory.Space.Device
+        for x in jax.tree.leaves(value):
+            if isinstance(x, jax.Array) and is_concrete(x) and x.is_deleted():
+                remedy = "A state that was donated is gone: go on with the one returned."
+                raise bad_value("state", "must still hold its arrays", f"a deleted one in {name}", remedy)
+            if jax.typeof(x).memory_space != wanted:
+                space = f"jax.memory.Space.{wanted.name}"
+                raise bad_value(
+                    "state",
+                    f"{name} must lie in {wanted.name.lower()} memory",
+                    f"{_names(x)} that a restored state has elsewhere",
+                    f"Put it there: dataclasses.replace(state, {name}=jax.device_put(state.{name}, {space})).",
+                )
+
+
 def require_fitting(state: DecodeState, config: ModelConfig, dtype: Any) -> None:
     """Raises ValueError unless a model of this configuration and dtype could have made the state."""
     remedy = "Prefill with this model: a state fits no other layers, heads, attention or dtype."
@@ -104,23 +129,29 @@ def require_fitting(state: DecodeState, config: ModelConfig, dtype: Any) -> None
     cache = CacheConfig(offload=False)
     if offload and config.attention.is_sparse:
         cache = CacheConfig(slots=max(slots, selected))  # slots of all blocks may be fewer
-    ours, fitting = _shapes(state), _fitting_shapes(config, state.lengths.shape[0], state.max_length, cache, dtype)
-    for name, shapes in fitting.items():
-        if ours[name] != shapes:
-            raise bad_value("state", f"must go with the model, whose {name} has {shapes}", ours[name], remedy)
+    fitting = _fitting_shapes(config, state.lengths.shape[0], state.max_length, cache, dtype)
+    for name, value in _fields(state).items():
+        if _names(value) != fitting[name]:
+            raise bad_value("state", f"must go with the model, whose {name} has {fitting[name]}", _names(value), remedy)
 
 
-def _shapes(state: DecodeState) -> dict[str, list[str]]:
-    """Of the arrays in each field."""
+def _fields(state: DecodeState) -> dict[str, Any]:
+    """Those that hold arrays."""
     names = (field.name for field in dataclasses.fields(state) if field.name not in ("max_length", "transport"))
-    return {name: [f"{x.dtype}{list(x.shape)}" for x in jax.tree.leaves(getattr(state, name))] for name in names}
+    return {name: getattr(state, name) for name in names}
+
+
+def _names(value: Any) -> list[str]:
+    """Of the arrays in a field, each by dtype and shape."""
+    return [f"{x.dtype}{list(x.shape)}" if hasattr(x, "dtype") else repr(x) for x in jax.tree.leaves(value)]
 
 
 @functools.lru_cache(maxsize=32)
 def _fitting_shapes(
     config: ModelConfig, batch: int, max_length: int, cache: CacheConfig, dtype: Any
 ) -> dict[str, list[str]]:
-    return _shapes(jax.eval_shape(lambda: empty_state(config, batch, max_length, cache, dtype)))
+    state = jax.eval_shape(lambda: empty_state(config, batch, max_length, cache, dtype))
+    return {name: _names(value) for name, value in _fields(state).items()}
 
 
 def table_at(state: DecodeState, layer: Array) -> SlotTable:

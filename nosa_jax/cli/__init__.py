@@ -1,6 +1,6 @@
 """The command `nosa`: train, generate, measure locality, plan memory, and a demo of all of it.
 
-Needs the extra `cli`: pip install "nosa-jax[cli]".
+Needs the extra `cli`: pip install ".[cli]" in a checkout.
 """
 
 from nosa_jax.cli.app import main

@@ -1,4 +1,4 @@
-"""The model of a checkpoint folder, as the subcommands load it."""
+"""The model of a checkpoint folder and the tokens of a text, as the subcommands load them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Literal
 
 from nosa_jax import NosaLM, from_pretrained
-from nosa_jax.cli.terminal import working
+from nosa_jax.cli.terminal import note, working
 from nosa_jax.config import Variant
+from nosa_jax.hf import ByteTokenizer, FileTokenizer
 from pallas_kernels.device import current_device
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -19,3 +20,17 @@ def load(path: Path, variant: Variant | None, dtype: Dtype) -> NosaLM:
         dtype = "float32" if current_device().platform == "cpu" else "bfloat16"
     with working(f"loading {path}"):
         return from_pretrained(path, dtype=dtype, variant=variant)
+
+
+def encode(tokenizer: ByteTokenizer | FileTokenizer, text: bytes, name: str) -> list[int]:
+    """Token ids of a text as it lies in a file: where tokens are bytes its own, whatever its encoding.
+
+    Other tokenizers read UTF-8; what is none becomes U+FFFD, and a note says so of the text called `name`.
+    """
+    if isinstance(tokenizer, ByteTokenizer):
+        return list(text)
+    try:
+        return tokenizer.encode(text.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        note(f"{name} is not UTF-8 (byte {error.start}); what cannot be read is taken as U+FFFD")
+        return tokenizer.encode(text.decode("utf-8", errors="replace"))

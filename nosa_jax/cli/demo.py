@@ -12,10 +12,12 @@ import numpy as np
 import nosa_jax
 from nosa_jax import CacheConfig, Generation, NosaLM, Sampling, presets, train
 from nosa_jax._extras import require_extras
+from nosa_jax._paths import only_run
 from nosa_jax.cli.locality import as_json, write_json
-from nosa_jax.cli.terminal import Timer, duration, facts, heading, indented, size, working
+from nosa_jax.cli.terminal import Timer, duration, facts, heading, indented, show, size, working
 from nosa_jax.cli.train import describe, read_text
 from nosa_jax.environment import environment
+from nosa_jax.hf.save import check_folder
 from nosa_jax.locality import comparison_table, draw, record
 from nosa_jax.train import Corpus, OptimizerConfig, TrainConfig
 from pallas_kernels.checks import bad_value
@@ -53,7 +55,11 @@ class Demo:
     def run(self) -> int:
         require_extras("train", "hf", "plots")
         self._check()
-        self.out.mkdir(parents=True, exist_ok=True)
+        check_folder(self.out / "model")
+        with only_run("--out", self.out):
+            return self._run()
+
+    def _run(self) -> int:
         timer = Timer()
         heading("nosa demo: sparse attention with the KV cache in host memory, from training to figures")
         facts([("device", current_device().kind), ("output", self.out.resolve())])
@@ -172,11 +178,11 @@ class Demo:
             ]
         )  # fmt: skip
         text = _text(np.asarray(generation.tokens)[0])
-        print()
+        show()
         for line in _lines(_text(prompt))[-_SHOWN_LINES:]:
-            print(f"  prompt | {line}".rstrip())
+            show(f"  prompt | {line}".rstrip())
         for line in _lines(text):
-            print(f"  model  > {line}".rstrip())
+            show(f"  model  > {line}".rstrip())
         return text
 
     def _compare(self, model: NosaLM, prompt: np.ndarray) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import jax
 import nosa_jax
 from nosa_jax import _extras
 from nosa_jax.cache import memory
-from nosa_jax.cli.terminal import facts, heading, size
+from nosa_jax.cli.terminal import facts, heading, show, size
 from nosa_jax.environment import versions
 from pallas_kernels import IMPLEMENTATIONS, OPS, Op
 
@@ -31,7 +31,7 @@ class Doctor:
         limits = (("device memory", memory.device_limit()), ("host memory", memory.host_limit()))
         facts((name, f"{size(limit)} ({source})") for name, (limit, source) in limits)
         heading('Kernels (implementation="auto")')
-        print(kernel_table())
+        show(kernel_table())
         heading("Extras")
         facts((name, _extras.status(name)) for name in _extras.EXTRAS)
         return 0

@@ -14,8 +14,8 @@ import numpy as np
 
 import nosa_jax
 from nosa_jax import CacheConfig, NosaLM, Sampling, Step
-from nosa_jax.cli.checkpoint import Dtype, load
-from nosa_jax.cli.terminal import facts, size, working
+from nosa_jax.cli.checkpoint import Dtype, encode, load
+from nosa_jax.cli.terminal import facts, show, size, working
 from nosa_jax.config import Variant
 from nosa_jax.hf import GrowingText, load_tokenizer, stop_tokens
 from pallas_kernels.checks import bad_value
@@ -58,7 +58,7 @@ class Generate:
         prompt = self._read_prompt()
         model = load(self.path, self.variant, self.dtype)
         tokenizer = load_tokenizer(self.path, model.config.vocab_size)
-        tokens = tokenizer.encode(prompt)
+        tokens = encode(tokenizer, prompt, "the prompt")
         if not tokens:
             raise bad_value("--prompt", "must hold at least one token", repr(prompt), "Give some text to continue.")
 
@@ -76,24 +76,24 @@ class Generate:
         )
         with working(f"reading the prompt, {len(tokens)} tokens"):
             first = next(waits)
-        print(prompt, end="", flush=True)
+        show(prompt.decode("utf-8", errors="replace"), end="")
         stops, text, seen = stop_tokens(self.path), GrowingText(tokenizer, tokens), []
         for step, seconds in itertools.chain([first], waits):
             seen.append((step, seconds))
             if int(step.tokens[0]) in stops:
                 break
-            print(text.add(int(step.tokens[0])), end="", flush=True)
-        print(text.finish(), flush=True)
-        print(file=sys.stderr)
+            show(text.add(int(step.tokens[0])), end="")
+        show(text.finish())
+        show(stderr=True)
         facts(figures(model, len(tokens), len(tokens) + self.max_new_tokens, cache, seen), stderr=True)
         return 0
 
-    def _read_prompt(self) -> str:
+    def _read_prompt(self) -> bytes:
         if self.prompt is not None:
-            return self.prompt
+            return self.prompt.encode("utf-8", errors="surrogateescape")  # the bytes that were typed
         if sys.stdin.isatty():
             raise bad_value("--prompt", "must be given, or text on stdin", None, 'For example --prompt "def ".')
-        return sys.stdin.read()
+        return sys.stdin.buffer.read()
 
 
 def timed(steps: Iterator[Step]) -> Iterator[tuple[Step, float]]:

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from nosa_jax import CacheConfig, NosaLM, Selections
+from nosa_jax import CacheConfig, NosaLM, Selections, train
 from nosa_jax._extras import require_extras
-from nosa_jax.cli.checkpoint import Dtype, load
+from nosa_jax._paths import only_run, replacing
+from nosa_jax.cli.checkpoint import Dtype, encode, load
 from nosa_jax.cli.terminal import facts, heading, indented, working
 from nosa_jax.cli.train import read_text
 from nosa_jax.config import Variant
@@ -52,7 +53,10 @@ class Locality:
     def run(self) -> int:
         require_extras("hf", "plots")
         self._check()
-        self.out.mkdir(parents=True, exist_ok=True)
+        with only_run("--out", self.out):
+            return self._run()
+
+    def _run(self) -> int:
         selections: dict[str, Selections] = {}
         tokens = np.empty(0, np.int32)
         for variant in dict.fromkeys(self.variants):
@@ -97,10 +101,13 @@ class Locality:
         """As many tokens of the text as are read."""
         needed = self.prompt_length + (0 if self.free_running else self.new_tokens)
         if self.text is None:
-            text = bytes(read_text().heldout[: 16 * needed]).decode("utf-8", errors="replace")
+            text = (
+                bytes(read_text().heldout[: 16 * needed]).decode("utf-8", errors="ignore").encode()
+            )  # whole characters
         else:
-            text = self.text.read_text(encoding="utf-8", errors="replace")
-        tokens = np.asarray(load_tokenizer(self.path, model.config.vocab_size).encode(text)[:needed], np.int32)
+            text = train.read_text(self.text, argument="--text").tobytes()
+        tokenizer = load_tokenizer(self.path, model.config.vocab_size)
+        tokens = np.asarray(encode(tokenizer, text, "the text")[:needed], np.int32)
         if len(tokens) < needed:
             raise bad_value(
                 "--text", f"must have at least {needed} tokens", len(tokens), "Lower --prompt-length or --new-tokens."
@@ -115,5 +122,6 @@ def as_json(reports: dict[str, LocalityReport]) -> dict[str, Any]:
 
 def write_json(path: Path, content: Any) -> Path:
     """Writes `content` and returns `path`."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    with replacing(path) as file:
+        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return path

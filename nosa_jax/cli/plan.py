@@ -7,6 +7,7 @@ import json
 from typing import Literal
 
 from nosa_jax import CacheConfig, ModelConfig, plan, presets
+from nosa_jax.cli.terminal import show
 from nosa_jax.config import Variant
 from pallas_kernels.device import current_device
 
@@ -60,7 +61,7 @@ class Plan:
         )
         what = {"preset": self.preset, "variant": self.variant, "dtype": self.dtype}
         if self.json:
-            print(json.dumps(what | result.to_dict(), indent=2))
+            show(json.dumps(what | result.to_dict(), indent=2))
         else:
-            print(f"{'model':<24}{self.preset}, variant {self.variant}, {self.dtype}\n{result}")
+            show(f"{'model':<24}{self.preset}, variant {self.variant}, {self.dtype}\n{result}")
         return 0

@@ -4,16 +4,65 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
+import os
 import sys
 import textwrap
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def usable_streams() -> Iterator[None]:
+    """Streams that are there, even if the process began without them, and an output that takes any character."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # becomes `number`, which no file of ours may be
+    before = {name: getattr(sys, name) for name in ("stdin", "stdout", "stderr")}
+    for name, stream in before.items():
+        if stream is None or getattr(stream, "closed", False):
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 -- closed below
+    errors = getattr(sys.stdout, "errors", None)
+    set_errors = getattr(sys.stdout, "reconfigure", lambda errors: None)
+    set_errors(errors="replace")
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError, ValueError):  # gone by now
+            set_errors(errors=errors)
+        for name, stream in before.items():
+            if getattr(sys, name) is not stream:
+                getattr(sys, name).close()
+                setattr(sys, name, stream)
+
+
+def show(text: str = "", *, stderr: bool = False, end: str = "\n") -> None:
+    """Prints to stdout or stderr. A terminal that is gone is no error, nor is stderr without a reader."""
+    try:
+        print(text, end=end, file=sys.stderr if stderr else sys.stdout, flush=True)
+    except OSError as error:
+        if not stderr and error.errno != errno.EIO:
+            raise
+
+
+def _styled() -> bool:
+    """Whether stdout is a terminal that shows bold text, and the user has nothing against it (no-color.org)."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def heading(text: str) -> None:
     """A line that starts a part of the output; bold on a terminal."""
-    print(f"\n\033[1m{text}\033[0m" if sys.stdout.isatty() else f"\n{text}", flush=True)
+    show(f"\n\033[1m{text}\033[0m" if _styled() else f"\n{text}")
+
+
+def note(text: str) -> None:
+    """A line on stderr that the user should see."""
+    show(f"nosa: note: {text}", stderr=True)
 
 
 def facts(rows: Iterable[tuple[str, object]], *, stderr: bool = False) -> None:
@@ -21,19 +70,19 @@ def facts(rows: Iterable[tuple[str, object]], *, stderr: bool = False) -> None:
     rows = list(rows)
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
-        print(f"  {name:<{width}}  {value}", file=sys.stderr if stderr else sys.stdout, flush=True)
+        show(f"  {name:<{width}}  {value}", stderr=stderr)
 
 
 def indented(text: str) -> None:
     """Prints `text`, every line of it moved to the right."""
-    print("\n".join(line.rstrip() for line in textwrap.indent(text, "  ").split("\n")), flush=True)
+    show("\n".join(line.rstrip() for line in textwrap.indent(text, "  ").split("\n")))
 
 
 @contextlib.contextmanager
 def working(text: str) -> Iterator[None]:
     """Says on stderr what is going on until the block ends; on a terminal with a clock, and erased afterwards."""
-    if not sys.stderr.isatty():
-        print(f"  {text} ...", file=sys.stderr, flush=True)
+    if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
+        show(f"  {text} ...", stderr=True)
         yield
         return
     done = threading.Event()
@@ -41,7 +90,7 @@ def working(text: str) -> Iterator[None]:
     def tick() -> None:
         begin = time.monotonic()
         while True:
-            print(f"\r  {text} ... {time.monotonic() - begin:.0f} s", end="", file=sys.stderr, flush=True)
+            show(f"\r  {text} ... {time.monotonic() - begin:.0f} s", stderr=True, end="")
             if done.wait(0.5):
                 return
 
@@ -52,7 +101,7 @@ def working(text: str) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-        print("\r\033[K", end="", file=sys.stderr, flush=True)
+        show("\r\033[K", stderr=True, end="")
 
 
 @dataclasses.dataclass

@@ -13,6 +13,7 @@ from nosa_jax.cli.plan import PresetName, preset
 from nosa_jax.cli.terminal import facts, heading, working
 from nosa_jax.config import Variant
 from nosa_jax.hf import ByteTokenizer
+from nosa_jax.hf.save import check_folder
 from nosa_jax.train import Corpus, OptimizerConfig, TrainConfig
 
 
@@ -27,7 +28,7 @@ class Train:
     files: tuple[str, ...] = ()
     """Files, folders or globs to read; default: the source of Python's standard library."""
     heldout_fraction: float = 0.05
-    """Share of the text, in whole files, that is not trained on but evaluated."""
+    """Share of the text, in whole files where that comes close, that is not trained on but evaluated."""
     out: Path | None = None
     """Folder for checkpoints, log and model; default: runs/PRESET-VARIANT."""
     resume: bool = False
@@ -90,6 +91,7 @@ class Train:
         require_extras("train", "hf")
         config = self.config()
         out = Path("runs", f"{self.preset}-{self.variant}") if self.out is None else self.out
+        check_folder(out / "model")
         corpus = read_text(self.files, self.heldout_fraction)
         heading(f"Training {self.preset} ({self.variant}) for {config.steps} steps")
         facts([("text", describe(corpus)), ("folder", out)])

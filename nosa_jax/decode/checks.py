@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -12,10 +13,10 @@ from jaxtyping import Array, Int32
 from nosa_jax._pytree import pytree_dataclass
 from nosa_jax.attention import layout
 from nosa_jax.cache.plan import plan
-from nosa_jax.cache.state import DecodeState, require_fitting
+from nosa_jax.cache.state import DecodeState, require_fitting, require_whole
 from nosa_jax.config import CacheConfig
 from nosa_jax.model import NosaLM, as_block_ids
-from pallas_kernels.checks import bad_value, is_concrete, require_integers, require_type
+from pallas_kernels.checks import bad_type, bad_value, is_concrete, require_int, require_type
 
 
 @pytree_dataclass
@@ -45,7 +46,7 @@ def as_prompt(model: NosaLM, tokens: Any, lengths: Any) -> Prompt:
     tokens = layout.as_tokens(tokens, model.config.vocab_size)
     batch, width = tokens.shape
     lengths = layout.as_lengths(lengths, batch, width)
-    return Prompt(tokens, jnp.full((batch,), width, jnp.int32) if lengths is None else lengths)
+    return Prompt(tokens, jnp.asarray(np.full(batch, width, np.int32)) if lengths is None else lengths)
 
 
 def check_model(model: Any) -> None:
@@ -53,28 +54,32 @@ def check_model(model: Any) -> None:
     require_type("model", model, NosaLM, "Build one with NosaLM(...) or from_pretrained(...).")
 
 
-def check_cache(model: NosaLM, prompt: Prompt, max_length: Any, cache: Any, devices: int = 1) -> None:
-    """Raises unless the prompt fits into rows of `max_length` tokens, and their cache into memory.
+def check_cache(model: NosaLM, prompt: Prompt, max_length: Any, cache: Any, devices: int = 1, records: int = 0) -> int:
+    """`max_length` as an int. Raises unless the prompt fits into rows of so many tokens, and their cache into memory.
 
-    devices: how many share the rows. Raises TypeError, ValueError, or CacheTooLargeError with what is needed.
+    devices: how many share the rows. records: bytes per row that are recorded beside the cache.
+    Raises TypeError, ValueError, or CacheTooLargeError with what is needed.
     """
     require_type("cache", cache, CacheConfig, "Pass CacheConfig(...).")
-    if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < prompt.width:
-        rule = f"must be an int >= tokens.shape[1] = {prompt.width}"
-        raise bad_value("max_length", rule, max_length, "Leave room for new tokens too.")
-    one_device = plan(model.config, prompt.batch // devices, max_length, cache, dtype=model.embed.dtype)
+    rule = f"must be an int >= tokens.shape[1] = {prompt.width}"
+    max_length = require_int("max_length", max_length, prompt.width, rule)
+    rows = prompt.batch // devices
+    one_device = plan(model.config, rows, max_length, cache, dtype=model.embed.dtype)
+    if records:
+        one_device = dataclasses.replace(one_device, device=one_device.device | {"records": rows * records})
     one_device.require_memory(allocated=("weights",), devices=devices)
+    return max_length
 
 
-def check_chunk(chunk: Any) -> None:
-    """Raises ValueError unless it is a whole number above 0, or None."""
-    if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
-        raise bad_value("chunk", "must be an int >= 1 or None", repr(chunk), "512 is a good start.")
+def check_chunk(chunk: Any) -> int | None:
+    """`chunk` as an int, or None as given. Raises ValueError or TypeError for anything else."""
+    return None if chunk is None else require_int("chunk", chunk, 1, "must be an int >= 1 or None")
 
 
 def check_state(model: NosaLM, state: DecodeState, batch: int) -> None:
     """Raises TypeError or ValueError unless `model` could have made the state, of `batch` rows."""
     require_type("state", state, DecodeState, "Take the one that prefill returns.")
+    require_whole(state)
     rows = state.lengths.shape[0]
     if batch != rows:
         raise bad_value("tokens", f"must have the state's {rows} rows", batch, "Pass one row of tokens per row of it.")
@@ -98,7 +103,6 @@ def check_room(state: DecodeState, count: Any) -> None:
 
 def as_forced_block_ids(model: NosaLM, ids: Any, prompt: Prompt, new: int) -> Int32[Array, "L B K new J"]:
     """Checked selections of a generation: entry s belongs to the query at position prompt.lengths - 1 + s."""
-    require_integers("forced_block_ids", ids)
     positions = prompt.lengths[:, None] - 1 + jnp.arange(new, dtype=jnp.int32)
     ids = as_block_ids(model.config, ids, positions, name="forced_block_ids")
     assert ids is not None
@@ -114,3 +118,31 @@ def as_forced_block_ids(model: NosaLM, ids: Any, prompt: Prompt, new: int) -> In
                 "Add the own block to each selection.",
             )
     return ids
+
+
+def untransformed[T](inputs: T) -> T:
+    """`inputs` as they are, which `jax.vmap` and gradients of any kind refuse to pass, now or under a jit around it."""
+    leaves, structure = jax.tree.flatten(inputs)
+    return inputs if is_concrete(*leaves) else jax.tree.unflatten(structure, _untransformed(*leaves))
+
+
+@jax.custom_batching.custom_vmap
+def _unbatched(*arrays: Array) -> tuple[Array, ...]:
+    return arrays
+
+
+@_unbatched.def_vmap
+def _refuse_vmap(*_: Any) -> Any:
+    remedy = "Put all rows into one batch [B, T]: every row is computed as if it were alone."
+    raise bad_type("jax.vmap", "cannot go around prefill, extend, decode_step or generate", "one of them", remedy)
+
+
+@jax.custom_jvp
+def _untransformed(*arrays: Array) -> tuple[Array, ...]:
+    return _unbatched(*arrays)
+
+
+@_untransformed.defjvp
+def _refuse_gradient(*_: Any) -> Any:
+    remedy = "Use nosa_jax.forward for gradients, or jax.lax.stop_gradient(model) where none is wanted."
+    raise bad_type("gradient", "cannot pass through prefill, extend, decode_step or generate", "one of them", remedy)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jax.typing import ArrayLike
 from jaxtyping import Array, Int32
 
 from nosa_jax._pytree import pytree_dataclass
@@ -21,12 +20,13 @@ from nosa_jax.decode import checks
 from nosa_jax.decode.checks import Prompt
 from nosa_jax.decode.program import COMPILER_OPTIONS, program
 from nosa_jax.decode.prompt import read_prompt
-from nosa_jax.decode.sampling import Sampling, row_keys, sample
+from nosa_jax.decode.request import Options, Request, as_options, as_request
+from nosa_jax.decode.sampling import Sampling, has_finite_best, sample
 from nosa_jax.decode.step import StepOutput, run_step
 from nosa_jax.model import NosaLM
-from pallas_kernels.checks import bad_type, bad_value, is_concrete, require_integers, require_shape, require_type
+from pallas_kernels.checks import IntegersLike, bad_value, is_concrete, require_shape, require_type
+from pallas_kernels.promotion import usual_promotion
 
-RECORDS = ("logits", "block_ids", "fetched")
 GREEDY = Sampling(temperature=0.0)
 
 Record = bool | Iterable[str]
@@ -35,6 +35,9 @@ Record = bool | Iterable[str]
 @pytree_dataclass
 class Generation:
     """tokens [B, new] int32, `pad_token` after a row stopped; lengths [B], tokens generated, a stop token included.
+
+    failed [B] bool: rows that ended because their next logits had no finite best to draw (NaN from the weights or an
+    overflow), after `lengths` good tokens. Look at it where `generate` runs under `jax.jit`; elsewhere it raises.
 
     Recorded on request, else None: logits [B, new, V] float32 that each token was drawn from; block_ids
     [L, B, K, new, J], the selection behind those logits; fetched [L, B, K, new], blocks that crossed from the host for
@@ -47,6 +50,7 @@ class Generation:
     logits: Any = None
     block_ids: Any = None
     fetched: Any = None
+    failed: Any = None
 
 
 @pytree_dataclass
@@ -68,31 +72,6 @@ class Step:
 
 
 @pytree_dataclass
-class Request:
-    """What a generation is asked for, checked.
-
-    prompt: tokens and lengths.
-    keys: a random key per row [B]; None where sampling is greedy.
-    stop: int32 [n], tokens that end a row, at least one (-1 where there is none).
-    pad: int32 scalar, the token of rows that have ended.
-    forced_tokens: int32 [B, new], taken instead of drawn ones; None draws all.
-    forced_block_ids: int32 [L, B, K, new, J], replace the selections; None selects.
-    """
-
-    prompt: Any
-    keys: Any
-    stop: Any
-    pad: Any
-    forced_tokens: Any = None
-    forced_block_ids: Any = None
-
-    def forced(self, index: Any) -> tuple[Array | None, Array | None]:
-        """Token [B] and block ids [L, B, K, J] that are forced at one step."""
-        at = lambda x, axis: None if x is None else jax.lax.dynamic_index_in_dim(x, index, axis, keepdims=False)
-        return at(self.forced_tokens, 1), at(self.forced_block_ids, 3)
-
-
-@pytree_dataclass
 class Loop:
     """A generation between two steps.
 
@@ -100,28 +79,20 @@ class Loop:
     tokens: int32 [B], drawn last and not read yet.
     done: bool [B], rows that have ended.
     lengths: int32 [B], tokens drawn, a stop token included.
+    failed: bool [B], rows that have ended because there was nothing to draw, see `Generation`.
     """
 
     state: Any
     tokens: Any
     done: Any
     lengths: Any
-
-
-class _Options(NamedTuple):
-    """What a generation is compiled for. names: what is recorded."""
-
-    max_new_tokens: int
-    cache: CacheConfig
-    sampling: Sampling
-    names: tuple[str, ...]
-    chunk: int | None
+    failed: Any
 
 
 def generate(
     model: NosaLM,
-    tokens: ArrayLike,
-    lengths: ArrayLike | None = None,
+    tokens: IntegersLike,
+    lengths: IntegersLike | None = None,
     *,
     max_new_tokens: int = 64,
     cache: CacheConfig = CacheConfig(),
@@ -130,8 +101,8 @@ def generate(
     stop_tokens: Iterable[int] = (),
     pad_token: int = 0,
     record: Record = False,
-    forced_tokens: ArrayLike | None = None,
-    forced_block_ids: ArrayLike | None = None,
+    forced_tokens: IntegersLike | None = None,
+    forced_block_ids: IntegersLike | None = None,
     chunk: int | None = None,
     mesh: Mesh | None = None,
 ) -> Generation:
@@ -153,28 +124,33 @@ def generate(
         their number. Every device holds all weights: place them once,
         `jax.device_put(model, NamedSharding(mesh, PartitionSpec()))`.
 
-    Raises ValueError or TypeError for bad input, CacheTooLargeError before anything is allocated.
+    Raises ValueError or TypeError for bad input, CacheTooLargeError before anything is allocated, and, outside
+    `jax.jit`, FloatingPointError where a row's logits have no finite best; inside look at `Generation.failed`.
     """
     mesh = None if mesh is None else _checked_mesh(mesh, model, tokens)
     devices = 1 if mesh is None else mesh.size
-    options = _checked_options(max_new_tokens, cache, sampling, record, chunk)
-    request = _checked_request(model, tokens, lengths, options, key, stop_tokens, pad_token, devices)
+    options = as_options(max_new_tokens, cache, record, chunk)
+    request = as_request(model, tokens, lengths, options, sampling, key, stop_tokens, pad_token, devices)
     if forced_tokens is not None:
         forced_tokens = layout.as_tokens(forced_tokens, model.config.vocab_size, name="forced_tokens")
-        require_shape("forced_tokens", forced_tokens, (request.prompt.batch, max_new_tokens), "[B, max_new_tokens]")
+        shape = (request.prompt.batch, options.max_new_tokens)
+        require_shape("forced_tokens", forced_tokens, shape, "[B, max_new_tokens]")
     if forced_block_ids is not None:
-        forced_block_ids = checks.as_forced_block_ids(model, forced_block_ids, request.prompt, max_new_tokens)
+        forced_block_ids = checks.as_forced_block_ids(model, forced_block_ids, request.prompt, options.max_new_tokens)
     request = dataclasses.replace(request, forced_tokens=forced_tokens, forced_block_ids=forced_block_ids)
     if mesh is not None and is_concrete(*jax.tree.leaves(request)):
         place = lambda spec, part: jax.device_put(part, NamedSharding(mesh, spec))
         request = jax.tree.map(place, _request_specs(mesh), request, is_leaf=_is_spec)
-    return _generate(model, request, options=options, mesh=mesh)
+    model, request = checks.untransformed((model, request))
+    generation = _generate(model, request, options=options, mesh=mesh)
+    _require_drawn(generation)
+    return generation
 
 
 def stream(
     model: NosaLM,
-    tokens: ArrayLike,
-    lengths: ArrayLike | None = None,
+    tokens: IntegersLike,
+    lengths: IntegersLike | None = None,
     *,
     max_new_tokens: int = 64,
     cache: CacheConfig = CacheConfig(),
@@ -192,20 +168,35 @@ def stream(
     Ends when every row stopped, so it may yield fewer than `max_new_tokens` steps; `generate` pads to that many.
     Other arguments and errors as in `generate`; they are checked at the call, not at the first token.
     """
-    options = _checked_options(max_new_tokens, cache, sampling, record, chunk)
-    request = _checked_request(model, tokens, lengths, options, key, stop_tokens, pad_token)
+    options = as_options(max_new_tokens, cache, record, chunk)
+    request = as_request(model, tokens, lengths, options, sampling, key, stop_tokens, pad_token)
     steps = _stream(model, request, options)
     return (one.tokens for one in steps) if record is False else steps
 
 
-def _stream(model: NosaLM, request: Request, options: _Options) -> Iterator[Step]:
-    loop, first = _start(model, request, options)
-    yield _on_host(first)
-    for _ in range(1, options.max_new_tokens):
-        if bool(jax.device_get(loop.done.all())):
-            return
-        loop, following = _stream_step(model, request, loop, options=options)
+def _stream(model: NosaLM, request: Request, options: Options) -> Iterator[Step]:
+    loop, following = _start(model, request, options)
+    for index in range(options.max_new_tokens):
+        if index:
+            loop, following = _stream_step(model, request, loop, options=options)
+        _require_drawn(loop)
         yield _on_host(following)
+        if jax.device_get(loop.done).all():
+            return
+
+
+def _require_drawn(drawn: Loop | Generation) -> None:
+    """Raises FloatingPointError where a row has failed, and that can be seen."""
+    if not is_concrete(drawn.failed):
+        return
+    failed, lengths = jax.device_get((drawn.failed, drawn.lengths))
+    if failed.any():
+        row = int(np.argmax(failed))
+        raise FloatingPointError(
+            f"logits: must have a finite best to draw a token from, got none for row {row} at step {lengths[row]} "
+            f"({failed.sum()} of {failed.size} rows). Look for NaN in the weights, or for an overflow of their dtype "
+            "with `record`; under jax.jit the tokens before it are returned."
+        )
 
 
 def _on_host(one: Step) -> Step:
@@ -214,23 +205,24 @@ def _on_host(one: Step) -> Step:
 
 
 @functools.partial(jax.jit, static_argnames="options", donate_argnames="loop", compiler_options=COMPILER_OPTIONS)
-def _stream_step(model: NosaLM, request: Request, loop: Loop, *, options: _Options) -> tuple[Loop, Step]:
+@usual_promotion
+def _stream_step(model: NosaLM, request: Request, loop: Loop, *, options: Options) -> tuple[Loop, Step]:
     return _advance(model, request, loop, options, None, None)
 
 
 @program(static_argnames="options")
-def _start(model: NosaLM, request: Request, options: _Options) -> tuple[Loop, Step]:
+def _start(model: NosaLM, request: Request, options: Options) -> tuple[Loop, Step]:
     """Reads the prompt and draws the first token."""
     prompt = request.prompt
     token, block_ids = request.forced(0)
     max_length = prompt.width + options.max_new_tokens
     state, out = read_prompt(model, prompt, block_ids, max_length=max_length, cache=options.cache, chunk=options.chunk)
     nothing = jnp.zeros(prompt.lengths.shape, jnp.int32)
-    return _draw(request, Loop(state, nothing, nothing > 0, nothing), out, options, token)
+    return _draw(request, Loop(state, nothing, nothing > 0, nothing, nothing > 0), out, options, token)
 
 
 def _advance(
-    model: NosaLM, request: Request, loop: Loop, options: _Options, token: Array | None, block_ids: Array | None
+    model: NosaLM, request: Request, loop: Loop, options: Options, token: Array | None, block_ids: Array | None
 ) -> tuple[Loop, Step]:
     """Reads the last tokens and draws the next. token, block_ids: forced ones of this step."""
     state, out = run_step(model, loop.state, loop.tokens, ~loop.done, block_ids)
@@ -238,20 +230,23 @@ def _advance(
 
 
 def _draw(
-    request: Request, loop: Loop, out: StepOutput, options: _Options, forced: Int32[Array, " B"] | None
+    request: Request, loop: Loop, out: StepOutput, options: Options, forced: Int32[Array, " B"] | None
 ) -> tuple[Loop, Step]:
     """The next token of every row that is not done, and what is recorded of it."""
     active = ~loop.done
-    token = sample(out.logits, request.keys, loop.state.lengths, options.sampling) if forced is None else forced
-    token = jnp.where(active, token, request.pad)
-    done = loop.done | (token[:, None] == request.stop).any(-1)
+    failed = jnp.zeros_like(active)
+    if forced is None:
+        failed = active & ~has_finite_best(out.logits)
+        forced = sample(out.logits, request.keys, loop.state.lengths, request.filter)
+    token = jnp.where(active & ~failed, forced, request.pad)
+    done = loop.done | failed | (token[:, None] == request.stop).any(-1)
     logits = jnp.where(active[:, None], out.logits, 0)
-    following = Loop(loop.state, token, done, loop.lengths + active)
+    following = Loop(loop.state, token, done, loop.lengths + (active & ~failed), loop.failed | failed)
     return following, Step(token, logits, out.block_ids, out.fetched).keep(options.names)
 
 
 @program(static_argnames=("options", "mesh"))
-def _generate(model: NosaLM, request: Request, *, options: _Options, mesh: Mesh | None) -> Generation:
+def _generate(model: NosaLM, request: Request, *, options: Options, mesh: Mesh | None) -> Generation:
     """`request` for all rows, whatever devices they are split over."""
     if mesh is None:
         return _generate_rows(model, request, options)
@@ -266,7 +261,7 @@ def _generate(model: NosaLM, request: Request, *, options: _Options, mesh: Mesh 
     return run(model, request)
 
 
-def _generate_rows(model: NosaLM, request: Request, options: _Options) -> Generation:
+def _generate_rows(model: NosaLM, request: Request, options: Options) -> Generation:
     loop, first = _start(model, request, options)
     # One entry per step first, so that a step writes one contiguous piece.
     fills = Step(request.pad, 0, -1, 0)
@@ -291,7 +286,7 @@ def _generate_rows(model: NosaLM, request: Request, options: _Options) -> Genera
     last = lambda x, axis: None if x is None else jnp.moveaxis(x, 0, axis)
     return Generation(
         last(records.tokens, 1), loop.lengths,
-        last(records.logits, 1), last(records.block_ids, 3), last(records.fetched, 3),
+        last(records.logits, 1), last(records.block_ids, 3), last(records.fetched, 3), loop.failed,
     )  # fmt: skip
 
 
@@ -302,52 +297,12 @@ def _is_spec(x: Any) -> bool:
 def _request_specs(mesh: Mesh) -> Request:
     """How a request is split over the devices of a mesh: by rows, on any of its axes."""
     rows, of_layers, all_ = PartitionSpec(mesh.axis_names), PartitionSpec(None, mesh.axis_names), PartitionSpec()
-    return Request(Prompt(rows, rows), rows, all_, all_, rows, of_layers)
+    return Request(Prompt(rows, rows), rows, all_, all_, all_, rows, of_layers)
 
 
 def _generation_specs(mesh: Mesh) -> Generation:
     rows, of_layers = PartitionSpec(mesh.axis_names), PartitionSpec(None, mesh.axis_names)
-    return Generation(rows, rows, rows, of_layers, of_layers)
-
-
-def _checked_options(max_new_tokens: Any, cache: Any, sampling: Any, record: Record, chunk: Any) -> _Options:
-    require_type("sampling", sampling, Sampling, "Pass Sampling(temperature=0.8), for example.")
-    require_type("max_new_tokens", max_new_tokens, int, "Pass a whole number.")
-    if isinstance(max_new_tokens, bool) or max_new_tokens < 1:
-        raise bad_value("max_new_tokens", "must be >= 1", max_new_tokens, "Use prefill for the prompt alone.")
-    checks.check_chunk(chunk)
-    return _Options(max_new_tokens, cache, sampling, _record_names(record), chunk)
-
-
-def _checked_request(
-    model: NosaLM,
-    tokens: Any,
-    lengths: Any,
-    options: _Options,
-    key: Any,
-    stop_tokens: Iterable[int],
-    pad_token: int,
-    devices: int = 1,
-) -> Request:
-    """The request of `generate` and `stream`; see there. devices: how many share the rows."""
-    prompt = checks.as_prompt(model, tokens, lengths)
-    checks.check_cache(model, prompt, prompt.width + options.max_new_tokens, options.cache, devices)
-    if not isinstance(stop_tokens, Iterable) or isinstance(stop_tokens, str):
-        raise bad_type("stop_tokens", "must be a sequence of token ids", repr(stop_tokens), "Put it in a list.")
-    stop = np.asarray(tuple(stop_tokens)).reshape(-1)
-    if stop.size:
-        require_integers("stop_tokens", stop)
-    vocab = model.config.vocab_size
-    for name, values in (("stop_tokens", stop), ("pad_token", np.asarray([pad_token]))):
-        if ((values < 0) | (values >= vocab)).any():
-            raise bad_value(name, f"ids must be in [0, vocab_size = {vocab})", values.tolist(), "Check the tokenizer.")
-    return Request(
-        prompt,
-        row_keys(key, prompt.batch, options.sampling),
-        # Never empty: XLA, compiling for several GPUs, crashes on an array without elements.
-        jnp.asarray(stop if stop.size else [-1], jnp.int32),
-        jnp.int32(pad_token),
-    )
+    return Generation(rows, rows, rows, of_layers, of_layers, rows)
 
 
 def _checked_mesh(mesh: Any, model: NosaLM, tokens: Any) -> Mesh:
@@ -366,13 +321,3 @@ def _checked_mesh(mesh: Any, model: NosaLM, tokens: Any) -> Mesh:
             "Place it once: jax.device_put(model, NamedSharding(mesh, PartitionSpec())).",
         )
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
-
-
-def _record_names(record: Record) -> tuple[str, ...]:
-    if isinstance(record, bool):
-        return RECORDS if record else ()
-    names = (record,) if isinstance(record, str) else tuple(record)
-    unknown = sorted(set(names) - set(RECORDS))
-    if unknown:
-        raise bad_value("record", f"must be a bool or names among {RECORDS}", unknown, "Remove the unknown names.")
-    return tuple(name for name in RECORDS if name in names)

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int32
 
 from nosa_jax import rope
@@ -24,12 +23,14 @@ from nosa_jax.decode.program import program
 from nosa_jax.decode.step import StepOutput
 from nosa_jax.model import Layers, NosaLM
 from pallas_kernels import block_attention
+from pallas_kernels.checks import IntegersLike
+from pallas_kernels.promotion import usual_promotion
 
 
 def prefill(
     model: NosaLM,
-    tokens: ArrayLike,
-    lengths: ArrayLike | None = None,
+    tokens: IntegersLike,
+    lengths: IntegersLike | None = None,
     *,
     max_length: int,
     cache: CacheConfig = CacheConfig(),
@@ -46,14 +47,15 @@ def prefill(
     Raises ValueError for bad input and CacheTooLargeError, before anything is allocated, when the cache does not fit.
     """
     prompt = checks.as_prompt(model, tokens, lengths)
-    checks.check_cache(model, prompt, max_length, cache)
-    checks.check_chunk(chunk)
+    max_length = checks.check_cache(model, prompt, max_length, cache)
+    chunk = checks.check_chunk(chunk)
+    model, prompt = checks.untransformed((model, prompt))
     state, out = read_prompt(model, prompt, max_length=max_length, cache=cache, chunk=chunk)
     return state, out.logits
 
 
 def extend(
-    model: NosaLM, state: DecodeState, tokens: ArrayLike, lengths: ArrayLike | None = None
+    model: NosaLM, state: DecodeState, tokens: IntegersLike, lengths: IntegersLike | None = None
 ) -> tuple[DecodeState, Float[Array, "B V"]]:
     """Reads any number of further tokens into a running state: the next turn, or the next chunk of a prompt.
 
@@ -69,6 +71,7 @@ def extend(
     lengths = layout.as_lengths(lengths, batch, width, minimum=0)
     count = jnp.full((batch,), width, jnp.int32) if lengths is None else lengths
     checks.check_room(state, count)
+    model, state, tokens, count = checks.untransformed((model, state, tokens, count))
     state, out = _extend(model, state, tokens, count)
     return state, out.logits
 
@@ -120,6 +123,7 @@ def _where_rows(condition: Bool[Array, " B"], new: Array, old: Array) -> Array:
 
 
 @functools.partial(jax.jit, static_argnames="fresh")
+@usual_promotion
 def _extend(
     model: NosaLM,
     state: DecodeState,

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int32
 
 from nosa_jax import rope
@@ -19,9 +18,11 @@ from nosa_jax.cache import residence, summaries
 from nosa_jax.cache.state import DecodeState
 from nosa_jax.config import ModelConfig
 from nosa_jax.decode import checks
-from nosa_jax.decode.program import COMPILER_OPTIONS
+from nosa_jax.decode.program import program
 from nosa_jax.model import NosaLM
 from pallas_kernels import blocks
+from pallas_kernels.checks import IntegersLike
+from pallas_kernels.promotion import usual_promotion
 
 
 @pytree_dataclass
@@ -34,7 +35,7 @@ class StepOutput:
     fetched: Any
 
 
-def decode_step(model: NosaLM, state: DecodeState, tokens: ArrayLike) -> tuple[DecodeState, Float[Array, "B V"]]:
+def decode_step(model: NosaLM, state: DecodeState, tokens: IntegersLike) -> tuple[DecodeState, Float[Array, "B V"]]:
     """Feeds one token to every row. Returns the new state and the float32 logits of what follows.
 
     A plain function of int tokens [B]; `jit_decode_step` is it compiled for a loop. Under jit, where values cannot be
@@ -45,13 +46,28 @@ def decode_step(model: NosaLM, state: DecodeState, tokens: ArrayLike) -> tuple[D
     tokens = layout.as_tokens(tokens, model.config.vocab_size, rank=1)
     checks.check_state(model, state, tokens.shape[0])
     checks.check_room(state, 1)
-    state, out = run_step(model, state, tokens)
+    state, out = run_step(*checks.untransformed((model, state, tokens)))
     return state, out.logits
 
 
-jit_decode_step = jax.jit(decode_step, donate_argnames="state", compiler_options=COMPILER_OPTIONS)
-"""`decode_step` compiled with the options that it needs and the state donated: the one passed in is gone, go on with
-the one returned."""
+def jit_decode_step(model: NosaLM, state: DecodeState, tokens: IntegersLike) -> tuple[DecodeState, Float[Array, "B V"]]:
+    """`decode_step` compiled with the options that it needs, the state donated: go on with the state that it returns.
+
+    The state passed in is gone afterwards. A row that is already `max_length` long stays as it is and its logits mean
+    nothing: watch `state.lengths`. Raises TypeError or ValueError for a state of another model and wrong tokens.
+    """
+    checks.check_model(model)
+    tokens = layout.as_tokens(tokens, model.config.vocab_size, rank=1)
+    checks.check_state(model, state, tokens.shape[0])
+    return _donating_step(*checks.untransformed((model, state, tokens)))
+
+
+@program(donate_argnames="state")
+def _donating_step(
+    model: NosaLM, state: DecodeState, tokens: Int32[Array, " B"]
+) -> tuple[DecodeState, Float[Array, "B V"]]:
+    state, out = run_step(model, state, tokens)
+    return state, out.logits
 
 
 class Place(NamedTuple):
@@ -102,6 +118,7 @@ def attend_token(
 
 
 @jax.jit
+@usual_promotion
 def run_step(
     model: NosaLM,
     state: DecodeState,
@@ -119,6 +136,7 @@ def run_step(
     place = place_of(config, jnp.where(active, state.lengths, -1))
 
     def body(index: Array, carry: tuple[Array, DecodeState, Any]) -> tuple[Array, DecodeState, Any]:
+        index = index.astype(jnp.int32)  # under x64 a loop counts in int64
         x, state, recorded = carry
         forced = None if forced_block_ids is None else forced_block_ids[index]
 

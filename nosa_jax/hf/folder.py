@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from nosa_jax._paths import user_path
 from nosa_jax.origin import CONFIG_NAME, GENERATION_NAME
-from pallas_kernels.checks import bad_type, bad_value
+from pallas_kernels.checks import bad_value
 
 try:
     import fcntl
@@ -45,18 +46,9 @@ PARTIAL = ".saving-"
 _READS = 10
 
 
-def as_path(path: Any) -> Path:
-    """`path` with a leading ~ expanded. Raises TypeError or ValueError for what is no path."""
-    if not isinstance(path, str | os.PathLike):
-        raise bad_type("path", "must be a path", f"{path!r:.60}", "Pass a str or a pathlib.Path.")
-    if os.fspath(path) == "" or "\0" in os.fspath(path):
-        raise bad_value("path", "must name a folder", repr(path), 'Pass "." for the working folder.')
-    return Path(path).expanduser()
-
-
 def existing_folder(path: Any) -> Path:
-    """`as_path` of a folder; raises FileNotFoundError where there is none."""
-    folder = as_path(path)
+    """The path of a folder, ~ expanded; raises FileNotFoundError where there is none."""
+    folder = user_path("path", path)
     if not folder.is_dir():
         what = "which is a file" if folder.exists() else "no such folder"
         raise FileNotFoundError(

@@ -14,11 +14,12 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+from nosa_jax._paths import user_path
 from nosa_jax.attention.importance import Importance
 from nosa_jax.config import ModelConfig, Variant
 from nosa_jax.hf.config_json import ATTENTION_KEY, parse_config, read_config_json, unused
 from nosa_jax.hf.files import CheckpointFiles, TensorInfo
-from nosa_jax.hf.folder import TEXT_FILES, as_path, read_whole
+from nosa_jax.hf.folder import TEXT_FILES, read_whole
 from nosa_jax.hf.keymap import Piece, model_pieces
 from nosa_jax.model import NosaLM
 from nosa_jax.origin import Origin
@@ -52,7 +53,7 @@ def from_pretrained(
     file, for a config.json that asks for other maths, and for tensors that do not fit (all of them are listed), and
     TypeError for arguments of other types. Warns where a Llama asked for as sparse is too short to be it.
     """
-    folder = as_path(path)
+    folder = user_path("path", path)
     want = check_dtype(dtype)
     if not isinstance(attention, dict | None):
         raise bad_type("attention", "must be a dict of fields of AttentionConfig", f"{attention!r:.60}", "Pass a dict.")

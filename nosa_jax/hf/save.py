@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 
 from nosa_jax._extras import import_extra
 from nosa_jax._json import parse_object
+from nosa_jax._paths import user_path
 from nosa_jax.hf.config_json import MODEL_TYPES, render_config, unused
 from nosa_jax.hf.folder import (
     INDEX_NAME,
@@ -23,7 +24,6 @@ from nosa_jax.hf.folder import (
     SINGLE_NAME,
     TEXT_FILES,
     TOKENIZER_FILES,
-    as_path,
     locked,
     partial_folder,
     swap_in,
@@ -71,7 +71,7 @@ def save_pretrained(
     if not isinstance(tokenizer, ByteTokenizer | FileTokenizer | None):
         raise bad_type("tokenizer", "must be a tokenizer of nosa_jax.hf", f"{tokenizer!r:.60}", "Use ByteTokenizer().")
     weights_dtype = check_dtype(model.embed[...].dtype if dtype is None else dtype)
-    folder = as_path(path).resolve()
+    folder = user_path("path", path).resolve()
     replaced = _replaced_config(folder)
     config = render_config(model.config, weights_dtype.name, _carried_keys(model, replaced))
     texts = _carried_files(model, folder)
@@ -82,6 +82,11 @@ def save_pretrained(
         for name, data in texts.items():
             (partial / name).write_bytes(data)
         swap_in(partial, folder)
+
+
+def check_folder(path: str | os.PathLike[str]) -> None:
+    """Raises FileExistsError where `save_pretrained` would refuse `path`, before there is anything to lose."""
+    _replaced_config(user_path("path", path).resolve())
 
 
 def _replaced_config(folder: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from nosa_jax._extras import import_extra
 from nosa_jax._json import refuse_pointer
-from nosa_jax.hf.folder import as_path
+from nosa_jax._paths import user_path
 from pallas_kernels.checks import bad_type, bad_value
 
 Ids = Sequence[int] | np.ndarray | jax.Array
@@ -29,7 +29,7 @@ class FileTokenizer:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        file = as_path(path)
+        file = user_path("path", path)
         file = file / "tokenizer.json" if file.is_dir() else file
         if not file.is_file():
             raise FileNotFoundError(

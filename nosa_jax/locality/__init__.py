@@ -10,8 +10,8 @@
     print(locality.comparison_table(reports))
     locality.draw(selections, reports, ".")                    # locality.png, selections-nosa.png, ...
 
-Figures need the extra `plots`: pip install "nosa-jax[plots]"; everything else needs the core alone. What the letters
-and shapes mean: `nosa_jax.locality.measures`.
+Figures need the extra `plots`: pip install ".[plots]" in a checkout; everything else needs the core alone. What the
+letters and shapes mean: `nosa_jax.locality.measures`.
 """
 
 from nosa_jax.locality.measures import (

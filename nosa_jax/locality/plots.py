@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nosa_jax._extras import import_extra
+from nosa_jax._paths import replacing, user_path
 from nosa_jax.locality.measures import is_forced
 from nosa_jax.locality.report import LocalityReport
 from nosa_jax.locality.selections import Selections
@@ -38,18 +39,15 @@ _CELLS = (
 
 def _new_figure(width: float, height: float) -> Figure:
     import_extra("matplotlib")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from nosa_jax.locality._figure import new_figure  # imports matplotlib
 
-    figure = Figure(figsize=(width, height), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))
-    FigureCanvasAgg(figure)
-    return figure
+    return new_figure(width, height)
 
 
 def _finish(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
     if path is not None:
-        figure.savefig(path, dpi=150)
+        with replacing(user_path("path", path)) as new:
+            figure.savefig(new, dpi=150)
     return figure
 
 
@@ -76,10 +74,11 @@ def draw(
     selections, reports: by name of the method.   folder: where the files go; it must exist.
     Returns the files. Raises ImportError without matplotlib.
     """
-    written = [Path(folder) / "locality.png"]
+    folder = user_path("folder", folder)
+    written = [folder / "locality.png"]
     plot_comparison(reports, written[0])
     for name, recorded in selections.items():
-        written.append(Path(folder) / f"selections-{name}.png")
+        written.append(folder / f"selections-{name}.png")
         plot_selection_map(recorded, layer=recorded.block_ids.shape[0] // 2, path=written[-1])
     return written
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,8 +25,10 @@ from nosa_jax.locality.measures import (
 )
 from pallas_kernels.checks import bad_value, require_shape
 
+_LEGEND = "unforced: gamma without sink and local blocks; new, miss, KiB: per step; @: slots of the device pool"
 
-@dataclasses.dataclass(frozen=True, eq=False)
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class LocalityReport:
     """Locality of one method, averaged over rows and counted steps. Arrays are float64 [L, K], NaN where undefined.
 
@@ -52,8 +55,8 @@ class LocalityReport:
         """Mean bytes from host to device per row and token, summed over layers and KV heads."""
         return float(self.misses[slots].sum() * self.block_bytes)
 
-    def table(self) -> str:
-        """One line per layer and KV head, then their mean and sum; fixed width."""
+    def _columns(self) -> tuple[list[str], list[list[str]]]:
+        """Names of columns, and rows of text: layers and heads, then their mean and sum."""
         kib = self.block_bytes / 1024
         columns = {"gamma": self.gamma, "unforced": self.gamma_unforced, "new": self.new_blocks}
         columns |= {f"miss@{slots}": values for slots, values in self.misses.items()}
@@ -61,22 +64,41 @@ class LocalityReport:
         values = np.stack(list(columns.values()))  # [columns, L, K]
         sums = values.sum((1, 2))
         sums[:2] = np.nan  # a ratio has no sum
-        rows = [(f"{layer:5d} {head:5d}", values[:, layer, head]) for layer, head in np.ndindex(self.gamma.shape)]
-        rows += [(f"{'mean':>11}", values.mean((1, 2))), (f"{'sum':>11}", sums)]
+        rows = [(str(layer), str(head), values[:, layer, head]) for layer, head in np.ndindex(self.gamma.shape)]
+        rows += [("", "mean", values.mean((1, 2))), ("", "sum", sums)]
         specs = [".3f" if i < 2 else ".2f" for i in range(len(columns))]
-        return "\n".join(
-            [
-                f"{self.label}: {self.steps} steps; {self.attention.num_selected_blocks} blocks of "
-                f"{self.attention.block_size} tokens selected; a block is {kib:g} KiB; guaranteed gamma "
-                f"{_number(self.guaranteed_gamma, '.3f')}",
-                "layer  head" + "".join(f"{name:>10}" for name in columns),
-                *(name + "".join(f"{_number(x, f):>10}" for x, f in zip(xs, specs, strict=True)) for name, xs in rows),
-                "unforced: gamma without sink and local blocks; new, miss, KiB: per step; @: slots of the device pool",
-            ]
+        return ["layer", "head", *columns], [
+            [layer, head, *(_number(x, spec) for x, spec in zip(xs, specs, strict=True))] for layer, head, xs in rows
+        ]
+
+    def _summary(self) -> str:
+        return (
+            f"{self.label}: {self.steps} steps; {self.attention.num_selected_blocks} blocks of "
+            f"{self.attention.block_size} tokens selected; a block is {self.block_bytes / 1024:g} KiB; "
+            f"guaranteed gamma {_number(self.guaranteed_gamma, '.3f')}"
         )
+
+    def table(self) -> str:
+        """One line per layer and KV head, then their mean and sum; fixed width."""
+        names, rows = self._columns()
+        lines = [f"{layer:>5} {head:>5}" + "".join(f"{x:>10}" for x in xs) for layer, head, *xs in (names, *rows)]
+        return "\n".join([self._summary(), *lines, _LEGEND])
 
     def __str__(self) -> str:
         return self.table()
+
+    def __repr__(self) -> str:
+        return f"LocalityReport({self._summary()})"
+
+    def _repr_html_(self) -> str:
+        """How a notebook shows it: the same table."""
+        names, rows = self._columns()
+        row = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+        body = "".join(row(cells, "td") for cells in rows)
+        return (
+            f"<table><caption>{html.escape(self._summary())}<br>{_LEGEND}</caption>"
+            f"<thead>{row(names, 'th')}</thead><tbody>{body}</tbody></table>"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The report in plain types for `json.dump`; NaN becomes None."""

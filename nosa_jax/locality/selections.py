@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import zipfile
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Int, Int32
 
+from nosa_jax._paths import replacing, user_path
+from nosa_jax.cache import memory
 from nosa_jax.config import AttentionConfig, CacheConfig, ModelConfig
 from nosa_jax.decode import generate
 from nosa_jax.locality.measures import block_bytes
 from nosa_jax.locality.report import LocalityReport, locality_report
 from nosa_jax.model import NosaLM
-from pallas_kernels.checks import bad_type, bad_value, require_integers, require_shape
+from pallas_kernels.checks import bad_type, bad_value, require_int, require_integers, require_shape, require_type
 
 _FORMAT = "nosa-jax selections 1"
+_MOST_DEFLATED = 1032
+_HEADER_BYTES = 2**20
 
 
 def record(
@@ -55,7 +61,7 @@ def record(
     )
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Selections:
     """Which blocks every step selected, in host memory.
 
@@ -64,7 +70,8 @@ class Selections:
     head_dim, itemsize: of the KV cache, for bytes; itemsize 2 is bfloat16.
     label: the method's name in tables and figures.
 
-    Raises ValueError or TypeError when shapes, dtypes or positions do not fit together.
+    Raises ValueError or TypeError when shapes, dtypes or positions do not fit together, and for ids that are not in
+    order, come twice, or name a block behind the query.
     """
 
     block_ids: Int32[np.ndarray, "L B K T J"]
@@ -80,15 +87,17 @@ class Selections:
             if not isinstance(array, np.ndarray) or array.dtype != np.int32:
                 got = getattr(array, "dtype", type(array).__name__)
                 raise bad_type(f"Selections.{name}", "must be an int32 NumPy array", got, "Convert it.")
+        require_type("Selections.attention", self.attention, AttentionConfig, "Pass ModelConfig.attention.")
+        require_type("Selections.label", self.label, str, "Name the method.")
+        require_int("Selections.head_dim", self.head_dim, 1)
+        require_int("Selections.itemsize", self.itemsize, 1)
         require_shape("Selections.block_ids", self.block_ids, (None,) * 5, "[L, B, K, T, J]")
         batch, steps = self.block_ids.shape[1], self.block_ids.shape[3]
         require_shape("Selections.positions", self.positions, (batch, steps), "[B, T]")
-        used = (self.positions >= 0).sum(1, keepdims=True)
-        wanted = np.where(np.arange(steps) < used, self.positions[:, :1] + np.arange(steps), -1)
-        if (self.positions != wanted).any():
-            row = int((self.positions != wanted).any(-1).argmax())
-            rule = "must count up one by one in each row, then be -1"
-            raise bad_value("Selections.positions", rule, f"{self.positions[row]} in row {row}", "Record a whole run.")
+        _require_counting(self.positions)
+        width = (None, None, None, None, self.attention.num_selected_blocks)
+        require_shape("Selections.block_ids", self.block_ids, width, "[L, B, K, T, J]")
+        _require_selections(self.block_ids, self.positions[:, None, :, None] // self.attention.block_size)
         if not self.label:
             object.__setattr__(self, "label", self.attention.variant)
 
@@ -175,7 +184,7 @@ class Selections:
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a compressed .npz at exactly `path`."""
+        """Writes a compressed .npz at exactly `path`. A file that is there is replaced at the end, or not at all."""
         header = {
             "format": _FORMAT,
             "attention": dataclasses.asdict(self.attention),
@@ -183,22 +192,98 @@ class Selections:
             "itemsize": self.itemsize,
             "label": self.label,
         }
-        with open(path, "wb") as file:  # an open file, because NumPy would append .npz to other names
+        # An open file, because NumPy would append .npz to other names.
+        with replacing(user_path("path", path)) as new, new.open("wb") as file:
             np.savez_compressed(file, block_ids=self.block_ids, positions=self.positions, header=json.dumps(header))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Selections:
-        """Reads what `save` wrote. Raises ValueError for other files."""
-        try:
-            with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-                header = json.loads(str(arrays["header"]))
-                block_ids, positions = arrays["block_ids"], arrays["positions"]
-        except (KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-            raise bad_value("path", "must be a file written by Selections.save", path, "Record it again.") from error
-        if header.get("format") != _FORMAT:
-            raise bad_value("path", f"must hold {_FORMAT!r}", repr(header.get("format")), "Record it again.")
-        attention = AttentionConfig(**header["attention"])
-        return cls(block_ids, positions, attention, header["head_dim"], header["itemsize"], header["label"])
+        """Reads what `save` wrote.
+
+        Raises ValueError for other files, before memory is asked for what they claim to hold; OSError for a file that
+        cannot be opened.
+        """
+        wrong = partial(bad_value, "path", "must be a file written by Selections.save")
+        with user_path("path", path).open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            try:
+                with zipfile.ZipFile(file) as archive:
+                    header = json.loads(str(_read_array(archive, "header", size, _HEADER_BYTES, ())[()]))
+                    if header.get("format") != _FORMAT:
+                        rule = f"must hold {_FORMAT!r}"
+                        raise bad_value("path", rule, repr(header.get("format")), "Record it again.")
+                    attention = AttentionConfig(**header["attention"])
+                    fields = [header[name] for name in ("head_dim", "itemsize", "label")]
+                    limit = memory.host_limit()[0]
+                    positions = _read_array(archive, "positions", size, limit, (None, None))
+                    _require_counting(positions)
+                    batch, steps = positions.shape
+                    shape = (None, batch, None, steps, attention.num_selected_blocks)
+                    block_ids = _read_array(archive, "block_ids", size, limit, shape)
+                return cls(block_ids, positions, attention, *fields)
+            except MemoryError:
+                raise
+            except Exception as error:  # a file of someone else may break zipfile, NumPy and JSON in any way
+                if isinstance(error, ValueError) and str(error).startswith("path: "):
+                    raise
+                reason = f"{path} ({type(error).__name__}: {' '.join(str(error).split()):.200})"
+                raise wrong(reason, "Record it again.") from error
+
+    def __repr__(self) -> str:
+        layers, batch, heads, steps, width = self.block_ids.shape
+        return (
+            f"Selections({self.label!r}: {steps} steps of {batch} rows, {layers} layers, {heads} KV heads, "
+            f"{width} blocks of {self.attention.block_size} tokens each)"
+        )
+
+
+def _read_array(
+    archive: zipfile.ZipFile, name: str, size: int, limit: int, expected: tuple[int | None, ...]
+) -> np.ndarray:
+    """An array of an .npz of `size` bytes, once its shape is as expected, at most `limit` bytes and can be there."""
+    entry = archive.getinfo(f"{name}.npy")
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{name} is compressed in another way")
+    # Deflate makes nothing smaller than this, so more is a lie.
+    most = _MOST_DEFLATED * (min(entry.compress_size, size) + 1)
+    with archive.open(entry) as file:
+        version = np.lib.format.read_magic(file)
+        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        shape, _, dtype = read_header[version](file)
+        needed = math.prod(shape) * dtype.itemsize
+        fits = len(shape) == len(expected) and all(e in (None, s) for s, e in zip(shape, expected, strict=True))
+        if not fits or file.tell() + needed != entry.file_size or entry.file_size > most:
+            raise ValueError(f"{name} cannot have shape {list(shape)}")
+        if needed > limit:
+            raise ValueError(f"{name} needs {needed} bytes, more than the {limit} available")
+    with archive.open(entry) as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
+
+
+def _require_counting(positions: np.ndarray) -> None:
+    """Raises ValueError unless positions [B, T] count up one by one in each row, then are -1."""
+    steps = np.arange(positions.shape[1])
+    used = (positions >= 0).sum(1, keepdims=True)
+    wrong = positions != np.where(steps < used, positions[:, :1] + steps, -1)
+    if wrong.any():
+        row = int(wrong.any(-1).argmax())
+        rule = "must count up one by one in each row, then be -1"
+        raise bad_value("Selections.positions", rule, f"{positions[row]} in row {row}", "Record a whole run.")
+
+
+def _require_selections(block_ids: np.ndarray, own: np.ndarray) -> None:
+    """Raises ValueError unless ids ascend strictly up to `own`, the query's block (-1: no ids at all), then are -1."""
+    left, right = block_ids[..., :-1], block_ids[..., 1:]
+    rules = (
+        ("must hold block ids, or -1 for padding", block_ids < -1),
+        ("must not name blocks behind the query, nor any for a padded step", block_ids > own),
+        ("must ascend, no id twice, with -1 at the end", (right >= 0) & (right <= left) | (right >= 0) & (left < 0)),
+    )
+    for rule, wrong in rules:
+        if wrong.any():
+            where = tuple(int(i) for i in np.argwhere(wrong)[0][:-1])
+            got = f"{block_ids[where]} in layer {where[0]}, row {where[1]}, KV head {where[2]}, step {where[3]}"
+            raise bad_value("Selections.block_ids", rule, got, "Pass them as they were recorded.")
 
 
 def _recorded(out: Any) -> np.ndarray:

@@ -7,13 +7,21 @@
     result = train.train(config, corpus, "runs/tiny")
     model = train.load_model("runs/tiny/checkpoints")
 
-Needs the extra `train`: pip install "nosa-jax[train]".
+Needs the extra `train`: pip install ".[train]" in a checkout.
 """
 
 from nosa_jax.environment import environment
 from nosa_jax.train.checkpoint import Checkpoints, load_model, model_config_from_dict
 from nosa_jax.train.config import TrainConfig
-from nosa_jax.train.data import Corpus, find_files, heldout_batches, load_corpus, stdlib_files, train_batches
+from nosa_jax.train.data import (
+    Corpus,
+    find_files,
+    heldout_batches,
+    load_corpus,
+    read_text,
+    stdlib_files,
+    train_batches,
+)
 from nosa_jax.train.evaluation import Evaluation, evaluate
 from nosa_jax.train.log import read_log
 from nosa_jax.train.loop import TrainResult, train
@@ -45,6 +53,7 @@ __all__ = [
     "model_config_from_dict",
     "next_token_loss",
     "read_log",
+    "read_text",
     "stdlib_files",
     "train",
     "train_batches",

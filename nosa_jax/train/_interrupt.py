@@ -1,4 +1,4 @@
-"""Ctrl-C as a request to stop, not as an exception in the middle of a step whose buffers are already donated."""
+"""Signals to end as a request to stop, not as an exception in the middle of a step whose buffers are donated."""
 
 from __future__ import annotations
 
@@ -7,22 +7,34 @@ import signal
 import threading
 from collections.abc import Iterator
 
+# Ctrl-C; `kill`, schedulers and shutdown; a terminal that is closed.
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
 
 @contextlib.contextmanager
 def interrupt_flag() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets; a second one raises KeyboardInterrupt as usual."""
+    """An event that the first SIGINT (Ctrl-C), SIGTERM or SIGHUP sets.
+
+    A second Ctrl-C raises KeyboardInterrupt as usual; the other two may come twice, and wait. What is ignored stays
+    ignored, as SIGHUP under nohup.
+    """
     flag = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
         yield flag
         return
-    before = signal.getsignal(signal.SIGINT) or signal.default_int_handler
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    before[signal.SIGINT] = before[signal.SIGINT] or signal.default_int_handler
 
-    def handle(*_: object) -> None:
+    def handle(number: int, _: object) -> None:
         flag.set()
-        signal.signal(signal.SIGINT, before)
+        if number == signal.SIGINT:
+            signal.signal(number, before[number])
 
-    signal.signal(signal.SIGINT, handle)
+    for number, handler in before.items():
+        if number == signal.SIGINT or handler is not signal.SIG_IGN:
+            signal.signal(number, handle)
     try:
         yield flag
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -7,7 +7,11 @@ writes into a temporary folder and renames it, so a checkpoint that exists is wh
 
 from __future__ import annotations
 
+import contextlib
 import os
+import uuid
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +19,38 @@ import jax
 import orbax.checkpoint as ocp
 from flax import nnx
 
+from nosa_jax._paths import user_path
 from nosa_jax.config import AttentionConfig, ModelConfig, RopeConfig
 from nosa_jax.model import NosaLM
 from nosa_jax.train.step import TrainState
 from pallas_kernels.checks import bad_value, require_int
+from pallas_kernels.device import default_device
 
 # How weights are arranged: 1 had all queries before all keys before all values, 2 has them by KV head. Checkpoints from
 # before the number was kept are of layout 1.
 LAYOUT = 2
 
 
-class Checkpoints:
-    """The checkpoints below `directory`, of which the newest `keep` stay. A context manager; `close()` ends it."""
+class DamagedCheckpointError(ValueError):
+    """A checkpoint that cannot be read: something in it is cut, empty or missing."""
 
-    def __init__(self, directory: str | os.PathLike[str], *, keep: int = 2) -> None:
+
+class Checkpoints:
+    """The checkpoints below `directory`, of which the newest `keep` stay. A context manager; `close()` ends it.
+
+    clean: remove what killed saves left behind. Only for the one process that writes there.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], *, keep: int = 2, clean: bool = False) -> None:
         require_int("keep", keep, 1)
-        self.directory = Path(directory).expanduser().resolve()
+        self.directory = user_path("directory", directory).resolve()
         self.directory.mkdir(parents=True, exist_ok=True)
         self._manager = ocp.CheckpointManager(
             self.directory,
             # Saved before the call returns: the next step donates, that is, overwrites the state.
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=clean
+            ),
             item_handlers={
                 "model": ocp.StandardCheckpointHandler(),
                 "optimizer": ocp.StandardCheckpointHandler(),
@@ -57,33 +72,41 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, state: TrainState, meta: dict[str, Any]) -> Path:
-        """Writes `state` with JSON-able `meta` and returns the folder; one of the same step is kept as it is."""
+        """Writes `state` with JSON-able `meta` and returns the folder; one of the same step is kept as it is.
+
+        The key `layout` of `meta` is ours.
+        """
         step = int(state.step)
         if step != self.latest_step():
-            self._manager.save(
+            saved = self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     model=ocp.args.StandardSave(_by_name(state.model)),
                     optimizer=ocp.args.StandardSave(_by_name(state.opt_state)),
-                    meta=ocp.args.JsonSave({"layout": LAYOUT, **meta}),
+                    meta=ocp.args.JsonSave({**meta, "layout": LAYOUT}),
                 ),
             )
+            if not saved:
+                rule = f"must lie above the newest step saved in {self.directory}, {self.latest_step()}"
+                raise bad_value("state.step", rule, step, "Save to another directory.")
         return self.directory / str(step)
 
     def meta(self, step: int | None = None) -> dict[str, Any]:
         """What was saved as `meta` at `step` (None: the newest).
 
-        Raises ValueError when there is no such checkpoint or when its weights are arranged otherwise than ours.
+        Raises ValueError when there is no such checkpoint, when it is damaged, or when its weights are arranged
+        otherwise than ours.
         """
-        step = self._existing(step)
-        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        step = self.existing(step)
+        with self.reading(step):
+            meta = {**self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]}
         layout = meta.pop("layout", 1)
         if layout != LAYOUT:
             raise bad_value(
                 "directory",
                 f"must hold weights of layout {LAYOUT}",
                 f"layout {layout} in {self.directory / str(step)}",
-                "Save it as a Hugging Face folder with the version of nosa-jax that wrote it, and load that one.",
+                "Save it as a Hugging Face folder with the code that wrote it (CHANGELOG.md names it), and load that.",
             )
         return meta
 
@@ -91,10 +114,12 @@ class Checkpoints:
         """The state saved at `step` (None: the newest); `like` gives the structure, shapes and dtypes expected.
 
         `like` may hold arrays, whose sharding is then kept, or the results of `jax.eval_shape`.
-        Raises ValueError when there is no such checkpoint or when it holds other names, shapes or dtypes.
+        Raises ValueError when there is no such checkpoint, when it is damaged, or when it has another layout of
+        weights, or other names, shapes or dtypes.
         """
-        step = self._existing(step)
-        place = getattr(like.step, "sharding", None) or jax.devices()[0]
+        step = self.existing(step)
+        self.meta(step)  # refuses another layout, at which names and shapes would only hint
+        place = getattr(like.step, "sharding", None) or default_device()
         return TrainState(
             model=self._restore_item("model", like.model, step),
             opt_state=self._restore_item("optimizer", like.opt_state, step),
@@ -103,9 +128,61 @@ class Checkpoints:
 
     def restore_model(self, like: Any, step: int | None = None) -> Any:
         """As `restore`, for the model alone."""
-        return self._restore_item("model", like, self._existing(step))
+        step = self.existing(step)
+        self.meta(step)
+        return self._restore_item("model", like, step)
 
-    def _existing(self, step: int | None) -> int:
+    def restore_newest(
+        self, like: TrainState, check: Callable[[dict[str, Any]], None]
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """State and meta of the newest checkpoint that is whole, to go on from there.
+
+        check: looks at the meta and raises ValueError for a run that must not go on.
+        Newer ones, which are damaged, are moved aside with a warning. Raises ValueError when none is whole.
+        """
+        damaged: list[tuple[int, DamagedCheckpointError]] = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                meta = self.meta(step)
+                with self.reading(step, KeyError, TypeError):
+                    check(meta)
+                state = self.restore(like, step)
+            except DamagedCheckpointError as error:
+                damaged.append((step, error))
+                continue
+            for other, reason in damaged:
+                aside = self._move_aside(other)
+                warnings.warn(f"{reason} It is now {aside}, and the run goes on from step {step}.", stacklevel=2)
+            return state, meta
+        raise damaged[0][1]
+
+    def _move_aside(self, step: int) -> Path:
+        folder, aside = self.directory / str(step), self.directory / f"damaged-{step}-{uuid.uuid4().hex[:8]}"
+        folder.rename(aside)
+        self._manager.reload()
+        return aside
+
+    @contextlib.contextmanager
+    def reading(self, step: int, *errors: type[Exception]) -> Iterator[None]:
+        """Turns `errors`, or whatever Orbax raises for a checkpoint that it cannot read, into one error."""
+        errors = errors or (Exception,)
+        try:
+            yield
+        except errors as error:
+            missing = FileNotFoundError | NotADirectoryError | IsADirectoryError
+            if isinstance(error, MemoryError | jax.errors.JaxRuntimeError) or (
+                isinstance(error, OSError) and not isinstance(error, missing)
+            ):
+                raise  # no fault of the files: memory, permissions, the disk
+            older = [other for other in sorted(self._manager.all_steps()) if other < step]
+            raise DamagedCheckpointError(
+                f"directory: must hold whole checkpoints, got {self.directory / str(step)}, which is damaged "
+                f"({type(error).__name__}: {' '.join(str(error).split()):.200}). "
+                + (f"The one before it is of step {older[-1]}." if older else "There is none before it.")
+            ) from error
+
+    def existing(self, step: int | None = None) -> int:
+        """`step`, or the newest one for None. Raises ValueError where it is not there."""
         steps = sorted(self._manager.all_steps())
         if not steps:
             raise bad_value("directory", "must hold a checkpoint", f"none in {self.directory}", "Check the path.")
@@ -118,8 +195,8 @@ class Checkpoints:
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
             for name, leaf in _by_name(like).items()
         }
-        self.meta(step)  # refuses another layout, which names and shapes would only hint at
-        saved = self._manager.item_metadata(step)[item]
+        with self.reading(step):
+            saved = dict(self._manager.item_metadata(step)[item])
         for name in sorted(wanted.keys() | saved.keys()):
             expected, found = _describe(wanted.get(name)), _describe(saved.get(name))
             if expected != found:
@@ -129,19 +206,25 @@ class Checkpoints:
                     f"{found} in {self.directory / str(step)}",
                     "Use the configuration that the checkpoint was trained with, or another directory.",
                 )
-        arrays = self._manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(wanted)}))[item]
+        with self.reading(step):
+            restored = self._manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(wanted)}))
+            arrays = restored[item]
         return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in _by_name(like)])
 
 
 def load_model(directory: str | os.PathLike[str], step: int | None = None) -> NosaLM:
     """The float32 model of a training run, from its newest checkpoint or that of `step`.
 
-    Raises ValueError when `directory` holds no such checkpoint.
+    Raises ValueError when `directory` holds no such checkpoint, or a damaged one.
     """
-    if not Path(directory).expanduser().is_dir():
-        raise bad_value("directory", "must exist", str(directory), "Check the path.")
-    with Checkpoints(directory) as checkpoints:
-        config = model_config_from_dict(checkpoints.meta(step)["config"]["model"])
+    folder = user_path("directory", directory)
+    if not folder.is_dir():
+        raise bad_value("directory", "must exist", folder, "Check the path.")
+    with Checkpoints(folder) as checkpoints:
+        step = checkpoints.existing(step)
+        meta = checkpoints.meta(step)
+        with checkpoints.reading(step, KeyError, TypeError):
+            config = model_config_from_dict(meta["config"]["model"])
         return checkpoints.restore_model(jax.eval_shape(lambda: NosaLM(config, rngs=nnx.Rngs(0))), step)
 
 

@@ -14,6 +14,7 @@ import dataclasses
 import glob
 import os
 import sysconfig
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -23,9 +24,17 @@ import numpy as np
 from jaxtyping import Integer
 
 from nosa_jax._extras import import_extra
+from nosa_jax._paths import user_path
+from nosa_jax.train.log import LOG_NAME
 from pallas_kernels.checks import bad_type, bad_value, require_int, require_number
 
 _STDLIB_SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
+# What Orbax writes into every checkpoint.
+_CHECKPOINT = "_CHECKPOINT_METADATA"
+# Bytes that text does not hold: control characters other than bell to carriage return, and escape.
+_CONTROL = np.array([*range(7), *range(14, 27), *range(28, 32), 127], np.uint8)
+# How far the share held out may lie from the one wanted, relative to it, for files to stay whole.
+_CLOSE = 0.2
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,61 +77,172 @@ def stdlib_files() -> list[Path]:
 def find_files(*patterns: str | os.PathLike[str]) -> list[Path]:
     """Files named by paths, folders (every file below, hidden ones not) or globs such as `src/**/*.py`.
 
-    Returns them sorted, each once. Raises ValueError when a pattern finds no file.
+    Returns them sorted. A file that has several names, by links say, comes once, and what a training run wrote
+    (checkpoints, log, model) is left out with a warning. Raises ValueError when a pattern finds no file.
     """
-    found: set[Path] = set()
+    found: list[Path] = []
+    written: set[Path] = set()
     for pattern in patterns:
-        path = Path(pattern).expanduser()
-        if path.is_dir():
-            names = glob.iglob("**/*", root_dir=path, recursive=True)
-            matches = {path / name for name in names}
+        path, runs = user_path("patterns", pattern), list[Path]()
+        if not path.exists():
+            matches = list(_expand(path, runs))
         else:
-            matches = {path} if path.exists() else {Path(name) for name in glob.iglob(str(path), recursive=True)}
-        files = {match for match in matches if match.is_file()}
+            matches = list(_below(path, runs)) if path.is_dir() else [path]
+        files = [match for match in matches if match.is_file() and not {match, *match.parents} & set(runs)]
         if not files:
             raise bad_value("patterns", "must each find a file", repr(str(pattern)), "Check the path or the glob.")
-        found |= files
-    return sorted(found)
+        found += files
+        written |= set(runs)
+    if written:
+        _warn("skipped what a training run wrote: " + _some(sorted(written)))
+    return _once(found)
+
+
+def _once(paths: Iterable[Path]) -> list[Path]:
+    """Sorted, of several names of one file only the first."""
+    files = {(status.st_dev, status.st_ino): path for path in sorted(paths, reverse=True) for status in [path.stat()]}
+    return sorted(files.values())
+
+
+def _expand(pattern: Path, runs: list[Path]) -> Iterator[Path]:
+    """What a glob names. Unlike `glob` it enters every folder once, so that links may go round in circles."""
+    if "**" not in pattern.parts:
+        yield from map(Path, glob.iglob(str(pattern)))
+        return
+    depth = pattern.parts.index("**")
+    tail = pattern.parts[depth + 1 :]
+    for top in glob.iglob(str(Path(*pattern.parts[:depth]))):
+        if not tail:
+            yield from _below(Path(top), runs)
+            continue
+        for folder, _ in _folders(Path(top), runs):
+            yield from _expand(Path(glob.escape(str(folder)), *tail), runs)
+
+
+def _below(folder: Path, runs: list[Path]) -> Iterator[Path]:
+    """The files in a folder and in those below it."""
+    for inner, names in _folders(folder, runs):
+        yield from (inner / name for name in names if not name.startswith("."))
+
+
+def _folders(top: Path, runs: list[Path]) -> Iterator[tuple[Path, list[str]]]:
+    """`top` and the folders below it that are not hidden, each once, with the files in it.
+
+    What a training run wrote is left out, and added to `runs`.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    seen: set[tuple[int, int]] = set()
+    for folder, inner, files in os.walk(top, onerror=fail, followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:
+            inner.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        written = {name for name in inner if os.path.exists(os.path.join(folder, name, _CHECKPOINT))}
+        if "checkpoints" in inner and LOG_NAME in files:
+            written |= {"checkpoints", LOG_NAME, "model"} & {*inner, *files}
+        runs += (Path(folder, name) for name in written)
+        inner[:] = sorted(name for name in inner if name not in written and not name.startswith("."))
+        yield Path(folder), [name for name in files if name not in written]
+
+
+def read_text(path: str | os.PathLike[str], *, argument: str = "path") -> np.ndarray:
+    """The bytes of a text file of any encoding, uint8 and as they are. `argument` is the name of `path` in an error.
+
+    Raises ValueError for a binary file, OSError for one that cannot be read.
+    """
+    file = user_path(argument, path)
+    text = _read(file)
+    if is_binary(text):
+        raise bad_value(argument, "must be a text file", f"{file}, which is binary", "Unpack or convert it.")
+    return text
+
+
+def _read(path: Path) -> np.ndarray:
+    return np.frombuffer(path.read_bytes(), np.uint8)
+
+
+def is_binary(content: np.ndarray) -> bool:
+    """Whether bytes are something else than text: a zero, or too many control characters, near the beginning."""
+    start = content[: 2**16]
+    return bool((start == 0).any() or np.isin(start, _CONTROL).sum() > 0.03 * len(start))
 
 
 def load_corpus(files: Iterable[str | os.PathLike[str]], *, heldout_fraction: float = 0.05, seed: int = 0) -> Corpus:
-    """Reads `files` as bytes and holds some out, whole files only, drawn with `seed`.
+    """Reads `files` as bytes and holds some out, drawn with `seed`.
 
-    Files are held out until they make up `heldout_fraction` of all bytes (0: none, so nothing can be evaluated).
-    The parts are the files' bytes one after the other, sorted by path, with nothing in between.
+    Files are held out until they make up `heldout_fraction` of all bytes (0: none, so nothing can be evaluated). They
+    stay whole where that comes close; a file that would be far too much is split, and its end held out.
+    The parts are the files' bytes one after the other, sorted by path, with nothing in between. A file of several
+    names is read once; binary files are skipped with a warning.
 
-    Raises ValueError when there are no files, no bytes, or too few files to hold one out.
+    Raises ValueError when there are no files, or no text in them.
     """
     require_number("heldout_fraction", heldout_fraction, 0.0, 0.9)
-    paths = sorted({Path(file) for file in files})
+    if isinstance(files, str | os.PathLike):
+        raise bad_type("files", "must be a sequence of paths", repr(files), "Pass [path], or find_files(path).")
+    paths = _once({user_path("files", file) for file in files})
     if not paths:
         raise bad_value("files", "must name at least one file", "none", "Check the paths; see find_files.")
-    texts = [text for text in (np.fromfile(path, dtype=np.uint8) for path in paths) if len(text)]
-    if not texts:
-        raise bad_value("files", "must hold text", f"{len(paths)} empty files", "Point to other files.")
-    if heldout_fraction and len(texts) < 2:
-        raise bad_value(
-            "files",
-            "must be at least two that are not empty, as whole files are held out",
-            len(texts),
-            "Split the text into more files or pass heldout_fraction=0.0.",
-        )
-    wanted = heldout_fraction * sum(map(len, texts))
-    heldout: set[int] = set()
-    size = 0
-    for index in np.random.default_rng(seed).permutation(len(texts))[:-1]:  # one file stays to train on
-        if size >= wanted:
-            break
-        heldout.add(int(index))
-        size += len(texts[index])
+    texts, binary = [], []
+    for path in paths:
+        text = _read(path)
+        if is_binary(text):
+            binary.append(path)
+        elif len(text):
+            texts.append(text)
+    total = sum(map(len, texts))
+    if total < 1 + (heldout_fraction > 0):
+        got = f"{len(binary)} that {_are(binary)} not text and {len(paths) - len(binary)} with {total} bytes"
+        raise bad_value("files", "must hold text", got, "Point to other files.")
+    if binary:
+        _warn(f"skipped {len(binary)} file{'s' * (len(binary) > 1)} that {_are(binary)} not text: {_some(binary)}")
+    kept = _kept([len(text) for text in texts], heldout_fraction, seed)
+    kept = [size if size in (0, len(text)) else _line_end(text, size) for text, size in zip(texts, kept, strict=True)]
     return Corpus(
-        train=_concatenate([text for i, text in enumerate(texts) if i not in heldout]),
-        heldout=_concatenate([text for i, text in enumerate(texts) if i in heldout]),
+        train=np.concatenate([text[:size] for text, size in zip(texts, kept, strict=True)]),
+        heldout=np.concatenate([text[size:] for text, size in zip(texts, kept, strict=True)]),
     )
 
 
-def _concatenate(texts: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate(texts) if texts else np.empty(0, np.uint8)
+def _kept(sizes: list[int], heldout_fraction: float, seed: int) -> list[int]:
+    """How many bytes of each file to train on; the rest, its end, is held out."""
+    kept, wanted, heldout = list(sizes), heldout_fraction * sum(sizes), 0
+    order = np.random.default_rng(seed).permutation(len(sizes))
+    for index in order:
+        missing = wanted - heldout
+        if missing <= 0:
+            break
+        if sizes[index] - missing <= _CLOSE * wanted and index != order[-1]:  # something stays to train on
+            part = sizes[index]
+        elif missing <= _CLOSE * wanted:
+            break
+        else:
+            part = max(round(missing), 1)
+        kept[index] -= part
+        heldout += part
+    return kept
+
+
+def _line_end(text: np.ndarray, size: int) -> int:
+    """Where the line ends that `size` bytes end in, unless it goes on for much of the rest."""
+    ends = np.flatnonzero(text[size - 1 : -1][: max((len(text) - size) // 10, 1)] == ord("\n"))
+    return size + int(ends[0]) if len(ends) else size
+
+
+def _are(things: Sequence[Any]) -> str:
+    return "is" if len(things) == 1 else "are"
+
+
+def _some(paths: Sequence[Path]) -> str:
+    return ", ".join(map(str, paths[:5])) + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, UserWarning, stacklevel=3)
 
 
 class Windows(Sequence[np.ndarray]):

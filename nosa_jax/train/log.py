@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
+from nosa_jax._paths import user_path
+
+LOG_NAME = "log.jsonl"
+
 
 class JsonLines:
-    """Appends objects to a file, each on its own line and flushed; with `path=None` it only swallows them."""
+    """Appends objects to a file, each on its own line and flushed; with `path=None` it only swallows them.
+
+    What a killed run left of its last line is removed first.
+    """
 
     def __init__(self, path: Path | None) -> None:
+        if path is not None and path.exists():
+            _mend_end(path)
+        self._path = path
         self._file = None if path is None else path.open("a", encoding="utf-8")
 
     def __enter__(self) -> JsonLines:
@@ -26,16 +37,54 @@ class JsonLines:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
 
+    def read(self) -> list[dict[str, Any]]:
+        """What `read_log` finds in the file so far."""
+        return [] if self._path is None else read_log(self._path)
+
 
 def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The objects of a JSON-lines log, without those that a resumed run took again.
 
-    A run that resumes at step s appends to the log; what was logged of steps after s before is dropped here.
+    A run that resumes at step s appends to the log; what was logged of steps after s before is dropped here, and of two
+    evaluations after one step the first one. A line that is no record is skipped: with a warning, unless it is the last
+    one, which a killed run leaves unfinished.
     """
     records: list[dict[str, Any]] = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
+    lines = user_path("path", path).read_text(encoding="utf-8", errors="replace").split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        record = _parse(line)
+        if record is None:
+            if number < len(lines):
+                warnings.warn(f"skipped line {number} of {path}, which is no record of a run", stacklevel=2)
+            continue
         if record["kind"] == "start":
-            records = [old for old in records if old.get("step", 0) <= record["step"]]
+            records = [old for old in records if old["step"] <= record["step"]]
+        elif record["kind"] == "eval":
+            records = [old for old in records if (old["kind"], old["step"]) != ("eval", record["step"])]
         records.append(record)
     return records
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    """The record in a line, None where there is none."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    whole = isinstance(record, dict) and isinstance(record.get("kind"), str) and isinstance(record.get("step"), int)
+    return record if whole else None
+
+
+def _mend_end(path: Path) -> None:
+    """Ends the last line of a file where it is a whole record, and removes it where it is not."""
+    content = path.read_bytes()
+    kept, newline, last = content.rpartition(b"\n")
+    if not last:
+        return
+    if _parse(last.decode("utf-8", errors="replace")) is not None:
+        with path.open("ab") as file:
+            file.write(b"\n")
+    else:
+        os.truncate(path, len(kept) + len(newline))

@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,16 @@ import jax
 from flax import nnx
 
 from nosa_jax._extras import import_extra
+from nosa_jax._paths import only_run, user_path
 from nosa_jax.environment import environment
 from nosa_jax.model import NosaLM, num_parameters
 from nosa_jax.train._interrupt import interrupt_flag
+from nosa_jax.train._progress import Progress
 from nosa_jax.train.checkpoint import Checkpoints
 from nosa_jax.train.config import TrainConfig
 from nosa_jax.train.data import Corpus, train_batches
 from nosa_jax.train.evaluation import Evaluation, evaluate
-from nosa_jax.train.log import JsonLines
+from nosa_jax.train.log import LOG_NAME, JsonLines
 from nosa_jax.train.loss import bits_per_byte
 from nosa_jax.train.step import TrainState, init_state, jit_train_step
 from pallas_kernels.checks import bad_value
@@ -40,7 +43,7 @@ class TrainResult:
     step: how many steps the model has seen.
     history, evaluations: the log records of kind `train` and `eval` of this call.
     directory: where checkpoints and `log.jsonl` are, None when nothing was saved.
-    interrupted: whether Ctrl-C ended the run early.
+    interrupted: whether Ctrl-C or another signal ended the run early.
     """
 
     model: Any
@@ -66,21 +69,23 @@ def train(
     directory: gets `log.jsonl` and `checkpoints/`; None saves nothing.
     model: to start from (copied), e.g. for continued pretraining; None draws weights with `config.seed`.
         Its configuration must be `config.model`.
-    resume: continue from the newest checkpoint in `directory` (from the start if there is none) on exactly the
-        batches that would have come. Everything but the model's shape, the seed, the batches and the text may change.
+    resume: continue from the newest checkpoint in `directory` that is whole (from the start if there is none at all)
+        on exactly the batches that would have come. Everything but the model's shape, the seed, the batches and the
+        text may change.
     on_record: called with every log record, for trackers.
 
     A record of kind `train` holds step, loss (nats), bits_per_byte, learning_rate, grad_norm, and tokens_per_second
     over the `seconds` since the record before (the first one includes compiling); one of kind `eval` holds step, loss,
     bits_per_byte, tokens and seconds; one of kind `start` tells how the run was made.
 
-    Ctrl-C lets the current step end, saves, and returns what there is; a second one stops at once.
-    Raises ValueError for text shorter than a window or out of the vocabulary, for a directory that already holds
-    checkpoints without `resume`, and for a checkpoint of another run; FloatingPointError when the loss is not finite.
+    Ctrl-C, SIGTERM and SIGHUP let the current step end, save, and return what there is; a second Ctrl-C stops at once.
+    Raises ValueError for text shorter than a window or out of the vocabulary, for a directory that another run uses
+    or that already holds checkpoints without `resume`, and for a checkpoint of another run; FloatingPointError when the
+    loss is not finite.
     """
-    tqdm = import_extra("tqdm").tqdm
+    import_extra("tqdm")
     _check_corpus(config, corpus)
-    root = None if directory is None else Path(directory).expanduser().resolve()
+    root = None if directory is None else user_path("directory", directory).resolve()
     batches = train_batches(corpus.train, batch_size=config.batch_size, length=config.length, seed=config.seed)
     if model is None:
         model = NosaLM(config.model, rngs=nnx.Rngs(config.seed))
@@ -99,16 +104,21 @@ def train(
     with contextlib.ExitStack() as stack:
         checkpoints = None
         if root is not None:
+            stack.enter_context(only_run("directory", root))
             keep = config.keep_checkpoints
-            checkpoints = stack.enter_context(Checkpoints(root / "checkpoints", keep=keep))
+            checkpoints = stack.enter_context(Checkpoints(root / "checkpoints", keep=keep, clean=True))
             if checkpoints.latest_step() is not None:
-                _check_resumable(config, corpus, checkpoints, resume)
-                batches.set_state(checkpoints.meta()["data"])
-                state = checkpoints.restore(state)
-        log = stack.enter_context(JsonLines(None if root is None else root / "log.jsonl"))
-        bar = stack.enter_context(
-            tqdm(total=config.steps, initial=int(state.step), unit="step", disable=not progress, dynamic_ncols=True)
-        )
+                if not resume:
+                    raise bad_value(
+                        "directory",
+                        "must not hold checkpoints yet",
+                        f"step {checkpoints.latest_step()} in {checkpoints.directory}",
+                        "Pass resume=True to continue it, or take another directory.",
+                    )
+                state, meta = checkpoints.restore_newest(state, partial(_check_resumable, config, corpus))
+                batches.set_state(meta["data"])
+        log = stack.enter_context(JsonLines(None if root is None else root / LOG_NAME))
+        bar = stack.enter_context(Progress(config.steps, int(state.step), shown=progress))
         stop = stack.enter_context(interrupt_flag())
         run = _Run(config, corpus, state, batches, checkpoints, log, bar, on_record)
         run.start()
@@ -129,7 +139,7 @@ class _Run:
         batches: Any,
         checkpoints: Checkpoints | None,
         log: JsonLines,
-        bar: Any,
+        bar: Progress,
         on_record: Callable[[Record], None] | None,
     ) -> None:
         self.config, self.corpus, self.state, self.batches = config, corpus, state, batches
@@ -139,6 +149,7 @@ class _Run:
         self.metrics: dict[str, Any] = {}
         self.history: list[Record] = []
         self.evaluations: list[Record] = []
+        self.logged: list[Record] = []  # by an earlier part of this run
 
     def record(self, kind: str, **fields: Any) -> Record:
         record = {"kind": kind, "step": self.step, **fields}
@@ -161,6 +172,7 @@ class _Run:
             },
             **environment(),
         )
+        self.logged = self.log.read()
 
     def advance(self, stop: threading.Event) -> None:
         """Steps until the end of the run or until `stop` is set."""
@@ -177,7 +189,7 @@ class _Run:
                 remat=config.remat,
             )
             self.step += 1
-            self.bar.update()
+            self.bar.advance()
             last = self.step == config.steps
             # Looking at a metric waits for the device, so the steps in between are only queued.
             if self.step % config.log_every == 0 or last or not self.history:
@@ -195,7 +207,7 @@ class _Run:
         saved = self.save()
         if interrupted and self.step < self.config.steps:
             where = "nothing was saved (no directory)" if saved is None else f"saved {saved}; resume=True continues"
-            self.bar.write(f"Interrupted after step {self.step}: {where}.")
+            self.bar.say(f"Interrupted after step {self.step}: {where}.")
         else:
             self._evaluate()
 
@@ -228,7 +240,7 @@ class _Run:
         tokens = (self.step - since) * self.config.batch_size * self.config.length
         rate = tokens / seconds
         values["bits_per_byte"] = bits_per_byte(values["loss"], self.corpus.bytes_per_token)
-        self.bar.set_postfix_str(f"loss {values['loss']:.3f}, {rate:,.0f} tokens/s", refresh=False)
+        self.bar.note(f"loss {values['loss']:.3f}, {rate:,.0f} tokens/s")
         self.history.append(self.record("train", **values, tokens_per_second=rate, seconds=seconds))
 
     def _evaluate(self) -> None:
@@ -245,11 +257,14 @@ class _Run:
             compute_dtype=self.dtype,
         )
         seconds = time.perf_counter() - begin
-        self.evaluations.append(self.record("eval", **dataclasses.asdict(result), seconds=seconds))
-        if not self.bar.disable:
-            self.bar.write(
-                f"step {self.step}: held-out {result.loss:.4f} nats, {result.bits_per_byte:.4f} bits per byte"
-            )
+        fields = dataclasses.asdict(result)
+        record = {"kind": "eval", "step": self.step, **fields}
+        if any(record.items() <= old.items() for old in self.logged if old["kind"] == "eval"):
+            self.evaluations.append({**record, "seconds": seconds})  # a finished run, resumed
+        else:
+            self.evaluations.append(self.record("eval", **fields, seconds=seconds))
+        if self.bar.shown:
+            self.bar.say(f"step {self.step}: held-out {result.loss:.4f} nats, {result.bits_per_byte:.4f} bits per byte")
 
 
 def _due(step: int, every: int) -> bool:
@@ -275,15 +290,7 @@ def _check_corpus(config: TrainConfig, corpus: Corpus) -> None:
         )
 
 
-def _check_resumable(config: TrainConfig, corpus: Corpus, checkpoints: Checkpoints, resume: bool) -> None:
-    if not resume:
-        raise bad_value(
-            "directory",
-            "must not hold checkpoints yet",
-            f"step {checkpoints.latest_step()} in {checkpoints.directory}",
-            "Pass resume=True to continue it, or take another directory.",
-        )
-    meta = checkpoints.meta()
+def _check_resumable(config: TrainConfig, corpus: Corpus, meta: dict[str, Any]) -> None:
     saved, now = meta["config"], json.loads(json.dumps(dataclasses.asdict(config)))
     for name in ("model", "seed", "batch_size", "length"):
         if saved[name] != now[name]:

@@ -105,7 +105,8 @@ def sample_of(length: int, most: int) -> tuple[np.ndarray, str]:
 
 def upcast(arrays: Any) -> Any:
     """Floats as float32."""
-    return jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, arrays)
+    is_float = lambda x: jnp.issubdtype(jnp.result_type(x), jnp.floating)
+    return jax.tree.map(lambda x: x.astype(jnp.float32) if is_float(x) else x, arrays)
 
 
 def on_numpy(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -283,7 +284,7 @@ def _update_and_attend(case: decode_cases.Case, inputs: dict[str, Any]) -> Work:
         return ops.update_and_attend(**decode_cases.arguments(arrays), implementation=implementation)
 
     def truth() -> dict[str, Any]:
-        return by_name(decode_reference.update_and_attend_ref(**on_numpy(decode_cases.arguments(upcast(given)))))
+        return by_name(decode_reference.update_and_attend_ref(**upcast(on_numpy(decode_cases.arguments(given)))))
 
     return Work(given, call, floor, truth, by_name, updates=("pool",), updated=lambda output: output[1:])
 

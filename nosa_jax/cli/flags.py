@@ -1,0 +1,59 @@
+"""Messages of the library in the words of the command line: flags where Python says arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+# Arguments of the library that no flag has the name of, by subcommand.
+_OTHER_NAMES = {
+    "Train": {
+        "patterns": "--files",
+        "tokens": "--files",
+        "corpus.train": "--files",
+        "corpus.heldout": "--files, held out",
+        "corpus": "--files",
+        "directory": "--out",
+        "path": "--out",
+        "TrainConfig.model": "--preset and --variant",
+    },
+    "Demo": {"path": "--out"},
+    "Generate": {"tokens": "--prompt", "max_length": "--prompt with --max-new-tokens"},
+    "Locality": {"max_length": "--prompt-length with --new-tokens"},
+}
+
+
+def as_typed(message: str, command: Any) -> str:
+    """`message` with the flags of `command` (None: of none) in place of the arguments that they set.
+
+    `Sampling.top_k` and `max_new_tokens` become `--top-k` and `--max-new-tokens`, `resume=True` becomes `--resume`. A
+    name that is an English word too is replaced only where it is surely an argument: first in the message, or with its
+    class or its value.
+    """
+    if command is None:
+        return message
+    required = dataclasses.MISSING
+    names = {
+        field.name: "--" + field.name.replace("_", "-")
+        for field in dataclasses.fields(command)
+        if field.default is not required
+    }
+    names |= _OTHER_NAMES.get(type(command).__name__, {})
+
+    def flag(match: re.Match[str]) -> str:
+        owner, name, value = match["owner"] or "", match["name"], match["value"]
+        if not (match.start() == 0 or owner or value or "_" in name):
+            return match[0]
+        text = names.get(owner + name, names[name])
+        if value == "None":
+            return f"no {text}"
+        if value == "False":
+            return text.replace("--", "--no-", 1)
+        return text if value in (None, "True") else f"{text} {value}"
+
+    known = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+    own = r"(?P<owner>(?:Sampling|CacheConfig|TrainConfig|OptimizerConfig)\.)?"
+    value = r"(?:=(?P<value>\d+(?:\.\d+)?|\w+))?"
+    pattern = rf"(?<![\w./'-]){own}(?P<name>{known}){value}(?![\w/'-]|\.\w)"
+    return re.sub(pattern, flag, message)

@@ -1,0 +1,53 @@
+"""What a run shows: a bar on a terminal, elsewhere a line now and then, so that log files stay short."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from typing import Any
+
+from nosa_jax._extras import import_extra
+
+_SECONDS = 10.0  # between two lines where there is no terminal
+
+
+class Progress:
+    """Shows steps on stderr and says a few things on stdout. A stream that is gone ends the showing, not the run."""
+
+    def __init__(self, steps: int, done: int, *, shown: bool) -> None:
+        tqdm = import_extra("tqdm").tqdm
+        terminal = shown and sys.stderr is not None and sys.stderr.isatty()
+        self.shown, self._steps, self._step = shown, steps, done
+        self._bar: Any = tqdm(total=steps, initial=done, unit="step", disable=not terminal, dynamic_ncols=True)
+        self._lines = shown and not terminal
+        self._due = 0.0
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def advance(self) -> None:
+        """One step more."""
+        self._step += 1
+        self._bar.update()
+
+    def note(self, text: str) -> None:
+        """How the last step went: beside the bar, or on a line of its own where the last one is a while ago."""
+        self._bar.set_postfix_str(text, refresh=False)
+        if self._lines and (time.monotonic() >= self._due or self._step == self._steps):
+            self._due = time.monotonic() + _SECONDS
+            _write(f"step {self._step}/{self._steps}: {text}", sys.stderr)
+
+    def say(self, text: str) -> None:
+        """A line on stdout."""
+        with self._bar.external_write_mode() if not self._bar.disable else contextlib.nullcontext():
+            _write(text, sys.stdout)
+
+
+def _write(text: str, stream: Any) -> None:
+    with contextlib.suppress(OSError, ValueError):  # the terminal or the reader is gone; the stream is closed
+        if stream is not None:  # closed when the process began
+            print(text, file=stream, flush=True)

@@ -1,0 +1,198 @@
+"""What a run leaves in its folder, and how it goes on after kills, signals, damage and streams that are gone."""
+
+import dataclasses
+import io
+import json
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from test_train import CONFIG, CORPUS, interrupt_at, leaves_equal, new_state
+
+from nosa_jax._paths import only_run
+from nosa_jax.train import Checkpoints, load_model, read_log, train
+
+STEPS = dataclasses.replace(CONFIG, checkpoint_every=3, eval_every=0)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a run of 6 steps, with checkpoints of steps 3 and 6, and what `train` returned."""
+    folder = tmp_path_factory.mktemp("run")
+    return folder, train(STEPS, CORPUS, folder, progress=False)
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_a_folder_has_one_run_at_a_time(tmp_path):
+    with only_run("directory", tmp_path):
+        rule = rf"directory: must be a folder without another run in it, got {tmp_path}, which process {os.getpid()} on"
+        with pytest.raises(ValueError, match=rule):
+            train(CONFIG, CORPUS, tmp_path, progress=False)
+    assert {path.name for path in tmp_path.iterdir()} <= {".lock"}
+    with only_run("directory", tmp_path / "new" / "folder"):
+        pass
+
+
+# --- The log -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("end", [b"", b"\n", b'{"kind": "tr', b"\0\0\0\0", b"\xff\xfe", b'{"kind": "train", "ste'])
+def test_a_cut_last_line_of_the_log_is_dropped(run, end):
+    log = run / "log.jsonl"
+    whole = read_log(log)
+    log.write_bytes(log.read_bytes().removesuffix(b"\n") + (b"\n" + end if end.strip() else end))
+    assert read_log(log) == whole
+    train(STEPS, CORPUS, run, resume=True, progress=False)
+    lines = log.read_text().splitlines()
+    assert [json.loads(line)["kind"] for line in lines] == [record["kind"] for record in [*whole, whole[0]]]
+
+
+@pytest.mark.parametrize("line", ["{", "[]", "7", "{}", '{"kind": "train"}', '{"kind": 1, "step": 2}', "[" * 9999])
+def test_other_lines_in_a_log_are_skipped_with_a_word(tmp_path, line):
+    log = tmp_path / "log.jsonl"
+    record = {"kind": "start", "step": 0}
+    log.write_text(f"{json.dumps(record)}\n{line}\n{json.dumps(record)}\n")
+    with pytest.warns(UserWarning, match="skipped line 2 of .*log.jsonl, which is no record"):
+        assert read_log(log) == [record, record]
+
+
+def test_a_finished_run_that_is_resumed_logs_its_evaluation_once(run):
+    kinds = lambda: [json.loads(line)["kind"] for line in (run / "log.jsonl").read_text().splitlines()]
+    assert kinds().count("eval") == 1
+    seen = []
+    for _ in range(2):
+        resumed = train(STEPS, CORPUS, run, resume=True, progress=False, on_record=seen.append)
+        assert [record["step"] for record in resumed.evaluations] == [6]
+    assert kinds().count("eval") == 1 and {record["kind"] for record in seen} == {"start"}
+    other = dataclasses.replace(STEPS, eval_batches=1)  # something new to say
+    train(other, CORPUS, run, resume=True, progress=False)
+    assert kinds().count("eval") == 2
+    assert len([record for record in read_log(run / "log.jsonl") if record["kind"] == "eval"]) == 1
+
+
+# --- Checkpoints ---------------------------------------------------------------------------------------------------
+
+
+def empty(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def truncate(file: Path, size: int = 0) -> None:
+    os.truncate(file, size)
+
+
+DAMAGE = {
+    "an empty folder": empty,
+    "no meta": lambda step: shutil.rmtree(step / "meta"),
+    "no model": lambda step: shutil.rmtree(step / "model"),
+    "no optimizer": lambda step: shutil.rmtree(step / "optimizer"),
+    "a cut meta": lambda step: truncate(step / "meta" / "metadata", 100),
+    "another meta": lambda step: (step / "meta" / "metadata").write_text('{"layout": 2}'),
+    "a list for a meta": lambda step: (step / "meta" / "metadata").write_text("[]"),
+    "emptied weights": lambda step: [truncate(file) for file in (step / "model").rglob("d/*")],
+    "a cut description": lambda step: truncate(step / "optimizer" / "_METADATA", 300),
+}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax drops its other reads
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(finished, run, name):
+    DAMAGE[name](run / "checkpoints" / "6")
+    named = r"directory: must hold whole checkpoints, got .*/checkpoints/6, which is damaged \(.+\). The one before"
+    if name != "no optimizer" and name != "a cut description":
+        with pytest.raises(ValueError, match=named):
+            load_model(run / "checkpoints")
+    assert load_model(run / "checkpoints", step=3).config == CONFIG.model
+    with pytest.warns(UserWarning, match=rf"{named} it is of step 3. It is now .*damaged-6-.*, and the run goes on"):
+        resumed = train(STEPS, CORPUS, run, resume=True, progress=False)
+    assert [record["step"] for record in resumed.history] == [4, 5, 6]
+    assert leaves_equal(resumed.model, finished[1].model)
+    assert leaves_equal(load_model(run / "checkpoints"), resumed.model)
+
+
+def test_where_no_checkpoint_is_whole_the_newest_is_named(run):
+    for step in ("3", "6"):
+        empty(run / "checkpoints" / step)
+    with pytest.raises(ValueError, match=r"got .*/checkpoints/6, which is damaged"):
+        train(STEPS, CORPUS, run, resume=True, progress=False)
+    with pytest.raises(ValueError, match=r"got .*/checkpoints/3, which is damaged .* There is none before it"):
+        load_model(run / "checkpoints", step=3)
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"3", "6"}  # nothing was moved
+
+
+def test_leftovers_of_killed_saves_are_cleaned_by_the_run_alone(run):
+    leftover = run / "checkpoints" / "9.orbax-checkpoint-tmp"
+    leftover.mkdir()
+    (leftover / "meta").write_text("half of it")
+    load_model(run / "checkpoints")
+    assert leftover.is_dir()  # a run may just be writing it
+    train(STEPS, CORPUS, run, resume=True, progress=False)
+    assert not leftover.exists()
+
+
+def test_a_checkpoint_that_would_not_be_kept_is_refused(tmp_path):
+    state = new_state()
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(dataclasses.replace(state, step=jax.numpy.int32(5)), {})
+        with pytest.raises(ValueError, match=r"state.step: must lie above the newest step saved in .*, 5, got 4"):
+            checkpoints.save(dataclasses.replace(state, step=jax.numpy.int32(4)), {})
+
+
+# --- Signals and streams -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_to_end_saves(tmp_path, name):
+    number = getattr(signal, name)
+    before = signal.getsignal(number)
+
+    def on_record(record):
+        if record["kind"] == "train" and record["step"] == 2:
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)  # as a shell and the kernel do when a terminal closes
+
+    result = train(CONFIG, CORPUS, tmp_path, progress=False, on_record=on_record)
+    assert result.interrupted and result.step == 2 and (tmp_path / "checkpoints" / "2").is_dir()
+    assert signal.getsignal(number) is before
+
+
+def test_a_signal_that_is_ignored_stays_so(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+    try:
+        on_record = lambda record: os.kill(os.getpid(), signal.SIGHUP)
+        assert not train(CONFIG, CORPUS, tmp_path, progress=False, on_record=on_record).interrupted
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+class Gone(io.StringIO):
+    """A stream whose other end is gone."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+@pytest.mark.parametrize("stream", [None, Gone()])
+def test_a_run_goes_on_without_streams(tmp_path, monkeypatch, stream):
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "stderr", stream)
+    result = train(CONFIG, CORPUS, tmp_path, on_record=interrupt_at(4))
+    assert result.step == 4 and (tmp_path / "checkpoints" / "4").is_dir()
+
+
+def test_progress_in_a_file_is_a_few_lines(capsys):
+    train(dataclasses.replace(CONFIG, eval_every=0), CORPUS)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["step 1/6", "step 6/6"]
+    assert "\r" not in "".join(lines) and np.all(["tokens/s" in line for line in lines])
