@@ -22,7 +22,7 @@ def write(folder: Path) -> None:
     while True:
         shard = int(random.choice([9000, 2**30]))
         save_pretrained(models[int(random.integers(2))], folder, max_shard_bytes=shard)
-        time.sleep(random.uniform(0, 0.005))
+        time.sleep(random.uniform(0, 0.03))
 
 
 def read(folder: Path, loads: int = 500) -> dict[str, int]:

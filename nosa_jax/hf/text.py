@@ -22,8 +22,8 @@ def load_tokenizer(path: str | os.PathLike[str], vocab_size: int) -> Tokenizer:
     folder = existing_folder(path)
     if (folder / "tokenizer.json").is_file():
         return FileTokenizer(folder)
-    others = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    if vocab_size != ByteTokenizer.vocab_size or others:
+    if vocab_size != ByteTokenizer.vocab_size:
+        others = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
         raise bad_value(
             "path",
             f"must hold a tokenizer.json for a vocabulary of {vocab_size} (256 would be bytes)",
@@ -85,10 +85,10 @@ class GrowingText:
     def _may_start_at(self, start: int) -> bool:
         if self.tokens[start] in self.tokenizer.fallback_ids:
             return False
-        # Nothing: a decoder may drop the space that comes next. U+FFFD: the second half of a character.
-        return not self.tokenizer.decode(self.tokens[start : self._shown]).startswith(("\ufffd",)) and bool(
-            self.tokenizer.decode([self.tokens[start]])
-        )
+        if not self.tokenizer.decode([self.tokens[start]]):
+            return False  # a decoder may drop the space of what comes after nothing
+        # U+FFFD would be the second half of a character.
+        return not self.tokenizer.decode(self.tokens[start : self._shown]).startswith("\ufffd")
 
     def _is_open(self, token: int) -> bool:
         """Whether the text so far may yet change: after one byte of a run, or after a token that has no text."""
