@@ -85,11 +85,11 @@ class Filter:
 
     @classmethod
     def of(cls, sampling: Sampling) -> Filter:
-        """The temperature is kept within what float32 divides by; nearer 0 than that the best token alone is left."""
+        """The temperature is kept where it and its inverse are normal float32: beyond that no draw differs."""
         if sampling.is_greedy:
             return cls(None, None, None)
-        limits = np.finfo(np.float32)
-        temperature = np.float32(np.clip(sampling.temperature, limits.tiny, limits.max))
+        tiny = float(np.finfo(np.float32).tiny)
+        temperature = np.float32(min(max(sampling.temperature, tiny), 1 / tiny))
         return cls(temperature, np.float32(sampling.top_p) if sampling.top_p < 1 else None, sampling.top_k)
 
 
