@@ -29,7 +29,9 @@ from pallas_kernels.checks import (
     require_shape,
     require_type,
 )
+from pallas_kernels.derivatives import reverse_mode_only
 from pallas_kernels.device import current_device
+from pallas_kernels.promotion import usual_promotion
 
 Logits = Literal["all", "last", "none"]
 
@@ -139,6 +141,7 @@ class NosaLM(nnx.Module):
         return rms_norm(x, self.norm[...], self.config.rms_norm_eps)
 
 
+@usual_promotion
 def forward(
     model: NosaLM,
     tokens: IntegersLike,
@@ -153,11 +156,15 @@ def forward(
     """Runs whole rows without a cache: training and evaluation. Same as `model(tokens, ...)`.
 
     tokens: int [B, T], right-padded where `lengths` [B] says so; padded positions give finite logits and ids of -1.
-    segment_ids: int [B, T] for rows that pack several documents, each starting on a block boundary; -1 marks padding
-        (0 inside another document's last block too). Each document is computed as if it were alone. Ids need not
-        ascend: a new one starts a document. With `lengths` too, tokens from there on are padding.
+    segment_ids: int [B, T] for rows that pack several documents: each run of one id is a document of its own, starts
+        on a block boundary and is computed as if it were alone. Ids need not ascend. -1 marks padding, and so does a
+        run of 0 that starts inside a block after a document counted from 1. Padding ends its document: the same id
+        after it is a new document. With `lengths` too, tokens from there on are padding. Under jit, where values
+        cannot be checked, a run that starts inside a block is padding.
     block_ids: int [L, B, K, T, J] from an earlier call with `record`, used instead of selecting.
     remat: recompute each layer, but not its selection, in the backward pass instead of keeping its activations.
+    Differentiable once, in reverse mode, as `block_attention` is. `jax_enable_x64`, `jax_numpy_rank_promotion` and
+    `jax_numpy_dtype_promotion` change nothing, here and in all of decoding and training.
     Raises ValueError or TypeError for wrong shapes and dtypes, and for wrong values outside `jax.jit`.
     """
     require_type("model", model, NosaLM, "Build one with NosaLM(...) or from_pretrained(...).")
@@ -167,7 +174,7 @@ def forward(
     tokens = layout.as_tokens(tokens, config.vocab_size)
     lengths = layout.as_lengths(lengths, tokens.shape[0], tokens.shape[1])
     if segment_ids is not None:
-        segment_ids = layout.as_segment_ids(segment_ids, tokens.shape, config.attention.block_size)
+        segment_ids = layout.as_segment_ids(segment_ids, tokens.shape, config.attention.block_size, lengths)
     if block_ids is not None:
         block_ids = as_block_ids(config, block_ids, _rows(config, tokens, lengths, segment_ids).positions)
     run = _forward if is_tracing() else _compiled_forward
@@ -203,7 +210,8 @@ def _forward(
     # The selection is kept: it is small, takes no gradient, and making it again would mean all scores again.
     policy = jax.checkpoint_policies.save_only_these_names(SELECTION)
     body = jax.checkpoint(run_layer, policy=policy) if remat else run_layer
-    x, recorded = jax.lax.scan(body, model.embed[...][tokens], (model.layers, forced_block_ids))
+    with reverse_mode_only("forward"):
+        x, recorded = jax.lax.scan(body, model.embed[...][tokens], (model.layers, forced_block_ids))
     hidden = model.final_norm(x)
     if logits == "none":
         return ForwardOutput(None, hidden, recorded)

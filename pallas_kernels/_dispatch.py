@@ -16,6 +16,7 @@ from typing import Any
 from pallas_kernels import _backend
 from pallas_kernels.checks import bad_value
 from pallas_kernels.device import current_device
+from pallas_kernels.promotion import usual_promotion
 
 IMPLEMENTATIONS = ("cudnn", "mosaic", "triton", "xla")
 
@@ -44,6 +45,7 @@ class Op:
     implementations: Mapping[str, Callable[..., Any]]
     unsupported: Mapping[str, Callable[..., str | None]] = dataclasses.field(default_factory=dict)
 
+    @usual_promotion
     def __call__(self, implementation: str, *args: Any, **kwargs: Any) -> Any:
         """Runs `implementation` on the arguments. Raises ValueError or KernelUnsupportedError."""
         return self.implementations[self.pick(implementation, *args, **kwargs)](*args, **kwargs)

@@ -9,6 +9,8 @@ Packed rows: a row may hold several documents, each starting on a block boundary
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
@@ -95,6 +97,11 @@ def new_places(
     """Row positions of new tokens, of which the first `count[b]` follow `start[b]` others; `capacity` for the rest."""
     new = jnp.arange(width, dtype=jnp.int32)
     return jnp.where(new < count[:, None], start[:, None] + new, capacity)[:, None]
+
+
+def slice_start(*indices: Any) -> tuple[Int32[Array, ""], ...]:
+    """Where a dynamic slice starts: it takes indices of one dtype, and Python's ints would be int64 under x64."""
+    return tuple(jnp.asarray(index, jnp.int32) for index in indices)
 
 
 def whole_rows(batch: int, length: int) -> Int32[Array, "B T"]:

@@ -28,10 +28,19 @@ def inputs_of(name: str):
     return dict(made(name))  # a copy: a test that changes it must not change what the next one sees
 
 
+def with_nan(inputs):
+    """One head of a query holds NaN and one window of the last row a number that makes infinite logits."""
+    q, pooled = np.array(inputs["q"]), np.array(inputs["pooled_keys"])
+    q[0, q.shape[1] // 2, 0, 0] = np.nan
+    pooled[-1, 0, 1, 0] = np.inf
+    return inputs | {"q": jnp.asarray(q), "pooled_keys": jnp.asarray(pooled)}
+
+
 def assert_close(ours, theirs):
     """Scores are sums of probabilities: each carries the few roundings of its logit. -inf and 0 have no error."""
     ours, theirs = np.asarray(ours), np.asarray(theirs)
     for special in (0, -np.inf):
         np.testing.assert_array_equal(ours == special, theirs == special)
+    np.testing.assert_array_equal(np.isnan(ours), np.isnan(theirs))
     real = theirs > 0
     np.testing.assert_allclose(ours[real], theirs[real], rtol=32 * EPS, atol=1e-30)

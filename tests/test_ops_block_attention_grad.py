@@ -18,6 +18,7 @@ from attention_checks import (
     truth,
     value_and_gradients,
 )
+from op_calls import CALLS
 
 from pallas_kernels import block_attention
 from pallas_kernels.block_attention import cudnn
@@ -111,3 +112,14 @@ def test_gradients_of_padding_do_not_spread():
     _, expected = jax.device_get(value_and_gradients(block_attention, inputs, (out, lse), **size))
     for name in LEARNED:
         np.testing.assert_array_equal(grads[name], expected[name], err_msg=name)
+
+
+def test_forward_mode_says_what_to_use():
+    """There is one derivative, in reverse mode, and forward mode over it."""
+    arrays, static = CALLS["block_attention"]
+    loss = lambda q: block_attention(**(arrays | {"q": q}), **static)[0].sum()
+    q = arrays["q"]
+    with pytest.raises(TypeError, match=r"^block_attention: has derivatives in reverse mode, .*Use jax\.grad"):
+        jax.jvp(loss, (q,), (q,))
+    product = jax.eval_shape(lambda q: jax.jvp(jax.grad(loss), (q,), (q,))[1], q)
+    assert product.shape == q.shape

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scores_checks import assert_close, definition, inputs_of
+from scores_checks import assert_close, definition, inputs_of, with_nan
 
 from pallas_kernels import block_scores
 from pallas_kernels.block_scores import reference, xla
@@ -35,6 +35,15 @@ def test_matches_the_reference(name):
     blind = np.asarray(inputs["positions"]) < 2 * case.stride - 1  # padding, and queries before the first window ends
     scores = np.moveaxis(scores, 2, 1)[blind]
     assert ((scores == 0) | (scores == -np.inf)).all()
+
+
+@pytest.mark.parametrize("name", ["k1_g8_packed", "k2_g4_ragged"])
+def test_nan_is_where_the_definition_has_it(name):
+    """In all windows that the query sees, in no others."""
+    inputs, sizes = with_nan(inputs_of(name)), options(SMALL[name])
+    expected = definition(inputs, **sizes)
+    assert 0 < np.isnan(expected).mean() < 0.5
+    assert_close(run(inputs, **sizes), expected)
 
 
 def test_bfloat16_takes_float32_sums():

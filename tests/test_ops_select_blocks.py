@@ -51,6 +51,22 @@ def test_by_hand():
     assert ids(jnp.full_like(query, -jnp.inf), rising) == [0, 1, 4, 5, 6]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_no_score_drops_a_forced_block(value, dtype):
+    """NaN and -inf count as the lowest number, inf as the largest: the query's own block stays whatever the scores."""
+    query = jnp.full((1, 1, 1, 8), value, dtype)
+    importance = jnp.full((1, 1, 8), value, dtype)
+    inputs = {"positions": jnp.array([[26]], jnp.int32), "first_block": None}
+    for scores in ((query, importance), (query, None), (None, importance)):
+        named = dict(zip(("query_scores", "importance_scores"), scores, strict=True))
+        assert run(inputs | named, **counts(5, 1, 2, 1))[0, 0, 0].tolist() == [0, 1, 2, 5, 6]
+    mixed = jnp.asarray([[[9.0, np.nan, 1.0, np.inf, -np.inf, 0.0, 0.0, 5.0]]], dtype)
+    assert run(inputs | {"query_scores": None, "importance_scores": mixed}, **counts(5, 1, 2, 1))[0, 0, 0].tolist() == [
+        0, 2, 3, 5, 6,
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_matches_the_rule(name):
     assert_same_as_python(make_inputs(SMALL[name], jax.random.key(2)), **options(SMALL[name]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from support import REDUCED, SMALL, forward, forward_one, lively_model, random_t
 
 import nosa_jax
 from nosa_jax import CacheConfig
+from nosa_jax.attention.layout import as_segment_ids
 from nosa_jax.decode.checks import as_prompt
 from nosa_jax.decode.prompt import read_prompt
 
@@ -166,6 +169,93 @@ def test_segment_ids_padding_by_zero_inside_a_block():
     b = forward(model, tokens, segment_ids=padded, record=True)
     np.testing.assert_array_equal(a.logits, b.logits)
     np.testing.assert_array_equal(a.block_ids, b.block_ids)
+
+
+# Rows of 64 tokens in blocks of 16, and the documents in them: (start, length). Everything else is padding.
+UNUSUAL_ROWS = {
+    "padding in the middle": ([0] * 28 + [-1] * 4 + [0] * 32, [(0, 28), (32, 32)]),
+    "a block of padding in the middle": ([0] * 16 + [-1] * 16 + [0] * 32, [(0, 16), (32, 32)]),
+    "0 in the middle of document 1": ([1] * 20 + [0] * 12 + [1] * 32, [(0, 20), (32, 32)]),
+    "0 after document 1 to the end": ([1] * 20 + [0] * 44, [(0, 20)]),
+    "0 and -1 after document 1": ([1] * 20 + [-1] * 4 + [0] * 8 + [2] * 32, [(0, 20), (32, 32)]),
+    "padding first": ([-1] * 16 + [3] * 48, [(16, 48)]),
+    "padding alone": ([-1] * 64, []),
+}
+# What is refused where it can be seen, and padding where it cannot.
+MISALIGNED_ROWS = {
+    "goes on inside the block": ([0] * 20 + [-1] * 4 + [0] * 40, [(0, 20)], "document 0 at token 24"),
+    "0 inside document 1": ([1] * 20 + [0] * 4 + [1] * 40, [(0, 20)], "document 1 at token 24"),
+    "starts inside a block": ([0] * 5 + [1] * 27 + [2] * 32, [(0, 5), (32, 32)], "document 1 at token 5"),
+    "padding before a document": ([-1] * 4 + [0] * 12 + [1] * 48, [(16, 48)], "document 0 at token 4"),
+}
+ALL_ROWS = {name: row[:2] for name, row in (UNUSUAL_ROWS | MISALIGNED_ROWS).items()}
+BEYOND = [0] * 32 + [1] * 8 + [2] * 3 + [0] * 21, [(0, 32), (32, 5)]  # of a row that is 37 long
+
+
+@functools.cache
+def unusual_rows():
+    """Tokens, the same with others at padded places, which places are real, and the forward pass of both."""
+    documents = [of_row for _, of_row in (*ALL_ROWS.values(), BEYOND)]
+    segments = np.array([ids for ids, _ in (*ALL_ROWS.values(), BEYOND)], np.int32)
+    real = np.zeros(segments.shape, bool)
+    for row, of_row in enumerate(documents):
+        for start, length in of_row:
+            real[row, start : start + length] = True
+    tokens = random_tokens(*segments.shape)
+    other = np.where(real, tokens, random_tokens(*segments.shape, seed=9))
+    lengths = np.array([64] * len(ALL_ROWS) + [37])
+    run = lambda tokens: forward(lively_model(small_config()), tokens, lengths, segment_ids=segments, record=True)
+    return tokens, real, run(tokens), run(other)
+
+
+@pytest.mark.parametrize("case", [*ALL_ROWS, "beyond the length"])
+def test_padding_ends_its_document(case):
+    """Documents are what they are alone, and tokens at padded places, which have no ids, move nothing."""
+    tokens, real, packed, moved = unusual_rows()
+    row = [*ALL_ROWS, "beyond the length"].index(case)
+    for start, length in ALL_ROWS.get(case, BEYOND)[1]:
+        ids = np.asarray(packed.block_ids[:, row, :, start : start + length])
+        ids = np.where(ids >= 0, ids - start // SMALL.block_size, -1)
+        alone = tokens[row, start : start + length]
+        assert_equivalent(
+            lively_model(small_config()), alone, ids, packed.logits[row, start : start + length], bucket=64
+        )
+    assert (np.asarray(packed.block_ids)[:, row, :, ~real[row]] == -1).all()
+    assert np.isfinite(packed.logits[row]).all()
+    np.testing.assert_array_equal(moved.logits[row, real[row]], packed.logits[row, real[row]])
+
+
+@pytest.mark.parametrize("case", ALL_ROWS)
+def test_documents_start_on_block_boundaries(case):
+    segments = np.array([ALL_ROWS[case][0]])
+    if case in UNUSUAL_ROWS:
+        as_segment_ids(segments, (1, 64), SMALL.block_size)
+        return
+    where = MISALIGNED_ROWS[case][2]
+    with pytest.raises(ValueError, match=rf"^segment_ids: every document must start on a multiple.* {where} of row 0"):
+        as_segment_ids(segments, (1, 64), SMALL.block_size)
+
+
+def test_segments_beyond_the_length_may_be_anything():
+    as_segment_ids(np.array([BEYOND[0]]), (1, 64), SMALL.block_size, jnp.array([37], jnp.int32))
+
+
+def test_gradients_do_not_reach_padding():
+    """What stands at padded places moves no gradient of the layers either."""
+    model = lively_model(small_config())
+    segments = np.array([UNUSUAL_ROWS["padding in the middle"][0]], np.int32)
+    real = segments >= 0
+
+    @jax.jit
+    @jax.grad
+    def gradient(model, tokens):
+        logits = nosa_jax.forward(model, tokens, segment_ids=segments).logits
+        return jnp.sum(jnp.where(real[..., None], logits, 0) ** 2)
+
+    tokens = random_tokens(1, 64)
+    other = np.where(real, tokens, random_tokens(1, 64, seed=9))
+    ours, theirs = (gradient(model, x).layers.attention for x in (tokens, other))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
 @pytest.mark.parametrize("variant", ["nosa", "infllmv2", "dma", "full"])

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scores_checks import assert_close, definition, inputs_of
+from scores_checks import assert_close, definition, inputs_of, with_nan
 
 from pallas_kernels import _backend, _inputs, block_scores, blocks
 from pallas_kernels.block_scores.cases import SMALL, make_inputs, options
@@ -40,6 +40,15 @@ def test_matches_the_reference(name):
     scores = run(inputs, **sizes)
     assert scores.dtype == jnp.float32
     assert_close(scores, definition(inputs, **sizes))
+
+
+@pytest.mark.parametrize("name", ["k1_g8_packed", "k2_g4_ragged"])
+def test_nan_is_where_the_definition_has_it(name):
+    """In all windows that the query sees, in no others."""
+    inputs, sizes = with_nan(inputs_of(name)), options(SMALL[name])
+    expected = definition(inputs, **sizes)
+    assert 0 < np.isnan(expected).mean() < 0.5
+    assert_close(run(inputs, **sizes), expected)
 
 
 @pytest.mark.parametrize("group", [3, 6])

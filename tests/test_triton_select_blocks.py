@@ -38,7 +38,7 @@ def test_matches_the_rule(name):
 @settings(max_examples=60)
 @given(drawn_inputs(), st.sampled_from([(5, 1, 2, 2), (4, 0, 2, 1), (10, 2, 1, 0)]))
 def test_matches_the_rule_when_scores_tie(inputs, budget):
-    """Few values, -inf among them; budgets beyond the 9 blocks; by query scores or importance alone."""
+    """Few values, -inf, inf and NaN among them; budgets beyond the 9 blocks; by query scores or importance alone."""
     assert_same_as_python(inputs, **counts(*budget))
 
 

@@ -10,7 +10,6 @@ import numpy as np
 from jaxtyping import Array, Int32
 
 from nosa_jax._pytree import pytree_dataclass
-from pallas_kernels import blocks
 from pallas_kernels.checks import as_integers, bad_value, is_concrete, require_shape
 
 
@@ -31,19 +30,19 @@ def row_layout(tokens: Int32[Array, "B T"], lengths: Int32[Array, " B"] | None) 
 
 
 def packed_layout(segment_ids: Int32[Array, "B T"], lengths: Int32[Array, " B"] | None, block_size: int) -> Layout:
-    """Rows of several documents. A block belongs to the document of its first token; other tokens in it are padding."""
+    """Rows of several documents: the runs of one id >= 0 that start on a block boundary. All other tokens are padding.
+
+    So whatever interrupts a document ends it, and no key that a query may see is padding.
+    """
     batch, length = segment_ids.shape
-    m = blocks.num_blocks(length, block_size)
-    owner = segment_ids[:, ::block_size]
-    starts = jnp.concatenate([jnp.ones((batch, 1), bool), owner[:, 1:] != owner[:, :-1]], axis=1)
-    first_block = jnp.max(
-        jnp.where(jnp.tril(jnp.ones((m, m), bool)) & starts[:, None], jnp.arange(m, dtype=jnp.int32), 0), axis=-1
-    )
     place = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
-    first = jnp.repeat(first_block, block_size, axis=1)[:, :length]
-    real = (segment_ids >= 0) & (segment_ids == jnp.repeat(owner, block_size, axis=1)[:, :length])
     if lengths is not None:
-        real &= place < lengths[:, None]
+        segment_ids = jnp.where(place < lengths[:, None], segment_ids, -1)
+    changes = jnp.concatenate([jnp.ones((batch, 1), bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
+    start = jax.lax.cummax(jnp.where(changes, place, 0), axis=1)
+    real = (segment_ids >= 0) & (start % block_size == 0)
+    first_block = -(-start[:, ::block_size] // block_size)
+    first = jnp.repeat(first_block, block_size, axis=1)[:, :length]
     return Layout(jnp.where(real, place, -1), place - block_size * first, first_block)
 
 
@@ -91,20 +90,26 @@ def as_lengths(
     return lengths
 
 
-def as_segment_ids(segment_ids: Any, shape: tuple[int, ...], block_size: int) -> Array:
-    """int32 segment ids [B, T] whose documents start on block boundaries."""
+def as_segment_ids(
+    segment_ids: Any, shape: tuple[int, ...], block_size: int, lengths: Int32[Array, " B"] | None = None
+) -> Array:
+    """int32 segment ids [B, T] whose documents start on block boundaries; from `lengths` on they may be anything."""
     segment_ids = as_integers("segment_ids", segment_ids)
     require_shape("segment_ids", segment_ids, shape, "[B, T]")
-    if is_concrete(segment_ids):
-        values = np.asarray(jax.device_get(segment_ids))
-        owner = np.repeat(values[:, ::block_size], block_size, axis=1)[:, : values.shape[1]]
-        # 0 after a document counted from 1 is taken as its padding.
-        wrong = np.argwhere((values >= 0) & (values != owner) & ~((values == 0) & (owner > 0)))
-        if wrong.size:
-            row, place = (int(i) for i in wrong[0])
+    if is_concrete(segment_ids, lengths):
+        values = np.array(jax.device_get(segment_ids))
+        if lengths is not None:
+            values[np.arange(shape[1]) >= np.asarray(jax.device_get(lengths))[:, None]] = -1
+        starts = np.diff(values, axis=1, prepend=-1) != 0
+        owner = np.repeat(values[:, ::block_size], block_size, axis=1)[:, : shape[1]]
+        # A run of 0 that starts inside a block after a document counted from 1 is padding.
+        wrong = starts & (values >= 0) & (np.arange(shape[1]) % block_size != 0) & ~((values == 0) & (owner > 0))
+        if wrong.any():
+            row, place = (int(i) for i in np.argwhere(wrong)[0])
             raise bad_value(
                 "segment_ids",
-                f"every document must start on a multiple of block_size = {block_size}",
+                f"every document must start on a multiple of block_size = {block_size}, also where it goes on after "
+                "padding, which ends it",
                 f"document {values[row, place]} at token {place} of row {row}",
                 "Pad each document up to a whole block, with segment id -1.",
             )

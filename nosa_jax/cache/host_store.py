@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.blocks import slice_start
+
 
 def allocate(shape: tuple[int, ...], dtype: Any) -> Array:
     """A host array of unspecified content; traced, it needs no device memory."""
@@ -19,7 +21,7 @@ def allocate(shape: tuple[int, ...], dtype: Any) -> Array:
 
 def load_layer(host: Float[Array, "L B K M 2 P D"], layer: Int32[Array, ""]) -> Float[Array, "B K M 2 P D"]:
     """One layer of the store, on the device."""
-    data = jax.lax.dynamic_slice(host, (layer, 0, 0, 0, 0, 0, 0), (1, *host.shape[1:]))
+    data = jax.lax.dynamic_slice(host, slice_start(layer, 0, 0, 0, 0, 0, 0), (1, *host.shape[1:]))
     return jax.device_put(data, jax.memory.Space.Device)[0]
 
 
@@ -28,7 +30,7 @@ def store_layer(
 ) -> Float[Array, "L B K M 2 P D"]:
     """Writes the first m blocks of every row."""
     return jax.lax.dynamic_update_slice(
-        host, jax.device_put(blocks[None], jax.memory.Space.Host), (layer, *(0,) * (host.ndim - 1))
+        host, jax.device_put(blocks[None], jax.memory.Space.Host), slice_start(layer, *(0,) * (host.ndim - 1))
     )
 
 
@@ -44,8 +46,10 @@ def store_rows(
     first = jnp.clip(first, 0, m - count)
 
     def body(row: Array, host: Array) -> Array:
-        start = (row, 0, first[row], 0, 0, 0)
+        start = slice_start(row, 0, first[row], 0, 0, 0)
         data = jax.lax.dynamic_slice(blocks, start, (1, kv_heads, count, *blocks.shape[3:]))
-        return jax.lax.dynamic_update_slice(host, jax.device_put(data[None], jax.memory.Space.Host), (layer, *start))
+        return jax.lax.dynamic_update_slice(
+            host, jax.device_put(data[None], jax.memory.Space.Host), slice_start(layer, *start)
+        )
 
     return jax.lax.fori_loop(0, batch, body, host)

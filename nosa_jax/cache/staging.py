@@ -82,7 +82,7 @@ def unstage(
     held = min(last_ids.shape[-1], num_slots)
     row, head = jnp.arange(last_ids.shape[0])[:, None, None], jnp.arange(last_ids.shape[1])[None, :, None]
     selected = staged[row, head, jnp.maximum(last_ids[..., :held], 0)]
-    start = (layer, *(0,) * (state.pool.ndim - 1))
+    start = blocks.slice_start(layer, *(0,) * (state.pool.ndim - 1))
     kept = jax.lax.dynamic_slice(state.pool, start, (1, *selected.shape))[0]
     grows = count > 0
     selected = jnp.where(grows[:, None, None, None, None, None], selected, kept)

@@ -24,13 +24,8 @@ from nosa_jax.decode.request import Options, Request, as_options, as_request
 from nosa_jax.decode.sampling import Sampling, has_finite_best, sample
 from nosa_jax.decode.step import StepOutput, run_step
 from nosa_jax.model import NosaLM
-from pallas_kernels.checks import (
-    IntegersLike,
-    bad_value,
-    is_concrete,
-    require_shape,
-    require_type,
-)
+from pallas_kernels.checks import IntegersLike, bad_value, is_concrete, require_shape, require_type
+from pallas_kernels.promotion import usual_promotion
 
 GREEDY = Sampling(temperature=0.0)
 
@@ -210,6 +205,7 @@ def _on_host(one: Step) -> Step:
 
 
 @functools.partial(jax.jit, static_argnames="options", donate_argnames="loop", compiler_options=COMPILER_OPTIONS)
+@usual_promotion
 def _stream_step(model: NosaLM, request: Request, loop: Loop, *, options: Options) -> tuple[Loop, Step]:
     return _advance(model, request, loop, options, None, None)
 

@@ -24,6 +24,7 @@ from nosa_jax.decode.step import StepOutput
 from nosa_jax.model import Layers, NosaLM
 from pallas_kernels import block_attention
 from pallas_kernels.checks import IntegersLike
+from pallas_kernels.promotion import usual_promotion
 
 
 def prefill(
@@ -122,6 +123,7 @@ def _where_rows(condition: Bool[Array, " B"], new: Array, old: Array) -> Array:
 
 
 @functools.partial(jax.jit, static_argnames="fresh")
+@usual_promotion
 def _extend(
     model: NosaLM,
     state: DecodeState,

@@ -97,12 +97,13 @@ def _as_stop_tokens(stop_tokens: Any) -> np.ndarray:
     if isinstance(stop_tokens, str) or not isinstance(stop_tokens, Iterable):
         remedy = "Put ids in a list; those of a text come from the tokenizer."
         raise bad_type("stop_tokens", "must be a sequence of token ids", f"{stop_tokens!r:.60}", remedy)
+    is_array = isinstance(stop_tokens, np.ndarray | jax.Array)
+    stop_tokens = stop_tokens if is_array else list(stop_tokens)
     if not is_concrete(*jax.tree.leaves(stop_tokens)):
         raise bad_type("stop_tokens", "must be known where jax.jit traces", "a traced array", "Keep it out of the jit.")
-    if isinstance(stop_tokens, np.ndarray | jax.Array):
+    if is_array:
         stop_tokens = stop_tokens if stop_tokens.size else ()
     else:
-        stop_tokens = list(stop_tokens)
         for token in stop_tokens:
             if isinstance(token, bool | np.bool_):
                 raise bad_type("stop_tokens", "must hold integers", repr(token), "Pass token ids.")

@@ -85,11 +85,14 @@ class Filter:
 
     @classmethod
     def of(cls, sampling: Sampling) -> Filter:
-        """The temperature is kept where it and its inverse are normal float32: beyond that no draw differs."""
+        """The temperature is kept where float32 knows it and its reciprocal, by which XLA may multiply.
+
+        Nearer 0 than that the best token alone is left; beyond it all tokens are as likely.
+        """
         if sampling.is_greedy:
             return cls(None, None, None)
-        tiny = float(np.finfo(np.float32).tiny)
-        temperature = np.float32(min(max(sampling.temperature, tiny), 1 / tiny))
+        least = float(np.finfo(np.float32).tiny)
+        temperature = np.float32(np.clip(sampling.temperature, least, 0.5 / least))
         return cls(temperature, np.float32(sampling.top_p) if sampling.top_p < 1 else None, sampling.top_k)
 
 

@@ -22,6 +22,7 @@ from nosa_jax.decode.program import program
 from nosa_jax.model import NosaLM
 from pallas_kernels import blocks
 from pallas_kernels.checks import IntegersLike
+from pallas_kernels.promotion import usual_promotion
 
 
 @pytree_dataclass
@@ -117,6 +118,7 @@ def attend_token(
 
 
 @jax.jit
+@usual_promotion
 def run_step(
     model: NosaLM,
     state: DecodeState,
@@ -134,6 +136,7 @@ def run_step(
     place = place_of(config, jnp.where(active, state.lengths, -1))
 
     def body(index: Array, carry: tuple[Array, DecodeState, Any]) -> tuple[Array, DecodeState, Any]:
+        index = index.astype(jnp.int32)  # under x64 a loop counts in int64
         x, state, recorded = carry
         forced = None if forced_block_ids is None else forced_block_ids[index]
 

@@ -22,6 +22,7 @@ from nosa_jax.model import cast, forward
 from nosa_jax.train.loss import next_token_loss
 from nosa_jax.train.optim import OptimizerConfig, learning_rate_schedule, make_optimizer
 from pallas_kernels.checks import bad_value
+from pallas_kernels.promotion import usual_promotion
 
 
 @jax.tree_util.register_dataclass
@@ -39,12 +40,14 @@ class TrainState:
     step: Any
 
 
+@usual_promotion
 def init_state(model: Any, optimizer: OptimizerConfig) -> TrainState:
     """The state before the first step. The model is copied, in float32, as steps donate the state's buffers."""
     master = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), model)
     return TrainState(master, make_optimizer(optimizer, steps=1).init(master), jnp.zeros((), jnp.int32))
 
 
+@usual_promotion
 def batch_loss(
     model: Any, tokens: Integer[Array, "B W"], *, compute_dtype: Any = "float32", remat: bool = False
 ) -> Float[Array, ""]:
@@ -53,6 +56,7 @@ def batch_loss(
     return next_token_loss(out.logits, tokens[:, 1:])[0]
 
 
+@usual_promotion
 def train_step(
     state: TrainState,
     tokens: Integer[Array, "B W"],
@@ -80,7 +84,7 @@ def train_step(
         loss, grads = loss_and_grad(state.model, tokens)
     else:
         parts = tokens.reshape(accumulate, -1, tokens.shape[1])
-        zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.model))
+        zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.model))
         add = lambda total, part: (jax.tree.map(jnp.add, total, loss_and_grad(state.model, part)), None)
         total, _ = jax.lax.scan(add, zeros, parts)
         loss, grads = jax.tree.map(lambda leaf: leaf / accumulate, total)

@@ -4,8 +4,7 @@ Contract: queries and keys are rotated in float32 and rounded once; the running 
 `append_pooled_keys` makes them; rows without a token stay as they are. `append_summaries`: of many tokens, in XLA.
 """
 
-from pallas_kernels.append_token.api import append_token
+from pallas_kernels.append_token.api import append_summaries, append_token
 from pallas_kernels.append_token.summaries import Summaries
-from pallas_kernels.append_token.xla import append_summaries
 
 __all__ = ["Summaries", "append_summaries", "append_token"]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import jax
-from jaxtyping import Array, Float, Int32
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Integer
 
+from pallas_kernels._arguments import as_floats, as_integers, as_layer, require_dtype
 from pallas_kernels._dispatch import register
 from pallas_kernels.append_token import triton, xla
 from pallas_kernels.append_token.summaries import Summaries
-from pallas_kernels.checks import bad_value, require_positive, require_shape
+from pallas_kernels.checks import bad_value, require_int, require_shape, require_type
+from pallas_kernels.promotion import usual_promotion
 
 APPEND_TOKEN = register(
     "append_token", {"xla": xla.append_token, "triton": triton.append_token}, {"triton": triton.unsupported}
@@ -16,14 +19,14 @@ APPEND_TOKEN = register(
 
 
 def append_token(
-    qkv: Float[Array, "B K G_plus_2 D"],
-    cos: Float[Array, "B half"],
-    sin: Float[Array, "B half"],
-    scale: Float[Array, "L K"] | None,
-    delta: Float[Array, "L K D heads"] | None,
+    qkv: Float[ArrayLike, "B K G_plus_2 D"],
+    cos: Float[ArrayLike, "B half"],
+    sin: Float[ArrayLike, "B half"],
+    scale: Float[ArrayLike, "L K"] | None,
+    delta: Float[ArrayLike, "L K D heads"] | None,
     summaries: Summaries,
-    positions: Int32[Array, " B"],
-    layer: Int32[Array, ""],
+    positions: Integer[ArrayLike, " B"],
+    layer: Integer[ArrayLike, ""],
     *,
     stride: int,
     implementation: str = "auto",
@@ -36,12 +39,15 @@ def append_token(
         the summaries have none.
     summaries: of all layers.
     positions: of the token, which is how many came before it; -1 for rows without one.
-    layer: which of the L layers.
+    layer: which of the L layers; one out of range is refused, or means nothing where it is traced.
     stride: of the pooling windows, in tokens.
 
-    Raises ValueError for shapes that do not go together.
+    Raises ValueError or TypeError for arguments that do not go together.
     """
-    require_positive("stride", stride)
+    stride = require_int("stride", stride, 1)
+    qkv, cos, sin, scale, delta = as_floats(qkv=qkv, cos=cos, sin=sin, scale=scale, delta=delta)
+    (positions,) = as_integers(positions=positions)
+    summaries = _as_summaries(summaries)
     require_shape("qkv", qkv, (None,) * 4, "[B, K, G + 2, D]")
     batch, kv_heads, members, dim = qkv.shape
     if members < 3:
@@ -50,20 +56,68 @@ def append_token(
     require_shape("cos", cos, (batch, dim // 2), "[B, D / 2]")
     require_shape("sin", sin, cos.shape, "[B, D / 2]")
     require_shape("positions", positions, (batch,), "[B]")
-    _check_summaries(scale, delta, summaries, batch, kv_heads, dim)
+    _check_importance(scale, delta, summaries, kv_heads, dim)
+    layer = as_layer(layer, _check_summaries(summaries, batch, kv_heads, dim))
     with jax.named_scope("append_token"):
         return APPEND_TOKEN(implementation, qkv, cos, sin, scale, delta, summaries, positions, layer, stride=stride)
 
 
-def _check_summaries(
-    scale: Array | None, delta: Array | None, summaries: Summaries, batch: int, kv_heads: int, dim: int
-) -> None:
-    """Of one number of layers, batch and heads, and all parts of the importance or none."""
-    keys, importance, pooled = summaries
+@usual_promotion
+def append_summaries(
+    summaries: Summaries,
+    keys: Float[ArrayLike, "B K n D"],
+    importance: Float[ArrayLike, "B K n"] | None,
+    start: Integer[ArrayLike, " B"],
+    count: Integer[ArrayLike, " B"],
+    layer: Integer[ArrayLike, ""],
+    *,
+    stride: int,
+) -> Summaries:
+    """The summaries with any number of tokens: the first `count[b]` of a row follow `start[b]` others.
+
+    keys: of the tokens, after rotation. importance: of the tokens, None where the summaries have none. Other arguments
+    and errors as in `append_token`.
+    """
+    stride = require_int("stride", stride, 1)
+    keys, importance = as_floats(keys=keys, importance=importance)
+    start, count = as_integers(start=start, count=count)
+    summaries = _as_summaries(summaries)
+    require_shape("keys", keys, (None,) * 4, "[B, K, n, D]")
+    batch, kv_heads, new, dim = keys.shape
+    require_shape("start", start, (batch,), "[B]")
+    require_shape("count", count, (batch,), "[B]")
+    if (importance is None) != (summaries.importance is None):
+        rule = "must be given exactly where the summaries have importance"
+        raise bad_value("importance", rule, None if importance is None else importance.shape, "Pass both or neither.")
+    if importance is not None:
+        require_shape("importance", importance, (batch, kv_heads, new), "[B, K, n]")
+    layer = as_layer(layer, _check_summaries(summaries, batch, kv_heads, dim))
+    with jax.named_scope("append_summaries"):
+        return xla.append_summaries(summaries, keys, importance, start, count, layer, stride=stride)
+
+
+def _as_summaries(summaries: Summaries) -> Summaries:
+    require_type("summaries", summaries, Summaries, "Pass pallas_kernels.Summaries(...).")
+    leaves, structure = jax.tree.flatten(summaries)
+    return jax.tree.unflatten(structure, as_floats(**{f"summaries[{i}]": x for i, x in enumerate(leaves)}))
+
+
+def _check_importance(scale: Array | None, delta: Array | None, summaries: Summaries, kv_heads: int, dim: int) -> None:
+    """All parts of the importance, or none."""
+    _, importance, pooled = summaries
     parts = {"scale": scale, "delta": delta, "summaries.importance": importance, "summaries.pooled_importance": pooled}
     missing = [name for name, x in parts.items() if x is None]
     if 0 < len(missing) < len(parts):
         raise bad_value(missing[0], f"must be given with {', '.join(parts)}, or none of them", None, "Pass all four.")
+    if importance is not None:
+        layers = importance.shape[0]
+        require_shape("scale", scale, (layers, kv_heads), "[L, K]")
+        require_shape("delta", delta, (layers, kv_heads, dim, kv_heads), "[L, K, D, K]")
+
+
+def _check_summaries(summaries: Summaries, batch: int, kv_heads: int, dim: int) -> int | None:
+    """Of one number of layers, batch and heads. Returns the number of layers, None where there are no summaries."""
+    keys, importance, pooled = summaries
     leaves = jax.tree.leaves(summaries)
     lead = (leaves[0].shape[0] if leaves else None, batch, kv_heads)
     for name, cache, width in (("pooled_keys", keys, dim), ("pooled_importance", pooled, 1)):
@@ -71,7 +125,7 @@ def _check_summaries(
             means, sums = cache
             require_shape(f"summaries.{name}[0]", means, (*lead, None, width), "[L, B, K, C, D]")
             require_shape(f"summaries.{name}[1]", sums, (*lead, 2, width), "[L, B, K, 2, D]")
+            require_dtype(f"summaries.{name}[1]", sums, "float32", "as running sums are")
     if importance is not None:
         require_shape("summaries.importance", importance, (*lead, None, None), "[L, B, K, M, P]")
-        require_shape("scale", scale, (lead[0], kv_heads), "[L, K]")
-        require_shape("delta", delta, (lead[0], kv_heads, dim, kv_heads), "[L, K, D, K]")
+    return lead[0]

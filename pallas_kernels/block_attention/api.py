@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Integer
 
+from pallas_kernels._arguments import as_floats, as_integers, as_scale
 from pallas_kernels._dispatch import register
 from pallas_kernels.block_attention import cudnn, mosaic, triton, vjp, xla
 from pallas_kernels.checks import (
     bad_value,
     require_ascending,
-    require_floats,
-    require_integers,
-    require_positive,
+    require_int,
     require_shape,
 )
+from pallas_kernels.derivatives import reverse_mode_only
 
 BLOCK_ATTENTION = register(
     "block_attention",
@@ -30,13 +31,13 @@ BLOCK_ATTENTION = register(
 
 
 def block_attention(
-    q: Float[Array, "B T N D"],
-    k: Float[Array, "B K S D"],
-    v: Float[Array, "B K S D"],
-    bias: Float[Array, "B K S"] | None,
-    block_ids: Int32[Array, "B K T J"] | None,
-    positions: Int32[Array, "B T"] | None,
-    first_block: Int32[Array, "B M"] | None = None,
+    q: Float[ArrayLike, "B T N D"],
+    k: Float[ArrayLike, "B K S D"],
+    v: Float[ArrayLike, "B K S D"],
+    bias: Float[ArrayLike, "B K S"] | None,
+    block_ids: Integer[ArrayLike, "B K T J"] | None,
+    positions: Integer[ArrayLike, "B T"] | None,
+    first_block: Integer[ArrayLike, "B M"] | None = None,
     *,
     block_size: int,
     scale: float | None = None,
@@ -55,18 +56,22 @@ def block_attention(
     block_size: P, tokens per block.
     scale: of the logits, a Python number; 1/sqrt(D) by default.
 
-    Returns (out in q's dtype, natural-log lse in float32), differentiable in q, k, v and bias, also through lse.
+    Returns (out in q's dtype, natural-log lse in float32), differentiable in q, k, v and bias, also through lse: once,
+    in reverse mode; `jax.jvp` of `jax.grad` works where "xla" runs.
     Raises ValueError or TypeError for arguments that do not go together.
     """
+    q, k, v, bias = as_floats(q=q, k=k, v=v, bias=bias)
+    block_ids, positions, first_block = as_integers(block_ids=block_ids, positions=positions, first_block=first_block)
+    block_size = require_int("block_size", block_size, 1)
     require_shape("q", q, (None,) * 4, "[B, T, N, D]")
     require_shape("k", k, (None,) * 4, "[B, K, S, D]")
     batch, length, heads, dim = q.shape
     kv_heads, tokens = k.shape[1:3]
+    scale = as_scale(scale, dim)
     require_shape("k", k, (batch, None, None, dim), "[B, K, S, D]")
     require_shape("v", v, k.shape, "[B, K, S, D]")
     if positions is not None:
         require_shape("positions", positions, (batch, length), "[B, T]")
-        require_integers("positions", positions)
         require_ascending("positions", positions)
     elif length != tokens:
         raise bad_value(
@@ -75,20 +80,16 @@ def block_attention(
             f"None with T={length}, S={tokens}",
             "Pass the positions of the queries among the keys.",
         )
-    require_positive("block_size", block_size)
-    require_floats(q=q, k=k, v=v, bias=bias)
     if heads % kv_heads:
         raise bad_value("q", "must have a multiple of K heads", f"N={heads}, K={kv_heads}", "Check the head axis.")
     if first_block is not None:
         require_shape("first_block", first_block, (batch, -(-tokens // block_size)), "[B, M]")
-        require_integers("first_block", first_block)
     if bias is not None:
         require_shape("bias", bias, (batch, kv_heads, tokens), "[B, K, S]")
     if block_ids is not None:
         require_shape("block_ids", block_ids, (batch, kv_heads, length, None), "[B, K, T, J]")
-        require_integers("block_ids", block_ids)
     if q.size == 0 or tokens == 0:
         return jnp.zeros_like(q), jnp.full(q.shape[:-1], -jnp.inf, jnp.promote_types(q.dtype, jnp.float32))
-    settings = xla.Settings(block_size, dim**-0.5 if scale is None else scale)
-    with jax.named_scope("block_attention"):
+    settings = xla.Settings(block_size, scale)
+    with jax.named_scope("block_attention"), reverse_mode_only("block_attention"):
         return BLOCK_ATTENTION(implementation, settings, q, k, v, bias, block_ids, positions, first_block)

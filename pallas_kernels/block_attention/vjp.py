@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from pallas_kernels import blocks
+from pallas_kernels.promotion import usual_promotion
 
 
 def differentiable(forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -25,6 +26,7 @@ def differentiable(forward: Callable[..., Any], backward: Callable[..., Any]) ->
         out, lse = forward(settings, *args)
         return (out, lse), (*args, out, lse)
 
+    @usual_promotion
     def attend_backward(settings, residuals, grads):
         return (*backward(settings, residuals, grads), None, None, None)
 

@@ -38,7 +38,7 @@ def _logits_kernel(layer, q, pooled, positions, logits, tops, totals, *, keys, s
         key = pooled[_backend.layer_index(layer, pooled), row, head, jnp.minimum(window, windows - 1)]
         product = _backend.dot(q[row, head], key.T) * (scale * LOG2_E)
         product = jnp.where((window < visible)[None], product, -jnp.inf)
-        top = jnp.max(product, axis=1)
+        top = jnp.maximum(jnp.max(product, axis=1), -LARGE)  # not -inf, for the difference of two is NaN
         logits[row, head, :, _backend.ds(chunk * keys, keys)] = product
         tops[at] = top
         totals[at] = jnp.sum(_backend.exp2(product - top[:, None]), axis=1)
@@ -54,7 +54,7 @@ def _blocks_kernel(positions, logits, tops, totals, out, *, windows, chunks, gro
     most = jnp.max(top, axis=0)
     total = jnp.sum(total * _backend.exp2(top - most[None]), axis=0)
     # Rows beyond the group are padding.
-    share = jnp.where((total > 0) & (jnp.arange(rows) < group), 1 / jnp.where(total > 0, total, 1.0), 0.0)
+    share = jnp.where((total != 0) & (jnp.arange(rows) < group), 1 / jnp.where(total != 0, total, 1.0), 0.0)
 
     # Block m takes the windows ratio * m - 1 to ratio * m + ratio - 1.
     block = part * _BLOCKS + jnp.arange(_BLOCKS, dtype=jnp.int32)

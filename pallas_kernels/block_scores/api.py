@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import jax
-from jaxtyping import Array, Float, Int32
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Integer
 
+from pallas_kernels._arguments import as_floats, as_integers, as_layer
 from pallas_kernels._dispatch import register
 from pallas_kernels.block_scores import triton, xla
-from pallas_kernels.checks import bad_value, require_floats, require_integers, require_positive, require_shape
+from pallas_kernels.checks import bad_value, require_int, require_shape
 
 BLOCK_SCORES = register(
     "block_scores", {"xla": xla.block_scores, "triton": triton.block_scores}, {"triton": triton.unsupported}
@@ -15,15 +17,15 @@ BLOCK_SCORES = register(
 
 
 def block_scores(
-    q: Float[Array, "B T N D"],
-    pooled_keys: Float[Array, "*L B K C D"],
-    positions: Int32[Array, "B T"],
-    first_block: Int32[Array, "B M"] | None = None,
+    q: Float[ArrayLike, "B T N D"],
+    pooled_keys: Float[ArrayLike, "*L B K C D"],
+    positions: Integer[ArrayLike, "B T"],
+    first_block: Integer[ArrayLike, "B M"] | None = None,
     *,
     num_blocks: int,
     block_size: int,
     stride: int,
-    layer: Int32[Array, ""] | None = None,
+    layer: Integer[ArrayLike, ""] | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "B K T M"]:
     """How much each query wants each block (paper section 3.2, query-aware selection).
@@ -35,11 +37,17 @@ def block_scores(
     num_blocks: M, enough for every window.
     block_size: P, tokens per block.
     stride: of the pooling windows, in tokens; it divides block_size.
-    layer: which of the L layers of the cache; None for the keys of one layer.
+    layer: which of the L layers of the cache; None for the keys of one layer. One out of range is refused, or means
+        nothing where it is traced.
 
-    Returns float32; blocks without any window score -inf. Not differentiable.
+    Returns float32; blocks without any window score -inf. A query whose product with a window that it sees is NaN or
+    inf scores NaN in all windows that it sees, which `select_blocks` ranks lowest. Not differentiable.
     Raises ValueError or TypeError for arguments that do not go together.
     """
+    q, pooled_keys = as_floats(q=q, pooled_keys=pooled_keys)
+    positions, first_block = as_integers(positions=positions, first_block=first_block)
+    num_blocks, block_size = require_int("num_blocks", num_blocks, 0), require_int("block_size", block_size, 1)
+    stride = require_int("stride", stride, 1)
     if (layer is None) != (pooled_keys.ndim == 4):
         raise bad_value(
             "layer", "must be given exactly when pooled_keys has a leading L", layer, "Pass both or neither."
@@ -50,12 +58,10 @@ def block_scores(
     stacked = () if layer is None else (None,)
     require_shape("pooled_keys", pooled_keys, (*stacked, batch, None, None, dim), "[(L,) B, K, C, D]")
     require_shape("positions", positions, (batch, length), "[B, T]")
-    require_integers("positions", positions)
     if first_block is not None:
         require_shape("first_block", first_block, (batch, num_blocks), "[B, M]")
-        require_integers("first_block", first_block)
-    require_floats(q=q, pooled_keys=pooled_keys)
-    require_positive("stride", stride)
+    if layer is not None:
+        layer = as_layer(layer, pooled_keys.shape[0])
     if block_size % stride or block_size < stride:
         raise bad_value("block_size", f"must be a multiple of stride = {stride}", block_size, "Change one of them.")
     if heads % kv_heads:

@@ -75,7 +75,7 @@ def _normaliser_kernel(q, pooled, begins, ends, lse, *, tile, windows, scale):
     carry = jnp.full((rows,), -LARGE, jnp.float32), jnp.zeros((rows,), jnp.float32)
     stop = (jnp.max(end) + windows - 1) // windows
     top, total = _sweep(visit, carry, begin, end, windows, _first_chunk(begin, end, windows, stop), stop)
-    seen = total > 0
+    seen = total != 0  # NaN stays NaN
     lse[row, queries, head] = jnp.where(seen, top + jnp.log2(jnp.where(seen, total, 1.0)), LARGE).reshape(tile, group)
 
 

@@ -36,7 +36,9 @@ def _cached_dot(
 
     def body(piece: Array, logits: Array) -> Array:
         start = jnp.minimum(piece * width, windows - width)  # the last piece overlaps the one before
-        keys = jax.lax.dynamic_slice(pooled_keys, (layer, 0, 0, start, 0), (1, batch, kv_heads, width, dim))[0]
+        keys = jax.lax.dynamic_slice(
+            pooled_keys, blocks.slice_start(layer, 0, 0, start, 0), (1, batch, kv_heads, width, dim)
+        )[0]
         return jax.lax.dynamic_update_slice_in_dim(logits, _dot(q, keys), start, axis=-1)
 
     return jax.lax.fori_loop(0, (reached + width - 1) // width, body, logits)
@@ -69,7 +71,7 @@ def block_scores(
         top = jnp.max(logits, axis=-1, keepdims=True, initial=jnp.finfo(jnp.float32).min)
         weights = jnp.exp(logits - top)
         total = weights.sum(-1, keepdims=True)
-        scores = (weights / jnp.where(total > 0, total, 1)).sum(2)
+        scores = jnp.where(visible, weights / jnp.where(total != 0, total, 1), 0).sum(2)
         return blocks.pool_windows_to_blocks(scores, first_block, blocks=num_blocks, ratio=block_size // stride)
 
     per_query = 4 * batch * heads * max(windows, 1)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 
 import jax
-from jaxtyping import Array, Float, Int32
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Integer
 
+from pallas_kernels._arguments import as_floats, as_integers, as_layer, as_scale, in_host_memory, require_dtype
 from pallas_kernels._dispatch import register
-from pallas_kernels.checks import bad_value, require_shape
+from pallas_kernels.checks import bad_value, require_shape, require_type
 from pallas_kernels.decode_attention import triton, xla
 from pallas_kernels.decode_attention.arguments import Residence, Store, Token
 from pallas_kernels.fetch_blocks import implementation_of
@@ -27,13 +29,13 @@ UPDATE_AND_ATTEND = register(
 
 
 def decode_attention(
-    q: Float[Array, "B N D"],
-    pool: Float[Array, "L B K slots 2 P D"],
-    bias: Float[Array, "L B K M P"] | None,
-    slots: Int32[Array, "B K J"],
-    block_ids: Int32[Array, "B K J"],
-    positions: Int32[Array, " B"],
-    layer: Int32[Array, ""],
+    q: Float[ArrayLike, "B N D"],
+    pool: Float[ArrayLike, "L B K slots 2 P D"],
+    bias: Float[ArrayLike, "L B K M P"] | None,
+    slots: Integer[ArrayLike, "B K J"],
+    block_ids: Integer[ArrayLike, "B K J"],
+    positions: Integer[ArrayLike, " B"],
+    layer: Integer[ArrayLike, ""],
     *,
     scale: float | None = None,
     implementation: str = "auto",
@@ -46,13 +48,16 @@ def decode_attention(
     slots: block_ids[b, k, j] lies in slots[b, k, j].
     block_ids: ascending, -1 padding.
     positions: of the queries; later tokens are masked.
-    layer: which of the L layers.
+    layer: which of the L layers; one out of range is refused, or means nothing where it is traced.
     scale: of the logits, 1/sqrt(D) by default.
 
-    Returns the dtype of q; accumulates in float32. Raises ValueError for shapes that do not go together.
+    Returns the dtype of q; accumulates in float32. Raises ValueError or TypeError for arguments that do not go
+    together.
     """
+    q, pool, bias = as_floats(q=q, pool=pool, bias=bias)
+    slots, block_ids, positions = as_integers(slots=slots, block_ids=block_ids, positions=positions)
     _check(q, pool, bias, slots, block_ids, positions)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    layer, scale = as_layer(layer, pool.shape[0]), as_scale(scale, q.shape[-1])
     with jax.named_scope("decode_attention"):
         return DECODE_ATTENTION(implementation, q, pool, bias, slots, block_ids, positions, layer, scale=scale)
 
@@ -61,8 +66,8 @@ def update_and_attend(
     token: Token,
     store: Store,
     residence: Residence,
-    positions: Int32[Array, " B"],
-    layer: Int32[Array, ""],
+    positions: Integer[ArrayLike, " B"],
+    layer: Integer[ArrayLike, ""],
     *,
     scale: float | None = None,
     transport: str = "auto",
@@ -76,13 +81,20 @@ def update_and_attend(
 
     token: what is new. store: where keys and values are; `store.pool` is updated. residence: the selected blocks.
     positions: of the new token, -1 for rows without one.
-    layer: which of the L layers.
+    layer: which of the L layers; one out of range is refused, or means nothing where it is traced.
     scale: of the logits, 1/sqrt(D) by default.
     transport: how blocks cross, "auto" or "device_put", which moves them so whatever implementation attends.
-    Raises ValueError for shapes that do not go together, and for a host store without loads.
+    Raises ValueError or TypeError for arguments that do not go together, and for a host store without loads.
     """
+    for name, value, kind in (("token", token, Token), ("store", store, Store), ("residence", residence, Residence)):
+        require_type(name, value, kind, f"Pass pallas_kernels.{kind.__name__}(...).")
+    token = Token(*as_floats(**{f"token.{name}": x for name, x in token._asdict().items()}))
+    pool, bias = as_floats(**{"store.pool": store.pool, "store.bias": store.bias})
+    host = None if store.host is None else in_host_memory("store.host", store.host)
+    store = Store(pool, host, bias)
+    residence = Residence(*as_integers(**{f"residence.{name}": x for name, x in residence._asdict().items()}))
     block_ids, slots, loads = residence
-    pool, host, bias = store
+    (positions,) = as_integers(positions=positions)
     _check(token.q, pool, bias, slots, block_ids, positions, ("token.", "store.", "residence."))
     layers, batch, kv_heads, _, two, size, dim = pool.shape
     require_shape("token.k", token.k, (batch, kv_heads, dim), "[B, K, D]")
@@ -93,8 +105,9 @@ def update_and_attend(
             raise bad_value(
                 "residence.loads", "must be given with store.host", loads, "Pass -1 for blocks that are resident."
             )
+        require_dtype("store.host", host, pool.dtype, "as the pool is")
         require_shape("residence.loads", loads, block_ids.shape, "[B, K, J]")
-    scale = dim**-0.5 if scale is None else scale
+    layer, scale = as_layer(layer, pool.shape[0]), as_scale(scale, dim)
     with jax.named_scope("update_and_attend"):
         if implementation_of(transport) == "auto":
             return UPDATE_AND_ATTEND(implementation, token, store, residence, positions, layer, scale=scale)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import jax
-from jaxtyping import Array, Float, Int32
+from typing import Any
 
+import jax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Integer
+
+from pallas_kernels._arguments import as_floats, as_integers, as_layer, in_host_memory, require_dtype
 from pallas_kernels._dispatch import register
 from pallas_kernels.checks import bad_value, require_shape
 from pallas_kernels.fetch_blocks import triton, xla
@@ -43,22 +47,28 @@ def implementation_of(transport: str, implementation: str = "auto") -> str:
     return "xla"
 
 
-def _check(pool: Array, host: Array, block_ids: Array, slots: Array, lead: tuple[int, ...] = ()) -> None:
-    """lead: of ids and slots, before their rows."""
+def _checked(
+    pool: Any, host: Any, block_ids: Any, slots: Any, *, every_layer: bool
+) -> tuple[Array, Array, Array, Array]:
+    """The four as JAX arrays that go together. every_layer: ids and slots are those of all layers."""
+    (pool,), host = as_floats(pool=pool), in_host_memory("host", host)
+    block_ids, slots = as_integers(block_ids=block_ids, slots=slots)
     require_shape("pool", pool, (None,) * 7, "[L, B, K, slots, 2, P, D]")
     layers, batch, kv_heads, _, two, size, dim = pool.shape
     require_shape("host", host, (layers, batch, kv_heads, None, two, size, dim), "[L, B, K, M, 2, P, D]")
-    listed = "[L, B, K, X]" if lead else "[B, K, X]"
+    require_dtype("host", host, pool.dtype, "as the pool is")
+    lead, listed = ((layers,), "[L, B, K, X]") if every_layer else ((), "[B, K, X]")
     require_shape("block_ids", block_ids, (*lead, batch, kv_heads, None), listed)
     require_shape("slots", slots, block_ids.shape, listed)
+    return pool, host, block_ids, slots
 
 
 def fetch_blocks(
-    pool: Float[Array, "L B K slots 2 P D"],
-    host: Float[Array, "L B K M 2 P D"],
-    block_ids: Int32[Array, "B K X"],
-    slots: Int32[Array, "B K X"],
-    layer: Int32[Array, ""],
+    pool: Float[ArrayLike, "L B K slots 2 P D"],
+    host: Float[ArrayLike, "L B K M 2 P D"],
+    block_ids: Integer[ArrayLike, "B K X"],
+    slots: Integer[ArrayLike, "B K X"],
+    layer: Integer[ArrayLike, ""],
     *,
     transport: str = "auto",
     implementation: str = "auto",
@@ -66,18 +76,20 @@ def fetch_blocks(
     """pool[layer, b, k, slots[b, k, x]] = host[layer, b, k, block_ids[b, k, x]] for every valid x.
 
     host: in `pinned_host` memory. An entry with a negative or too large id or slot moves nothing. transport: see
-    `implementation_of`.
+    `implementation_of`. layer: which of
+    the L layers; one out of range is refused, or means nothing where it is traced.
     """
-    _check(pool, host, block_ids, slots)
+    pool, host, block_ids, slots = _checked(pool, host, block_ids, slots, every_layer=False)
+    layer = as_layer(layer, pool.shape[0])
     with jax.named_scope("fetch_blocks"):
         return FETCH_BLOCKS(implementation_of(transport, implementation), pool, host, block_ids, slots, layer)
 
 
 def write_back_blocks(
-    host: Float[Array, "L B K M 2 P D"],
-    pool: Float[Array, "L B K slots 2 P D"],
-    block_ids: Int32[Array, "L B K X"],
-    slots: Int32[Array, "L B K X"],
+    host: Float[ArrayLike, "L B K M 2 P D"],
+    pool: Float[ArrayLike, "L B K slots 2 P D"],
+    block_ids: Integer[ArrayLike, "L B K X"],
+    slots: Integer[ArrayLike, "L B K X"],
     *,
     transport: str = "auto",
     implementation: str = "auto",
@@ -86,6 +98,9 @@ def write_back_blocks(
 
     host: in `pinned_host` memory, and so is the result. transport: see `implementation_of`.
     """
-    _check(pool, host, block_ids, slots, (pool.shape[0],))
+    pool, host, block_ids, slots = _checked(pool, host, block_ids, slots, every_layer=True)
+    if jax.typeof(host).memory_space != jax.memory.Space.Host:
+        remedy = "Move it: jax.device_put(host, jax.memory.Space.Host)."
+        raise bad_value("host", "must be in pinned_host memory", "an array in device memory", remedy)
     with jax.named_scope("write_back_blocks"):
         return WRITE_BACK_BLOCKS(implementation_of(transport, implementation), host, pool, block_ids, slots)

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.blocks import slice_start
+
 
 def _for_each_move(
     block_ids: Int32[Array, "layers B K X"],
@@ -38,9 +40,9 @@ def fetch_blocks(
     size = (1, 1, 1, 1, *pool.shape[4:])
 
     def move(at: tuple[Array, ...], block: Array, slot: Array, pool: Array) -> Array:
-        data = jax.lax.dynamic_slice(host, (layer, *at[1:], block, 0, 0, 0), size)
+        data = jax.lax.dynamic_slice(host, slice_start(layer, *at[1:], block, 0, 0, 0), size)
         data = jax.device_put(data, jax.memory.Space.Device)
-        return jax.lax.dynamic_update_slice(pool, data, (layer, *at[1:], slot, 0, 0, 0))
+        return jax.lax.dynamic_update_slice(pool, data, slice_start(layer, *at[1:], slot, 0, 0, 0))
 
     return _for_each_move(block_ids[None], slots[None], (host.shape[3], pool.shape[3]), move, pool)
 
@@ -54,8 +56,8 @@ def write_back_blocks(
     size = (1, 1, 1, 1, *pool.shape[4:])
 
     def move(at: tuple[Array, ...], block: Array, slot: Array, host: Array) -> Array:
-        data = jax.lax.dynamic_slice(pool, (*at, slot, 0, 0, 0), size)
+        data = jax.lax.dynamic_slice(pool, slice_start(*at, slot, 0, 0, 0), size)
         data = jax.device_put(data, jax.memory.Space.Host)
-        return jax.lax.dynamic_update_slice(host, data, (*at, block, 0, 0, 0))
+        return jax.lax.dynamic_update_slice(host, data, slice_start(*at, block, 0, 0, 0))
 
     return _for_each_move(block_ids, slots, (host.shape[3], pool.shape[3]), move, host)

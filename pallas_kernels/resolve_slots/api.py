@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import jax
-from jaxtyping import Array, Bool, Int32
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Int32, Integer
 
+from pallas_kernels._arguments import as_integers, as_layer
 from pallas_kernels._dispatch import register
 from pallas_kernels.checks import require_shape
 from pallas_kernels.resolve_slots import triton, xla
@@ -15,11 +17,11 @@ RESOLVE_SLOTS = register(
 
 
 def resolve_slots(
-    blocks: Int32[Array, "L B K slots"],
-    last_used: Int32[Array, "L B K slots"],
-    wanted: Int32[Array, "B K J"],
-    step: Int32[Array, " B"],
-    layer: Int32[Array, ""],
+    blocks: Integer[ArrayLike, "L B K slots"],
+    last_used: Integer[ArrayLike, "L B K slots"],
+    wanted: Integer[ArrayLike, "B K J"],
+    step: Integer[ArrayLike, " B"],
+    layer: Integer[ArrayLike, ""],
     *,
     implementation: str = "auto",
 ) -> tuple[Int32[Array, "L B K slots"], Int32[Array, "L B K slots"], Int32[Array, "B K J"], Bool[Array, "B K J"]]:
@@ -27,11 +29,17 @@ def resolve_slots(
 
     blocks: block id in each slot, -1 where it is empty. last_used: step of its last use, -1 where it is empty.
     wanted: distinct block ids, -1 for padding, whose slots are -1. step: grows from call to call. layer: which of the L
-    layers. Returns (blocks, last_used, slot of each wanted block, whether it was missing), the tables up to date.
+    layers; one out of range is refused, or means nothing where it is traced.
+
+    Returns (blocks, last_used, slot of each wanted block, whether it was missing), the tables up to date. Raises
+    ValueError or TypeError for arguments that do not go together.
     """
+    blocks, last_used, wanted, step = as_integers(blocks=blocks, last_used=last_used, wanted=wanted, step=step)
+    require_shape("blocks", blocks, (None,) * 4, "[L, B, K, slots]")
     _, batch, kv_heads, _ = blocks.shape
     require_shape("last_used", last_used, blocks.shape, "[L, B, K, slots]")
     require_shape("wanted", wanted, (batch, kv_heads, None), "[B, K, J]")
     require_shape("step", step, (batch,), "[B]")
+    layer = as_layer(layer, blocks.shape[0])
     with jax.named_scope("resolve_slots"):
         return RESOLVE_SLOTS(implementation, blocks, last_used, wanted, step, layer)

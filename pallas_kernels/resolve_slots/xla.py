@@ -6,10 +6,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32
 
+from pallas_kernels.promotion import usual_promotion
+
 EMPTY = -1
 _IN_USE = jnp.iinfo(jnp.int32).max
 
 
+@usual_promotion
 def resolve_table(
     blocks: Int32[Array, "... slots"],
     last_used: Int32[Array, "... slots"],

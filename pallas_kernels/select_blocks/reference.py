@@ -32,6 +32,9 @@ def select_blocks_ref(
         chosen = {m for m in visible if m - first < num_sink_blocks or m > own - num_local_blocks}
 
         def take(count: int, score: np.ndarray, visible=visible, chosen=chosen) -> None:
+            # NaN and -inf count as the lowest float32, inf as the largest.
+            score = np.nan_to_num(score.astype(np.float32), nan=-np.inf)
+            score = np.clip(score, np.finfo(np.float32).min, np.finfo(np.float32).max)
             rest = sorted((m for m in visible if m not in chosen), key=lambda m: (-score[m], m))
             chosen.update(rest[: max(0, count)])
 

@@ -9,15 +9,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import _backend, blocks
+from pallas_kernels.select_blocks.xla import comparable
 
 _BLOCKS_PER_WARP = 512
 _FEW_QUERIES = 16  # of a row: fewer wait for each count, and do not pay for ranks
 
 
 def _ordered(scores):
-    """Integers in the order of the floats; -inf counts as the lowest number, since its blocks may be taken."""
-    scores = jnp.maximum(scores.astype(jnp.float32), jnp.finfo(jnp.float32).min)
-    bits = jax.lax.bitcast_convert_type(jnp.where(scores == 0, 0.0, scores), jnp.int32)  # -0.0 ties with 0.0
+    """Integers in the order of the floats, none of them the lowest."""
+    bits = jax.lax.bitcast_convert_type(comparable(scores), jnp.int32)
     return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 

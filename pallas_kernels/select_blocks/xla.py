@@ -8,19 +8,20 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import blocks
 
-_LOWEST = jnp.finfo(jnp.float32).min
 
-
-def _one_zero(scores: Float[Array, "B K T M"]) -> Float[Array, "B K T M"]:
-    """-0.0 as 0.0, which `lax.top_k` ranks higher."""
+def comparable(scores: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Finite float32 in the order of the scores: NaN as -inf, infinities as the outermost numbers, -0.0 as 0.0."""
+    scores = scores.astype(jnp.float32)
+    limits = jnp.finfo(jnp.float32)
+    # -inf is kept for blocks that may not be taken at all, inf for those that must be; NaN is above nothing.
+    scores = jnp.where(scores > limits.min, jnp.minimum(scores, limits.max), limits.min)
     return jnp.where(scores == 0, 0.0, scores)
 
 
 def _top_mask(scores: Float[Array, "B K T M"], eligible: Array, count: int) -> Array:
     """The `count` best eligible blocks of each query, as a mask."""
     width = scores.shape[-1]
-    # -inf is kept for blocks that may not be taken at all.
-    keys = jnp.where(eligible, jnp.maximum(scores, _LOWEST), -jnp.inf)
+    keys = jnp.where(eligible, scores, -jnp.inf)
     values, ids = jax.lax.top_k(keys, min(count, width))
     ids = jnp.where(values > -jnp.inf, ids, width)
     return jnp.put_along_axis(jnp.zeros((*keys.shape[:-1], width + 1), bool), ids, True, -1, inplace=False)[..., :width]
@@ -40,7 +41,7 @@ def select_blocks(
 ) -> Int32[Array, "B K T J"]:
     fill = query_scores if importance_scores is None else importance_scores[:, :, None]
     assert fill is not None
-    fill = _one_zero(fill)
+    fill = comparable(fill)
     kv_heads, width = fill.shape[1], fill.shape[-1]
     query_block = blocks.query_blocks(positions, block_size)
     query_first = blocks.query_first_blocks(positions, first_block, block_size)
@@ -51,8 +52,8 @@ def select_blocks(
     chosen = jnp.broadcast_to(forced[:, None], shape)
     visible = jnp.broadcast_to(visible[:, None], shape)
     if query_scores is not None and importance_scores is not None and num_query_blocks > 0:
-        chosen = chosen | _top_mask(_one_zero(query_scores), visible & ~chosen, num_query_blocks)
-    keys = jnp.where(visible, jnp.maximum(jnp.broadcast_to(fill, shape), _LOWEST), -jnp.inf)
+        chosen = chosen | _top_mask(comparable(query_scores), visible & ~chosen, num_query_blocks)
+    keys = jnp.where(visible, jnp.broadcast_to(fill, shape), -jnp.inf)
     values, ids = jax.lax.top_k(jnp.where(chosen, jnp.inf, keys), min(num_selected_blocks, width))
     ids = jnp.sort(jnp.where(values > -jnp.inf, ids, width), axis=-1)
     ids = jnp.where(ids < width, ids, -1).astype(jnp.int32)

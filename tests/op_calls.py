@@ -1,0 +1,99 @@
+"""Small arguments that every op takes, and every kernel of it: arrays of zeros and what is static."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import Residence, Store, Summaries, Token
+
+# Sizes that every kernel takes.
+B, T, N, K, S, D, P, M, J, L, C, X = 2, 8, 4, 2, 40, 16, 16, 3, 3, 2, 4, 2
+LAYER = jnp.asarray(0, jnp.int32)
+
+
+def floats(*shape):
+    return jnp.zeros(shape, jnp.float32)
+
+
+def ints(*shape):
+    return jnp.zeros(shape, jnp.int32)
+
+
+HOST = jax.device_put(floats(L, B, K, M, 2, P, D), jax.memory.Space.Host)
+TOKEN = Token(floats(B, N, D), floats(B, K, D), floats(B, K, D))
+STORE = Store(floats(L, B, K, J, 2, P, D), HOST, floats(L, B, K, M, P))
+RESIDENCE = Residence(ints(B, K, J), ints(B, K, J), ints(B, K, J))
+
+# For each op: array arguments that are right, static arguments.
+CALLS = {
+    "block_attention": (
+        {
+            "q": floats(B, T, N, D), "k": floats(B, K, S, D), "v": floats(B, K, S, D), "bias": floats(B, K, S),
+            "block_ids": ints(B, K, T, J), "positions": jnp.arange(B * T, dtype=jnp.int32).reshape(B, T),
+        },
+        {"block_size": P},
+    ),
+    "block_scores": (
+        {"q": floats(B, T, N, D), "pooled_keys": floats(B, K, C, D), "positions": ints(B, T)},
+        {"num_blocks": M, "block_size": P, "stride": 8},
+    ),
+    "select_blocks": (
+        {"query_scores": floats(B, K, T, M), "importance_scores": floats(B, K, M), "positions": ints(B, T)},
+        {"block_size": P, "num_selected_blocks": J, "num_sink_blocks": 1, "num_local_blocks": 1, "num_query_blocks": 1},
+    ),
+    "pool_keys": ({"keys": floats(B, K, S, D)}, {"stride": 2}),
+    "append_pooled_keys": (
+        {
+            "pooled": floats(L, B, K, C, D), "sums": floats(L, B, K, 2, D), "new": floats(B, K, 1, D),
+            "start": ints(B), "count": ints(B), "layer": LAYER,
+        },
+        {"stride": 2},
+    ),
+    "append_token": (
+        {
+            "qkv": floats(B, K, N // K + 2, D), "cos": floats(B, D // 2), "sin": floats(B, D // 2),
+            "scale": floats(L, K), "delta": floats(L, K, D, K),
+            "summaries": Summaries(
+                (floats(L, B, K, C, D), floats(L, B, K, 2, D)), floats(L, B, K, M, P),
+                (floats(L, B, K, C, 1), floats(L, B, K, 2, 1)),
+            ),
+            "positions": ints(B), "layer": LAYER,
+        },
+        {"stride": 2},
+    ),
+    "decode_attention": (
+        {
+            "q": floats(B, N, D), "pool": floats(L, B, K, J, 2, P, D), "bias": floats(L, B, K, M, P),
+            "slots": ints(B, K, J), "block_ids": ints(B, K, J), "positions": ints(B), "layer": LAYER,
+        },
+        {},
+    ),
+    "update_and_attend": (
+        {
+            "token": TOKEN, "store": STORE, "residence": RESIDENCE, "positions": ints(B), "layer": LAYER,
+        },
+        {},
+    ),
+    "resolve_slots": (
+        {
+            "blocks": ints(L, B, K, J), "last_used": ints(L, B, K, J), "wanted": ints(B, K, J), "step": ints(B),
+            "layer": LAYER,
+        },
+        {},
+    ),
+    "fetch_blocks": (
+        {
+            "pool": floats(L, B, K, J, 2, P, D), "host": HOST,
+            "block_ids": ints(B, K, X), "slots": ints(B, K, X), "layer": LAYER,
+        },
+        {},
+    ),
+    "write_back_blocks": (
+        {
+            "host": HOST, "pool": floats(L, B, K, J, 2, P, D),
+            "block_ids": ints(L, B, K, X), "slots": ints(L, B, K, X),
+        },
+        {},
+    ),
+}  # fmt: skip
