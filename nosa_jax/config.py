@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
 from pallas_kernels.checks import (
@@ -153,7 +152,7 @@ class RopeConfig:
 
 
 def _factors(name: str, factors: Any) -> tuple[float, ...]:
-    if isinstance(factors, str) or not isinstance(factors, Iterable):
+    if not isinstance(factors, list | tuple) and getattr(factors, "ndim", None) != 1:
         got = f"{factors!r:.60}"
         raise bad_type(name, "must be a sequence of numbers", got, "Copy it from the checkpoint's config.json.")
     return tuple(require_number(f"{name}[{i}]", factor, *_POSITIVE) for i, factor in enumerate(factors))

@@ -279,6 +279,7 @@ def cast(model: NosaLM, dtype: Any) -> NosaLM:
 
 
 def num_parameters(model: NosaLM) -> int:
+    require_type("model", model, NosaLM, "Build one with NosaLM(...) or from_pretrained(...).")
     return sum(x.size for x in jax.tree.leaves(model))
 
 

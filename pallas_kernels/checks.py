@@ -59,7 +59,7 @@ def as_integers(argument: str, value: Any) -> jax.Array:
     What holds nothing at all, as `[[], []]`, counts as integers.
     """
     if not isinstance(value, jax.Array | np.ndarray):
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value)):
+        if isinstance(value, list | tuple) and not is_concrete(*jax.tree.leaves(value)):
             value = jnp.asarray(value)
         else:
             value = _as_numpy(argument, value)
@@ -93,11 +93,11 @@ def _odd_one(array: np.ndarray) -> str:
 def as_float_dtype(argument: str, dtype: Any) -> np.dtype:
     """The dtype that `dtype` names. Raises TypeError unless it is one of floats."""
     try:
-        found = jnp.dtype(dtype)
+        found = None if dtype is None or isinstance(dtype, np.generic | np.ndarray | jax.Array) else jnp.dtype(dtype)
     except TypeError:
         found = None
     if found is None or not jnp.issubdtype(found, jnp.floating):
-        got = repr(dtype) if found is None else found
+        got = f"{dtype!r:.60}" if found is None else found
         raise bad_type(argument, "must be a dtype of floats", got, "Pass jnp.bfloat16 or jnp.float32.")
     return found
 

@@ -251,6 +251,9 @@ CASES = {
     "a factor of zero": (lambda: longrope(long_factor=(1.0, 0.0)), "RopeConfig.long_factor[1]", "between", "0.0"),
     "a NaN factor": (lambda: longrope(short_factor=(float("nan"),)), "RopeConfig.short_factor[0]", "between", "nan"),
     "one factor": (lambda: longrope(short_factor=4.0), "RopeConfig.short_factor", "sequence of numbers", "4.0"),
+    "a number of factors": (
+        lambda: longrope(long_factor=np.array(4.0)), "RopeConfig.long_factor", "sequence of numbers", "4."
+    ),
     "text factors": (lambda: longrope(long_factor="4.0"), "RopeConfig.long_factor", "sequence of numbers", "'4.0'"),
     "no original context": (
         lambda: longrope(original_max_context=0), "RopeConfig.original_max_context", ">= 2", "0"
@@ -263,6 +266,13 @@ CASES = {
     "an array as transport": (lambda: CacheConfig(transport=np.zeros(2)), "CacheConfig.transport", "'auto'", "0."),
     "text batch": (lambda: nosa_jax.plan(small_config(), "1", 8), "batch", "whole number", "'1'"),
     "NaN batch": (lambda: nosa_jax.plan(small_config(), float("nan"), 8), "batch", "whole number", "nan"),
+    "countless rows": (lambda: nosa_jax.plan(small_config(), 10**400, 8), "batch", "below 2**62", "more"),
+    "rows beyond any list": (
+        lambda: nosa_jax.generate(model(), OK, max_new_tokens=10**30), "max_length", "below 2**62", "more"
+    ),
+    "a number as dtype": (lambda: nosa_jax.cast(model(), np.float32(2)), "dtype", "float", "2.0"),
+    "no dtype": (lambda: nosa_jax.cast(model(), None), "dtype", "float", "None"),
+    "parameters of a config": (lambda: nosa_jax.num_parameters(small_config()), "model", "NosaLM", "ModelConfig"),
     "NaN misses": (lambda: nosa_jax.plan(small_config(), 1, 8, misses=float("nan")), "misses", ">= 0", "nan"),
     "a dict for a planned cache": (lambda: nosa_jax.plan(small_config(), 1, 8, {}), "cache", "a CacheConfig", "dict"),
     "weights of integers": (
@@ -285,6 +295,14 @@ CASES = {
     "state with a hole": (
         lambda: nosa_jax.decode_step(model(), dataclasses.replace(running(), pool=None), OK[:, 0]),
         "state", "pool must be an array", "None",
+    ),
+    "state of text": (
+        lambda: nosa_jax.decode_step(model(), dataclasses.replace(running(), table="a"), OK[:, 0]),
+        "state", "whose table has", "'a'",
+    ),
+    "state without a length": (
+        lambda: nosa_jax.decode_step(model(), dataclasses.replace(running(), max_length=None), OK[:, 0]),
+        "state.max_length", "int", "None",
     ),
     "state of lists": (
         lambda: nosa_jax.decode_step(model(), dataclasses.replace(running(), lengths=[20, 20]), OK[:, 0]),

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from support import lively_model, random_tokens, small_config
 
 import nosa_jax
@@ -180,7 +179,7 @@ def drawn(sampling, logits=LOGITS, draws=200):
     return [set(row.tolist()) for row in np.asarray(tokens).reshape(-1, draws)]
 
 
-@pytest.mark.parametrize("temperature", [1e-300, 5e-324, 1e-45, 1e-40, 1e-38])
+@pytest.mark.parametrize("temperature", [5e-324, 1e-40, 1e-38])
 def test_a_temperature_next_to_zero_takes_the_best(temperature):
     for rest in ({}, {"top_k": 2}, {"top_p": 0.5}):
         assert drawn(Sampling(temperature, **rest)) == [{1}, {2}], rest
@@ -201,13 +200,11 @@ def test_top_p_keeps_the_fewest_tokens_and_of_equal_ones_the_first():
     assert np.isfinite(both).tolist() == [[True, True, False]]  # of 0.3, 0.4, 0.3: top_k keeps its ties, top_p does not
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0), Sampling(1.0, top_k=3, top_p=0.5)])
-def test_logits_without_a_finite_best_end_the_row(model, tokens, sampling):
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, top_k=3, top_p=0.5)])
+def test_logits_without_a_finite_best_end_the_row(tokens, sampling):
     """The second row meets a token whose embedding is NaN; the first has nothing to do with it."""
-    # Untied, so that NaN meets only those that read the token.
-    broken = NosaLM(dataclasses.replace(model.config, tie_embeddings=False), rngs=nnx.Rngs(0))
-    broken.embed[...], broken.layers, broken.lm_head[...] = model.embed[...], model.layers, model.embed[...].T
-    bad = int(nosa_jax.generate(model, tokens, LENGTHS, max_new_tokens=4).tokens[1, 2])
+    untied = lively_model(dataclasses.replace(small_config(), tie_embeddings=False))  # NaN meets its readers alone
+    broken, bad = jax.tree.map(lambda x: x, untied), 77
     broken.embed[...] = broken.embed[...].at[bad].set(jnp.nan)
     prompt = np.where(tokens[:, :40] == bad, (bad + 1) % 128, tokens[:, :40])
     options = dict(max_new_tokens=6, sampling=sampling, key=jax.random.key(0), pad_token=7)

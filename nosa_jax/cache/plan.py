@@ -175,8 +175,9 @@ def plan(
         misses = 0.0
     elif misses is None:
         misses = expected_misses(config, slots)
-    full_rows = [m * attention.block_size] * batch
-    moved = step_bytes(config, full_rows, dtype=dtype, fetched=misses, offloaded=slots is not None)
+    full_row = [m * attention.block_size]
+    moved = step_bytes(config, full_row, dtype=dtype, fetched=misses, offloaded=slots is not None)
+    shared = _weights(config, dtype).read
     return Plan(
         batch=batch,
         max_length=max_length,
@@ -186,8 +187,8 @@ def plan(
         host_bytes=0 if slots is None else tables * m * block_bytes,
         device=device,
         misses_per_step=misses,
-        pcie_bytes_per_token=moved.link / batch,
-        hbm_bytes_per_token=moved.device / batch,
+        pcie_bytes_per_token=moved.link,
+        hbm_bytes_per_token=(shared + batch * (moved.device - shared)) / batch,
         link_bytes_per_second=link,
         hbm_bytes_per_second=memory_rate,
     )
@@ -196,7 +197,10 @@ def plan(
 def _count(name: str, value: Any) -> int:
     """A whole number above 0; 1e6 is one, too."""
     value = int(value) if isinstance(value, float) and value.is_integer() else value
-    return require_int(name, value, 1, "must be a whole number >= 1")
+    count = require_int(name, value, 1, "must be a whole number >= 1")
+    if count >= 2**62:
+        raise bad_value(name, "must be below 2**62", "more", "Lower it.")
+    return count
 
 
 def default_rates() -> Rates:

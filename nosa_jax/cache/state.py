@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from nosa_jax._pytree import pytree_dataclass, short_repr, static_field
@@ -15,7 +16,7 @@ from nosa_jax.cache import host_store
 from nosa_jax.cache.slots import SlotTable, empty_table
 from nosa_jax.config import CacheConfig, ModelConfig
 from pallas_kernels import blocks
-from pallas_kernels.checks import bad_value, is_concrete
+from pallas_kernels.checks import bad_value, is_concrete, require_int
 
 
 class PooledCache(NamedTuple):
@@ -97,31 +98,19 @@ def empty_state(config: ModelConfig, batch: int, max_length: int, cache: CacheCo
     )
 
 
-def require_whole(state: DecodeState) -> None:
-    """Raises ValueError unless the state has its arrays, and each in the memory where it belongs."""
-    axes = {"pool": 7, "host": 7, "lengths": 1}
-    for name, value in _fields(state).items():
-        if name in axes and getattr(value, "ndim", None) != axes[name] and not (name == "host" and value is None):
-            rule, remedy = f"{name} must be an array of {axes[name]} axes", "Take the state that prefill returns."
-            raise bad_value("state", rule, _names(value) or type(value).__name__, remedy)
-        wanted = jax.memory.Space.Host if name == "host" else jax.memory.Space.Device
-        for x in jax.tree.leaves(value):
-            if isinstance(x, jax.Array) and is_concrete(x) and x.is_deleted():
-                remedy = "A state that was donated is gone: go on with the one returned."
-                raise bad_value("state", "must still hold its arrays", f"a deleted one in {name}", remedy)
-            if jax.typeof(x).memory_space != wanted:
-                space = f"jax.memory.Space.{wanted.name}"
-                raise bad_value(
-                    "state",
-                    f"{name} must lie in {wanted.name.lower()} memory",
-                    f"{_names(x)} that a restored state has elsewhere",
-                    f"Put it there: dataclasses.replace(state, {name}=jax.device_put(state.{name}, {space})).",
-                )
-
-
 def require_fitting(state: DecodeState, config: ModelConfig, dtype: Any) -> None:
-    """Raises ValueError unless a model of this configuration and dtype could have made the state."""
+    """Raises ValueError or TypeError unless a model of this configuration and dtype could have made the state.
+
+    Each array must also lie in the memory where it belongs, as those of a restored state do not.
+    """
     remedy = "Prefill with this model: a state fits no other layers, heads, attention or dtype."
+    max_length = require_int("state.max_length", state.max_length, 1)
+    for name, axes in (("pool", 7), ("host", 7), ("lengths", 1)):
+        value = getattr(state, name)
+        if getattr(value, "ndim", None) != axes and not (name == "host" and value is None):
+            raise bad_value(
+                "state", f"{name} must be an array of {axes} axes", f"{_names(value) or value!r:.200}", remedy
+            )
     slots, offload = state.num_slots, state.host is not None
     selected = config.attention.num_selected_blocks
     if offload and slots < min(selected, state.num_blocks):
@@ -129,10 +118,26 @@ def require_fitting(state: DecodeState, config: ModelConfig, dtype: Any) -> None
     cache = CacheConfig(offload=False)
     if offload and config.attention.is_sparse:
         cache = CacheConfig(slots=max(slots, selected))  # slots of all blocks may be fewer
-    fitting = _fitting_shapes(config, state.lengths.shape[0], state.max_length, cache, dtype)
+    fitting = _fitting_shapes(config, state.lengths.shape[0], max_length, cache, dtype)
     for name, value in _fields(state).items():
         if _names(value) != fitting[name]:
-            raise bad_value("state", f"must go with the model, whose {name} has {fitting[name]}", _names(value), remedy)
+            rule = f"must go with the model, whose {name} has {fitting[name]}"
+            raise bad_value("state", rule, f"{_names(value)!s:.200}", remedy)
+        _require_at_hand(name, value)
+
+
+def _require_at_hand(name: str, value: Any) -> None:
+    """Raises ValueError unless the arrays of a field are there, in the memory where it belongs."""
+    wanted = jax.memory.Space.Host if name == "host" else jax.memory.Space.Device
+    for x in jax.tree.leaves(value):
+        if isinstance(x, jax.Array) and is_concrete(x) and x.is_deleted():
+            remedy = "A state that was donated is gone: go on with the one returned."
+            raise bad_value("state", "must still hold its arrays", f"a deleted one in {name}", remedy)
+        if jax.typeof(x).memory_space != wanted:
+            put = f"jax.device_put(state.{name}, jax.memory.Space.{wanted.name})"
+            remedy = f"Put it there: dataclasses.replace(state, {name}={put})."
+            rule = f"{name} must lie in {wanted.name.lower()} memory"
+            raise bad_value("state", rule, "a restored state, which has it elsewhere", remedy)
 
 
 def _fields(state: DecodeState) -> dict[str, Any]:
@@ -143,7 +148,8 @@ def _fields(state: DecodeState) -> dict[str, Any]:
 
 def _names(value: Any) -> list[str]:
     """Of the arrays in a field, each by dtype and shape."""
-    return [f"{x.dtype}{list(x.shape)}" if hasattr(x, "dtype") else repr(x) for x in jax.tree.leaves(value)]
+    is_array = lambda x: isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
+    return [f"{x.dtype}{list(x.shape)}" if is_array(x) else f"{x!r:.60}" for x in jax.tree.leaves(value)]
 
 
 @functools.lru_cache(maxsize=32)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Int32
 from nosa_jax._pytree import pytree_dataclass
 from nosa_jax.attention import layout
 from nosa_jax.cache.plan import plan
-from nosa_jax.cache.state import DecodeState, require_fitting, require_whole
+from nosa_jax.cache.state import DecodeState, require_fitting
 from nosa_jax.config import CacheConfig
 from nosa_jax.model import NosaLM, as_block_ids
 from pallas_kernels.checks import bad_type, bad_value, is_concrete, require_int, require_type
@@ -79,11 +79,10 @@ def check_chunk(chunk: Any) -> int | None:
 def check_state(model: NosaLM, state: DecodeState, batch: int) -> None:
     """Raises TypeError or ValueError unless `model` could have made the state, of `batch` rows."""
     require_type("state", state, DecodeState, "Take the one that prefill returns.")
-    require_whole(state)
+    require_fitting(state, model.config, model.embed.dtype)
     rows = state.lengths.shape[0]
     if batch != rows:
         raise bad_value("tokens", f"must have the state's {rows} rows", batch, "Pass one row of tokens per row of it.")
-    require_fitting(state, model.config, model.embed.dtype)
 
 
 def check_room(state: DecodeState, count: Any) -> None:

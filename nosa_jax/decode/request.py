@@ -126,7 +126,8 @@ def _record_bytes(config: ModelConfig, options: Options) -> int:
 def _record_names(record: Any) -> tuple[str, ...]:
     if isinstance(record, bool | np.bool_):
         return RECORDS if record else ()
-    names = (record,) if isinstance(record, str) else tuple(record) if isinstance(record, Iterable) else (record,)
+    is_one = isinstance(record, str) or not isinstance(record, Iterable) or getattr(record, "ndim", 1) == 0
+    names = (record,) if is_one else tuple(record)
     unknown = [name for name in names if not (isinstance(name, str) and name in RECORDS)]
     if unknown:
         rule = f"must be a bool or names among {RECORDS}"
