@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,20 +36,18 @@ EXPECTED = (ValueError, TypeError, NotImplementedError, FloatingPointError, OSEr
 class Target:
     """A function, right keyword arguments, and what each of them is: a kind of `wrong_values`.
 
-    optional: arguments for which None is right, too. unbounded: integers that may be as large as one likes.
+    fine: by argument, labels of `wrong_values` that are right input for it after all.
     """
 
     call: Callable[..., Any]
     arguments: Mapping[str, Any]
     kinds: Mapping[str, str]
-    optional: tuple[str, ...] = ()
-    unbounded: tuple[str, ...] = ()
+    fine: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     def wrong(self, argument: str) -> Iterator[Any]:
         """Wrong values of one argument."""
-        for value in wrong_values(self.arguments[argument], self.kinds[argument]):
-            is_large = isinstance(value, int) and value > 2**62
-            if not (value is None and argument in self.optional) and not (is_large and argument in self.unbounded):
+        for label, value in wrong_values(self.arguments[argument], self.kinds[argument]).items():
+            if label not in self.fine.get(argument, ()):
                 yield value
 
 
@@ -66,34 +64,29 @@ def same_forms(value: Any, kind: str) -> Iterator[Any]:
         yield from (np.float32(value), jnp.float32(value))
 
 
-def wrong_values(value: Any, kind: str) -> Iterator[Any]:
-    """What no function may take silently."""
-    yield from ("text", {"a": 1}, object())
-    if kind == "int":
-        yield from (-1, 1.5, float("nan"), True, [3], None, "3", 10**30)
-    elif kind == "number":
-        yield from (float("nan"), float("inf"), -1.0, "1.0", [1.0], None, 1j)
-    elif kind in ("tokens", "ids"):
-        array = np.asarray(value)
-        yield from (array.astype(np.float32), array.astype(bool), array[..., None], array.ravel()[0], array[:0])
-        yield from (np.full_like(array, 2**31 - 1), np.full_like(array, -(2**31)), array.astype(complex), None)
-        yield np.concatenate([array, array], axis=-1)
-    elif kind == "floats":
-        array = np.asarray(value)
-        yield from (
-            array.astype(np.int32),
-            array.astype(bool),
-            array[..., None],
-            array[..., :-1],
-            array.astype(complex),
-            None,
-        )
-    elif kind == "choice":
-        yield from ("no such thing", 3, None, b"auto")
-    elif kind == "flag":
-        yield from (2, "yes", None, 0.5)
-    elif kind == "object":
-        yield from (None, 3, "nosa", [value])
+def wrong_values(value: Any, kind: str) -> dict[str, Any]:
+    """What no function may take silently, by a label."""
+    wrong = {"text": "text", "dict": {"a": 1}, "object": object(), "none": None}
+    array = np.asarray(value) if kind in ("tokens", "ids", "floats") else np.zeros(1)
+    deeper = {"deeper": array[..., None], "bools": array.astype(bool), "complex": array.astype(complex)}
+    match kind:
+        case "int":
+            more = {"negative": -1, "fraction": 1.5, "nan": float("nan"), "bool": True, "list": [3], "digits": "3"}
+            return wrong | more | {"huge": 10**30}
+        case "number":
+            more = {"nan": float("nan"), "inf": float("inf"), "negative": -1.0, "digits": "1.0", "list": [1.0]}
+            return wrong | more | {"imaginary": 1j}
+        case "tokens" | "ids":
+            more = {"floats": array.astype(np.float32), "scalar": array.ravel()[0], "empty": array[:0]}
+            more |= {"largest": np.full_like(array, 2**31 - 1), "smallest": np.full_like(array, -(2**31))}
+            return wrong | deeper | more | {"wider": np.concatenate([array, array], axis=-1)}
+        case "floats":
+            return wrong | deeper | {"integers": array.astype(np.int32), "shorter": array[..., :-1]}
+        case "choice":
+            return wrong | {"other": "no such thing", "number": 3, "bytes": b"auto"}
+        case "flag":
+            return wrong | {"two": 2, "yes": "yes", "half": 0.5}
+    return wrong | {"number": 3, "name": "nosa", "listed": [value]}
 
 
 @functools.cache
@@ -115,15 +108,20 @@ def targets() -> dict[str, Target]:
     ids[..., 1] = np.where(ids[..., 1] == ids[..., 0], -1, ids[..., 1])
     config = dataclasses.asdict(attention)
     shape = {field.name: getattr(presets.tiny(), field.name) for field in dataclasses.fields(ModelConfig)}
+    shape["rms_norm_eps"] = 2.0**-17  # the same in float32
     stream = lambda **arguments: np.stack(list(nosa_jax.stream(**arguments)))
     generated = lambda **arguments: nosa_jax.generate(**arguments).tokens
     recorded = np.asarray(out.block_ids)
+    # Longer prompts are prompts; lengths may be left out; what is read at once may be more than there is.
+    rows_fine = {"tokens": ("wider",), "lengths": ("none",)}
+    counts_fine = {"chunk": ("none", "huge"), "max_new_tokens": ("huge",), "max_length": ("huge",)}
+    beyond = ("largest", "smallest")  # the ops ignore what is out of range
     return {
         "forward": Target(
             lambda **arguments: nosa_jax.forward(**arguments).logits,
             running | {"logits": "all", "record": False, "remat": False},
             row | {"logits": "choice", "record": "flag", "remat": "flag"},
-            optional=("lengths",),
+            rows_fine,
         ),
         "generate": Target(
             generated,
@@ -131,25 +129,25 @@ def targets() -> dict[str, Target]:
                        "stop_tokens": [3], "record": False, "chunk": 16},
             row | {"max_new_tokens": "int", "cache": "object", "sampling": "object", "pad_token": "int",
                    "chunk": "int"},
-            optional=("lengths", "chunk"), unbounded=("chunk",),
+            rows_fine | counts_fine,
         ),
         "stream": Target(
             stream,
             running | {"max_new_tokens": 2, "cache": CacheConfig(), "sampling": Sampling(), "pad_token": 0},
             row | {"max_new_tokens": "int", "cache": "object", "sampling": "object", "pad_token": "int"},
-            optional=("lengths",),
+            rows_fine | counts_fine,
         ),
         "prefill": Target(
             lambda **arguments: nosa_jax.prefill(**arguments)[1],
             running | {"max_length": 64, "cache": CacheConfig(), "chunk": 16},
             row | {"max_length": "int", "cache": "object", "chunk": "int"},
-            optional=("lengths", "chunk"), unbounded=("chunk",),
+            rows_fine | counts_fine,
         ),
         "extend": Target(
             lambda **arguments: nosa_jax.extend(**arguments)[1],
             {"model": model, "state": state, "tokens": tokens[:, :5], "lengths": np.array([5, 2], np.int32)},
             row | {"state": "object"},
-            optional=("lengths",),
+            rows_fine,
         ),
         "decode_step": Target(
             lambda **arguments: nosa_jax.decode_step(**arguments)[1],
@@ -162,23 +160,24 @@ def targets() -> dict[str, Target]:
              "link_bytes_per_second": 50e9, "hbm_bytes_per_second": 1e12},
             {"config": "object", "batch": "int", "max_length": "int", "cache": "object", "misses": "number",
              "link_bytes_per_second": "number", "hbm_bytes_per_second": "number"},
-            optional=("misses", "link_bytes_per_second", "hbm_bytes_per_second"), unbounded=("batch", "max_length"),
+            dict.fromkeys(("misses", "link_bytes_per_second", "hbm_bytes_per_second"), ("none",))
+            | dict.fromkeys(("batch", "max_length"), ("huge",)),
         ),
         "Sampling": Target(
             Sampling,
             {"temperature": 0.5, "top_k": 5, "top_p": 0.5},
             {"temperature": "number", "top_k": "int", "top_p": "number"},
-            optional=("top_k",), unbounded=("top_k",),
+            {"top_k": ("none", "huge")},
         ),
         "CacheConfig": Target(
             CacheConfig,
             {"offload": True, "slots": 9, "transport": "auto"},
             {"offload": "flag", "slots": "int", "transport": "choice"},
-            optional=("slots",), unbounded=("slots",),
+            {"slots": ("none", "huge")},
         ),
         "AttentionConfig": Target(
             AttentionConfig, config, {name: "choice" if name == "variant" else "int" for name in config},
-            unbounded=("num_selected_blocks",),
+            dict.fromkeys(("num_selected_blocks", "block_size"), ("huge",)),
         ),
         "RopeConfig": Target(RopeConfig, {"theta": 1e4, "kind": "plain"}, {"theta": "number", "kind": "choice"}),
         "ModelConfig": Target(
@@ -189,21 +188,23 @@ def targets() -> dict[str, Target]:
                 else "flag" if isinstance(value, bool) else "int"
                 for name, value in shape.items()
             },
-            unbounded=tuple(shape),
+            dict.fromkeys(shape, ("huge",)),
         ),
-        "gamma": Target(locality.gamma, {"block_ids": recorded}, {"block_ids": "ids"}),
+        "gamma": Target(
+            locality.gamma, {"block_ids": recorded}, {"block_ids": "ids"}, {"block_ids": ("deeper", "empty")}
+        ),
         "replay_misses": Target(
             locality.replay_misses,
             {"block_ids": recorded, "positions": 0, "attention": attention, "slots": 9},
             {"block_ids": "ids", "attention": "object", "slots": "int"},
-            unbounded=("slots",),
+            {"block_ids": ("deeper", "empty"), "slots": ("huge",)},
         ),
         "block_attention": Target(
             lambda **arguments: ops.block_attention(**arguments)[0],
             {"q": floats(1, 40, 4, 16), **kv, "bias": floats(1, 2, 40), "block_ids": ids, "positions": positions,
              "block_size": 16, "implementation": "auto"},
             {"q": "floats", "k": "floats", "v": "floats", "block_size": "int", "implementation": "choice"},
-            unbounded=("block_size",),
+            {"block_size": ("huge",)},
         ),
         "select_blocks": Target(
             ops.select_blocks,
@@ -212,10 +213,14 @@ def targets() -> dict[str, Target]:
              "num_query_blocks": 1},
             {"query_scores": "floats", "positions": "ids", "block_size": "int", "num_selected_blocks": "int",
              "num_sink_blocks": "int", "num_local_blocks": "int", "num_query_blocks": "int"},
-            optional=("query_scores",), unbounded=("block_size", "num_selected_blocks"),
+            {"query_scores": ("none",), "positions": beyond} | dict.fromkeys(
+                ("block_size", "num_selected_blocks", "num_sink_blocks", "num_local_blocks", "num_query_blocks"),
+                ("huge",),
+            ),
         ),
         "pool_keys": Target(
-            ops.pool_keys, {"keys": floats(1, 2, 40, 16), "stride": 4}, {"keys": "floats", "stride": "int"}
+            ops.pool_keys, {"keys": floats(1, 2, 40, 16), "stride": 4}, {"keys": "floats", "stride": "int"},
+            {"keys": ("shorter",), "stride": ("huge",)},
         ),
         "block_scores": Target(
             ops.block_scores,
@@ -223,6 +228,7 @@ def targets() -> dict[str, Target]:
              "block_size": 16, "stride": 4},
             {"q": "floats", "pooled_keys": "floats", "positions": "ids", "num_blocks": "int", "block_size": "int",
              "stride": "int"},
+            {"positions": beyond},
         ),
         "decode_attention": Target(
             ops.decode_attention,
@@ -230,7 +236,7 @@ def targets() -> dict[str, Target]:
              "slots": np.zeros((1, 2, 2), np.int32), "block_ids": np.array([[[0, -1], [0, 1]]], np.int32),
              "positions": np.array([20], np.int32), "layer": 0},
             {"q": "floats", "pool": "floats", "bias": "floats", "slots": "ids", "positions": "ids", "layer": "int"},
-            optional=("bias",),
+            {"bias": ("none",), "slots": beyond, "positions": beyond},
         ),
     }  # fmt: skip
 
@@ -245,18 +251,25 @@ def equal(ours: Any, theirs: Any) -> bool:
     return all(map(same, a, b))
 
 
-def names(message: str, argument: str) -> bool:
+def names(message: str, argument: str, others: Iterable[str]) -> bool:
+    """Whether the message says which argument is at fault: where two shapes disagree, either."""
+    if "must have shape" in message:
+        return any(message.startswith(name) for name in others)
     return argument.lower() in message.lower()
 
 
 def judge(target: Target, argument: str, value: Any, is_right: bool) -> str:
-    """ "right", or what is wrong with the answer."""
+    """What is wrong with the answer; "right" where nothing is."""
     try:
         answer = jax.block_until_ready(target.call(**{**target.arguments, argument: value}))
     except EXPECTED as error:
         if is_right:
             return f"refused: {type(error).__name__}: {str(error)[:100]}"
-        return "right" if names(str(error), argument) else f"unnamed: {type(error).__name__}: {str(error)[:100]}"
+        return (
+            "right"
+            if names(str(error), argument, target.arguments)
+            else f"unnamed: {type(error).__name__}: {str(error)[:100]}"
+        )
     except Exception as error:
         return f"raised {type(error).__name__}: {str(error)[:100]}"
     if not is_right:

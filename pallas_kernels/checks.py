@@ -33,6 +33,13 @@ def require_type(argument: str, value: Any, expected: type, remedy: str) -> None
         raise bad_type(argument, f"must be {article} {name}", f"{type(value).__name__} {value!r:.60}", remedy)
 
 
+def require_given(**arrays: Any) -> None:
+    """Raises TypeError for an argument that is None."""
+    for argument, array in arrays.items():
+        if array is None:
+            raise bad_type(argument, "must be given", None, "Pass an array.")
+
+
 def require_shape(argument: str, array: Any, expected: tuple[int | None, ...], letters: str) -> None:
     """Raises ValueError unless `array.shape` equals `expected` (None: any size)."""
     shape = tuple(array.shape)

@@ -20,7 +20,15 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Int64
 from nosa_jax.cache.slots import empty_table, resolve
 from nosa_jax.config import AttentionConfig
 from pallas_kernels import blocks
-from pallas_kernels.checks import bad_value, require_integers, require_shape
+from pallas_kernels.checks import (
+    as_integers,
+    bad_value,
+    is_concrete,
+    require_int,
+    require_integers,
+    require_shape,
+    require_type,
+)
 
 AnyArray = Array | np.ndarray
 BlockIds = Int[AnyArray, "... T J"]
@@ -28,10 +36,21 @@ Positions = Int[AnyArray, "..."] | int  # of every step, or of the first one
 
 
 def checked_ids(block_ids: Any) -> Array:
-    require_integers("block_ids", block_ids)
-    if block_ids.ndim < 2:
-        raise bad_value("block_ids", "must have shape [..., T, J]", tuple(block_ids.shape), "Add the missing axes.")
-    return jnp.asarray(block_ids, jnp.int32)
+    """int32 block ids [..., T, J]; outside jit they ascend without repeats, padded with -1 at the end."""
+    ids = as_integers("block_ids", block_ids)
+    if ids.ndim < 2:
+        raise bad_value("block_ids", "must have shape [..., T, J]", tuple(ids.shape), "Add the missing axes.")
+    if is_concrete(ids) and not bool(_are_listed_right(ids)):
+        rule = "must ascend without repeats in each step, padded with -1 at the end"
+        raise bad_value("block_ids", rule, "ids that break this", "Pass them as they were recorded.")
+    return ids
+
+
+@jax.jit
+def _are_listed_right(ids: Array) -> Array:
+    before, after = ids[..., :-1], ids[..., 1:]
+    ascending = jnp.where(before >= 0, (after > before) | (after == -1), after == -1)
+    return jnp.all(ascending) & jnp.all(ids >= -1)
 
 
 def checked_positions(positions: Any, steps: tuple[int, ...]) -> Array:
@@ -51,6 +70,7 @@ def checked_positions(positions: Any, steps: tuple[int, ...]) -> Array:
 
 
 def _require_sparse(attention: AttentionConfig) -> None:
+    require_type("attention", attention, AttentionConfig, "Pass model.config.attention.")
     if not attention.is_sparse:
         raise bad_value("attention.variant", "must be sparse", "'full'", "Dense attention reads every block.")
 
@@ -131,8 +151,10 @@ def replay_misses(
     Every leading index (layer, row, head) has its own pool. Raises ValueError when `slots` < J.
     """
     ids = checked_ids(block_ids)
+    require_type("attention", attention, AttentionConfig, "Pass model.config.attention.")
+    slots = require_int("slots", slots, 1)
     if slots < ids.shape[-1]:
-        rule = f"must hold one selection, J = {ids.shape[-1]}"
+        rule = f"must hold one selection, J = {ids.shape[-1]} of block_ids"
         raise bad_value("slots", rule, slots, f"Use slots={ids.shape[-1]} or more.")
     return _replay(ids, checked_positions(positions, ids.shape[:-1]), attention.block_size, slots)
 

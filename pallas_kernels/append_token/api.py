@@ -10,7 +10,7 @@ from pallas_kernels._arguments import as_floats, as_integers, as_layer, require_
 from pallas_kernels._dispatch import register
 from pallas_kernels.append_token import triton, xla
 from pallas_kernels.append_token.summaries import Summaries
-from pallas_kernels.checks import bad_value, require_int, require_shape, require_type
+from pallas_kernels.checks import bad_value, require_given, require_int, require_shape, require_type
 from pallas_kernels.promotion import usual_promotion
 
 APPEND_TOKEN = register(
@@ -45,6 +45,7 @@ def append_token(
     Raises ValueError or TypeError for arguments that do not go together.
     """
     stride = require_int("stride", stride, 1)
+    require_given(qkv=qkv, cos=cos, sin=sin, positions=positions, layer=layer)
     qkv, cos, sin, scale, delta = as_floats(qkv=qkv, cos=cos, sin=sin, scale=scale, delta=delta)
     (positions,) = as_integers(positions=positions)
     summaries = _as_summaries(summaries)

@@ -13,6 +13,7 @@ from pallas_kernels.block_attention import cudnn, mosaic, triton, vjp, xla
 from pallas_kernels.checks import (
     bad_value,
     require_ascending,
+    require_given,
     require_int,
     require_shape,
 )
@@ -60,6 +61,7 @@ def block_attention(
     in reverse mode; `jax.jvp` of `jax.grad` works where "xla" runs.
     Raises ValueError or TypeError for arguments that do not go together.
     """
+    require_given(q=q, k=k, v=v)
     q, k, v, bias = as_floats(q=q, k=k, v=v, bias=bias)
     block_ids, positions, first_block = as_integers(block_ids=block_ids, positions=positions, first_block=first_block)
     block_size = require_int("block_size", block_size, 1)

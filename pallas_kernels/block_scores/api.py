@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Integer
 from pallas_kernels._arguments import as_floats, as_integers, as_layer
 from pallas_kernels._dispatch import register
 from pallas_kernels.block_scores import triton, xla
-from pallas_kernels.checks import bad_value, require_int, require_shape
+from pallas_kernels.checks import bad_value, require_given, require_int, require_shape
 
 BLOCK_SCORES = register(
     "block_scores", {"xla": xla.block_scores, "triton": triton.block_scores}, {"triton": triton.unsupported}
@@ -44,6 +44,7 @@ def block_scores(
     window, mean nothing, NaN among them; `select_blocks` keeps its forced blocks. Not differentiable.
     Raises ValueError or TypeError for arguments that do not go together.
     """
+    require_given(q=q, pooled_keys=pooled_keys, positions=positions)
     q, pooled_keys = as_floats(q=q, pooled_keys=pooled_keys)
     positions, first_block = as_integers(positions=positions, first_block=first_block)
     num_blocks, block_size = require_int("num_blocks", num_blocks, 0), require_int("block_size", block_size, 1)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Integer
 
 from pallas_kernels._arguments import as_floats, as_integers, as_layer, as_scale, in_host_memory, require_dtype
 from pallas_kernels._dispatch import register
-from pallas_kernels.checks import bad_value, require_shape, require_type
+from pallas_kernels.checks import bad_value, require_given, require_shape, require_type
 from pallas_kernels.decode_attention import triton, xla
 from pallas_kernels.decode_attention.arguments import Residence, Store, Token
 from pallas_kernels.fetch_blocks import implementation_of
@@ -54,6 +54,7 @@ def decode_attention(
     Returns the dtype of q; accumulates in float32. Raises ValueError or TypeError for arguments that do not go
     together.
     """
+    require_given(q=q, pool=pool, slots=slots, block_ids=block_ids, positions=positions, layer=layer)
     q, pool, bias = as_floats(q=q, pool=pool, bias=bias)
     slots, block_ids, positions = as_integers(slots=slots, block_ids=block_ids, positions=positions)
     _check(q, pool, bias, slots, block_ids, positions)

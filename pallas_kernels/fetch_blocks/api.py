@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Integer
 
 from pallas_kernels._arguments import as_floats, as_integers, as_layer, in_host_memory, require_dtype
 from pallas_kernels._dispatch import register
-from pallas_kernels.checks import bad_value, require_shape
+from pallas_kernels.checks import bad_value, require_given, require_shape
 from pallas_kernels.fetch_blocks import triton, xla
 
 FETCH_BLOCKS = register(
@@ -51,6 +51,7 @@ def _checked(
     pool: Any, host: Any, block_ids: Any, slots: Any, *, every_layer: bool
 ) -> tuple[Array, Array, Array, Array]:
     """The four as JAX arrays that go together. every_layer: ids and slots are those of all layers."""
+    require_given(pool=pool, host=host, block_ids=block_ids, slots=slots)
     (pool,), host = as_floats(pool=pool), in_host_memory("host", host)
     block_ids, slots = as_integers(block_ids=block_ids, slots=slots)
     require_shape("pool", pool, (None,) * 7, "[L, B, K, slots, 2, P, D]")

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Integer
 
 from pallas_kernels._arguments import as_floats, as_integers, as_layer, require_dtype
 from pallas_kernels._dispatch import register
-from pallas_kernels.checks import require_int, require_shape
+from pallas_kernels.checks import require_given, require_int, require_shape
 from pallas_kernels.pooled_keys import xla
 
 POOL_KEYS = register("pool_keys", {"xla": xla.pool_keys})
@@ -23,6 +23,7 @@ def pool_keys(
     keys: after RoPE, any float dtype. Returns C = max(0, S // stride - 1) windows, averaged in float32 and rounded once
     to the dtype of `keys`.
     """
+    require_given(keys=keys)
     (keys,) = as_floats(keys=keys)
     require_shape("keys", keys, (None,) * 4, "[B, K, S, D]")
     stride = require_int("stride", stride, 1)
@@ -54,6 +55,7 @@ def append_pooled_keys(
     Returns the updated (pooled, sums); windows beyond C are dropped. Raises ValueError or TypeError for
     arguments that do not go together.
     """
+    require_given(pooled=pooled, sums=sums, new=new, start=start, count=count, layer=layer)
     pooled, sums, new = as_floats(pooled=pooled, sums=sums, new=new)
     start, count = as_integers(start=start, count=count)
     stride = require_int("stride", stride, 1)

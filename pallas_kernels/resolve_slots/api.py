@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Int32, Integer
 
 from pallas_kernels._arguments import as_integers, as_layer
 from pallas_kernels._dispatch import register
-from pallas_kernels.checks import require_shape
+from pallas_kernels.checks import require_given, require_shape
 from pallas_kernels.resolve_slots import triton, xla
 
 RESOLVE_SLOTS = register(
@@ -34,6 +34,7 @@ def resolve_slots(
     Returns (blocks, last_used, slot of each wanted block, whether it was missing), the tables up to date. Raises
     ValueError or TypeError for arguments that do not go together.
     """
+    require_given(blocks=blocks, last_used=last_used, wanted=wanted, step=step, layer=layer)
     blocks, last_used, wanted, step = as_integers(blocks=blocks, last_used=last_used, wanted=wanted, step=step)
     require_shape("blocks", blocks, (None,) * 4, "[L, B, K, slots]")
     _, batch, kv_heads, _ = blocks.shape

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int32, Integer
 
 from pallas_kernels._arguments import as_floats, as_integers
 from pallas_kernels._dispatch import register
-from pallas_kernels.checks import bad_value, require_int, require_shape
+from pallas_kernels.checks import bad_value, require_given, require_int, require_shape
 from pallas_kernels.select_blocks import triton, xla
 
 SELECT_BLOCKS = register("select_blocks", {"xla": xla.select_blocks, "triton": triton.select_blocks})
@@ -45,6 +45,7 @@ def select_blocks(
 
     Returns ascending ids with -1 padding. Raises ValueError when neither score is given or counts exceed the budget.
     """
+    require_given(positions=positions)
     query_scores, importance_scores = as_floats(query_scores=query_scores, importance_scores=importance_scores)
     positions, first_block = as_integers(positions=positions, first_block=first_block)
     block_size = require_int("block_size", block_size, 1)
