@@ -191,13 +191,13 @@ def targets() -> dict[str, Target]:
             dict.fromkeys(shape, ("huge",)),
         ),
         "gamma": Target(
-            locality.gamma, {"block_ids": recorded}, {"block_ids": "ids"}, {"block_ids": ("deeper", "empty")}
+            locality.gamma, {"block_ids": recorded}, {"block_ids": "ids"}, {"block_ids": ("deeper", "empty", "largest", "wider")}
         ),
         "replay_misses": Target(
             locality.replay_misses,
             {"block_ids": recorded, "positions": 0, "attention": attention, "slots": 9},
             {"block_ids": "ids", "attention": "object", "slots": "int"},
-            {"block_ids": ("deeper", "empty"), "slots": ("huge",)},
+            {"block_ids": ("deeper", "empty", "largest", "wider"), "slots": ("huge",)},
         ),
         "block_attention": Target(
             lambda **arguments: ops.block_attention(**arguments)[0],
