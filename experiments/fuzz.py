@@ -191,7 +191,10 @@ def targets() -> dict[str, Target]:
             dict.fromkeys(shape, ("huge",)),
         ),
         "gamma": Target(
-            locality.gamma, {"block_ids": recorded}, {"block_ids": "ids"}, {"block_ids": ("deeper", "empty", "largest", "wider")}
+            locality.gamma,
+            {"block_ids": recorded},
+            {"block_ids": "ids"},
+            {"block_ids": ("deeper", "empty", "largest", "wider")},
         ),
         "replay_misses": Target(
             locality.replay_misses,
