@@ -6,11 +6,10 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 from jax._src import xla_bridge  # nothing public says whether JAX has a device yet
 
 from pallas_kernels.checks import require_int
-from pallas_kernels.device import current_device
+from pallas_kernels.device import current_device, default_device
 
 _FREE = "free memory of the device"
 _PINNED_LIMIT_VARIABLE = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
@@ -63,7 +62,7 @@ def host_limit() -> Limit:
 
 def device_limit() -> Limit:
     """What is free on the default device, or the machine's memory where the device does not say."""
-    stats = jax.local_devices()[0].memory_stats()
+    stats = default_device().memory_stats()
     if stats and "bytes_limit" in stats:
         return Limit(stats["bytes_limit"] - stats.get("bytes_in_use", 0), _FREE)
     return Limit(_physical_memory(), "the machine's memory")

@@ -127,10 +127,11 @@ def generate(
     Raises ValueError or TypeError for bad input, CacheTooLargeError before anything is allocated, and, outside
     `jax.jit`, FloatingPointError where a row's logits have no finite best; inside look at `Generation.failed`.
     """
-    mesh = None if mesh is None else _checked_mesh(mesh, model, tokens)
+    prompt = checks.as_prompt(model, tokens, lengths)
+    mesh = None if mesh is None else _checked_mesh(mesh, model, prompt.batch)
     devices = 1 if mesh is None else mesh.size
     options = as_options(max_new_tokens, cache, record, chunk)
-    request = as_request(model, tokens, lengths, options, sampling, key, stop_tokens, pad_token, devices)
+    request = as_request(model, prompt, options, sampling, key, stop_tokens, pad_token, devices)
     if forced_tokens is not None:
         forced_tokens = layout.as_tokens(forced_tokens, model.config.vocab_size, name="forced_tokens")
         shape = (request.prompt.batch, options.max_new_tokens)
@@ -169,7 +170,8 @@ def stream(
     Other arguments and errors as in `generate`; they are checked at the call, not at the first token.
     """
     options = as_options(max_new_tokens, cache, record, chunk)
-    request = as_request(model, tokens, lengths, options, sampling, key, stop_tokens, pad_token)
+    prompt = checks.as_prompt(model, tokens, lengths)
+    request = as_request(model, prompt, options, sampling, key, stop_tokens, pad_token)
     steps = _stream(model, request, options)
     return (one.tokens for one in steps) if record is False else steps
 
@@ -305,10 +307,9 @@ def _generation_specs(mesh: Mesh) -> Generation:
     return Generation(rows, rows, rows, of_layers, of_layers, rows)
 
 
-def _checked_mesh(mesh: Any, model: NosaLM, tokens: Any) -> Mesh:
+def _checked_mesh(mesh: Any, model: NosaLM, rows: int) -> Mesh:
     """The mesh with axes that shard_map takes. Raises ValueError where rows or weights do not go with its devices."""
     require_type("mesh", mesh, Mesh, "Make one with jax.make_mesh.")
-    rows = np.shape(tokens)[0] if np.ndim(tokens) == 2 else mesh.size
     if rows % mesh.size:
         raise bad_value("mesh", f"must have a number of devices that divides B = {rows}", mesh.size, "Add rows.")
     weights = model.embed[...]

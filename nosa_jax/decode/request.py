@@ -13,6 +13,7 @@ from jaxtyping import Array
 from nosa_jax._pytree import pytree_dataclass
 from nosa_jax.config import CacheConfig, ModelConfig
 from nosa_jax.decode import checks
+from nosa_jax.decode.checks import Prompt
 from nosa_jax.decode.sampling import Filter, Sampling, row_keys
 from nosa_jax.model import NosaLM
 from pallas_kernels.checks import as_integers, bad_type, bad_value, is_concrete, require_int, require_type
@@ -65,8 +66,7 @@ def as_options(max_new_tokens: Any, cache: Any, record: Any, chunk: Any) -> Opti
 
 def as_request(
     model: NosaLM,
-    tokens: Any,
-    lengths: Any,
+    prompt: Prompt,
     options: Options,
     sampling: Any,
     key: Any,
@@ -74,8 +74,10 @@ def as_request(
     pad_token: Any,
     devices: int = 1,
 ) -> Request:
-    """The checked request of `generate` and `stream`; see there. devices: how many share the rows."""
-    prompt = checks.as_prompt(model, tokens, lengths)
+    """The checked request of `generate` and `stream`, which say what the arguments are.
+
+    devices: how many share the rows.
+    """
     require_type("sampling", sampling, Sampling, "Pass Sampling(temperature=0.8), for example.")
     max_length = prompt.width + options.max_new_tokens
     checks.check_cache(model, prompt, max_length, options.cache, devices, _record_bytes(model.config, options))
