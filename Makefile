@@ -13,10 +13,10 @@ CANDIDATES := python3.13 python3.12 python3 python $${PYENV_ROOT:-$$HOME/.pyenv}
 ASK_VERSION := import sys, venv, ensurepip; print("%d%02d" % sys.version_info[:2])
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo test test-all lint format clean
 
 help: ## show this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
 		printf '  make %-8s %s\n' "$$name" "$$text"; \
 	done
 
@@ -25,8 +25,13 @@ setup: $(INSTALLED) ## make .venv with the package and everything its tests need
 demo: $(INSTALLED) ## train and run a tiny model, and show what its cache does
 	$(BIN)/nosa demo
 
-test: $(INSTALLED) ## run all tests (ARGS="..." goes to pytest)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test: $(INSTALLED) ## run the tests but for slow ones (ARGS="..." goes to pytest)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: $(INSTALLED) ## run all tests
+	$(PYTEST) $(ARGS)
 
 lint: $(INSTALLED) ## check style and types
 	$(BIN)/ruff check .

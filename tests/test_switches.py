@@ -16,6 +16,8 @@ import nosa_jax
 from nosa_jax import CacheConfig, NosaLM, Sampling
 from nosa_jax.train import OptimizerConfig, init_state, jit_train_step
 
+pytestmark = pytest.mark.slow
+
 
 @contextlib.contextmanager
 def strict_promotion():
