@@ -200,6 +200,7 @@ def test_top_p_keeps_the_fewest_tokens_and_of_equal_ones_the_first():
     assert np.isfinite(both).tolist() == [[True, True, False]]  # of 0.3, 0.4, 0.3: top_k keeps its ties, top_p does not
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, top_k=3, top_p=0.5)])
 def test_logits_without_a_finite_best_end_the_row(tokens, sampling):
     """The second row meets a token whose embedding is NaN; the first has nothing to do with it."""
@@ -218,6 +219,7 @@ def test_logits_without_a_finite_best_end_the_row(tokens, sampling):
     assert gen.lengths.tolist()[1] == 0 and (np.asarray(gen.tokens)[1] == 7).all()
 
 
+@pytest.mark.slow
 def test_numpy_numbers_and_nested_lists_are_taken(model, tokens, without_type_checker):
     few, lengths = tokens[:, :20], [20, 13]
     plain = dict(max_new_tokens=2, pad_token=5, stop_tokens=[3], chunk=16, record=True)

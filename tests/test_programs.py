@@ -20,6 +20,9 @@ _lowered: list[str] = []
 jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: _lowered.append(event))
 
 
+pytestmark = pytest.mark.slow
+
+
 @contextlib.contextmanager
 def nothing_compiles():
     """No program is lowered, whether or not XLA would find it in its cache on disk."""
