@@ -14,7 +14,6 @@ import argparse
 import collections
 import dataclasses
 import functools
-import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -26,7 +25,7 @@ import numpy as np
 from flax import nnx
 
 import nosa_jax
-from experiments.environment import environment
+from experiments.environment import save
 from nosa_jax import AttentionConfig, CacheConfig, ModelConfig, NosaLM, RopeConfig, Sampling, locality, ops, presets
 
 EXPECTED = (ValueError, TypeError, NotImplementedError, FloatingPointError, OSError, MemoryError)
@@ -43,6 +42,11 @@ class Target:
     arguments: Mapping[str, Any]
     kinds: Mapping[str, str]
     fine: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def answer(self) -> Any:
+        """The answer to the right arguments as they stand."""
+        return jax.block_until_ready(self.call(**self.arguments))
 
     def wrong(self, argument: str) -> Iterator[Any]:
         """Wrong values of one argument."""
@@ -268,26 +272,13 @@ def judge(target: Target, argument: str, value: Any, is_right: bool) -> str:
     except EXPECTED as error:
         if is_right:
             return f"refused: {type(error).__name__}: {str(error)[:100]}"
-        return (
-            "right"
-            if names(str(error), argument, target.arguments)
-            else f"unnamed: {type(error).__name__}: {str(error)[:100]}"
-        )
+        is_named = names(str(error), argument, target.arguments)
+        return "right" if is_named else f"unnamed: {type(error).__name__}: {str(error)[:100]}"
     except Exception as error:
         return f"raised {type(error).__name__}: {str(error)[:100]}"
     if not is_right:
         return "answered"
-    return "right" if equal(answer, canonical(target)) else "another answer"
-
-
-_canonical: dict[int, Any] = {}
-
-
-def canonical(target: Target) -> Any:
-    """The answer to the right arguments as they stand."""
-    if id(target) not in _canonical:
-        _canonical[id(target)] = jax.block_until_ready(target.call(**target.arguments))
-    return _canonical[id(target)]
+    return "right" if equal(answer, target.answer) else "another answer"
 
 
 def main() -> None:
@@ -320,10 +311,7 @@ def main() -> None:
             faults.append({"function": name, "argument": argument, "value": form, "verdict": verdict})
             print(f"{name}({argument}={form}): {verdict}".replace("\n", " "), flush=True)
     print(f"{len(faults)} faults in {args.calls} calls of {len(every)} possible ones")
-    if args.output:
-        result = {"environment": environment(), "seed": args.seed, "calls": args.calls, "possible": len(every),
-                  "by_function": dict(tried), "faults": faults}  # fmt: skip
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
+    save(args.output, seed=args.seed, calls=args.calls, possible=len(every), by_function=dict(tried), faults=faults)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,22 @@ try:
 except ImportError:  # Windows: nothing is locked there
     fcntl = None  # type: ignore[assignment]
 
+HAS_LOCKS = fcntl is not None
 LOCK_NAME = ".lock"
+
+
+def lock(descriptor: Any, *, shared: bool = False, wait: bool = True) -> bool | None:
+    """Locks an open file or folder until it is closed; says whether that went well, None where there are no locks."""
+    if fcntl is None:
+        return None
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    try:
+        fcntl.flock(descriptor, kind if wait else kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return None
+    return True
 
 
 def user_path(argument: str, path: Any) -> Path:
@@ -64,16 +79,11 @@ def only_run(argument: str, folder: Path) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK_NAME).open("a+", encoding="utf-8") as file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                file.seek(0)
-                got = f"{folder}, which process {file.read().strip() or 'unknown'} uses"
-                remedy = "Wait for it to end, or take another folder."
-                raise bad_value(argument, "must be a folder without another run in it", got, remedy) from error
-            except OSError:  # a file system without locks
-                pass
+        if lock(file, wait=False) is False:
+            file.seek(0)
+            got = f"{folder}, which process {file.read().strip() or 'unknown'} uses"
+            remedy = "Wait for it to end, or take another folder."
+            raise bad_value(argument, "must be a folder without another run in it", got, remedy)
         file.truncate(0)
         file.write(f"{os.getpid()} on {platform.node()}\n")
         file.flush()

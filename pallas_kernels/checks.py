@@ -185,12 +185,6 @@ def _python_number(value: Any) -> int | float | None:
 _KINDS = {int: jnp.integer, float: jnp.floating}
 
 
-def require_positive(argument: str, value: int) -> None:
-    """Raises ValueError unless `value` is at least 1."""
-    if value < 1:
-        raise bad_value(argument, "must be >= 1", value, "Pass a count of tokens.")
-
-
 def is_concrete(*arrays: Any) -> bool:
     """True when every array has values to look at, that is, outside `jax.jit`."""
     return not any(isinstance(array, jax.core.Tracer) for array in arrays)

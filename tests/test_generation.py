@@ -51,7 +51,7 @@ def test_stream_records_what_generate_records(model, tokens):
     assert only.logits is None and only.block_ids is None and only.fetched.shape == (2, 2, 2)
 
 
-def test_the_compiled_step_gives_the_bits_of_the_plain_one_and_takes_the_state(model, tokens):
+def test_the_compiled_step_gives_the_bits_of_the_plain_one_and_takes_the_state(model, tokens, monkeypatch):
     state, logits = nosa_jax.prefill(model, tokens, LENGTHS, max_length=100)
     token = jnp.argmax(logits, -1).astype(jnp.int32)
     expected, expected_logits = nosa_jax.decode_step(model, state, token)
@@ -64,6 +64,10 @@ def test_the_compiled_step_gives_the_bits_of_the_plain_one_and_takes_the_state(m
         np.testing.assert_array_equal(ours, theirs)
     with pytest.raises(ValueError, match="tokens: must have the state's 2 rows, got 3"):
         nosa_jax.jit_decode_step(model, after, np.array([1, 2, 3]))
+    with pytest.raises(ValueError, match="tokens: ids must be in"):
+        nosa_jax.jit_decode_step(model, after, np.array([1, 128]))
+    monkeypatch.setattr(jax, "device_get", None)  # a loop runs ahead of the device: what lies there is not looked at
+    nosa_jax.jit_decode_step(model, after, token)
 
 
 def test_a_sampled_row_is_what_it_would_be_alone(model, tokens):

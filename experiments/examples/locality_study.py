@@ -28,11 +28,7 @@ def trained(steps: int) -> NosaLM:
 
 def select(model: NosaLM, text: np.ndarray, prompt: int) -> Selections:
     """What the model selects while it decodes `text[prompt:]` after reading `text[:prompt]`."""
-    new = len(text) - prompt
-    generation = nosa_jax.generate(
-        model, text[None, :prompt], max_new_tokens=new, forced_tokens=text[None, prompt:], record=("block_ids",)
-    )
-    return Selections.from_generation(generation, [prompt], config=model.config)
+    return locality.record(model, text[:prompt], len(text) - prompt, text[prompt:])
 
 
 def main(arguments: list[str] | None = None) -> dict[str, locality.LocalityReport]:

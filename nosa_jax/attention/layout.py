@@ -46,15 +46,18 @@ def packed_layout(segment_ids: Int32[Array, "B T"], lengths: Int32[Array, " B"] 
     return Layout(jnp.where(real, place, -1), place - block_size * first, first_block)
 
 
-def as_tokens(tokens: Any, vocab_size: int, *, rank: int = 2, name: str = "tokens") -> Array:
-    """int32 tokens of the right rank; values are checked where there are any to look at."""
+def as_tokens(tokens: Any, vocab_size: int, *, rank: int = 2, name: str = "tokens", look: bool = True) -> Array:
+    """int32 tokens of the right rank; values are checked where there are any to look at.
+
+    look: False leaves values alone, for which those of a device would have to be waited for.
+    """
     tokens = as_integers(name, tokens)
     if tokens.ndim != rank:
         letters = {1: "[B]", 2: "[B, T]"}[rank]
         raise bad_value(name, f"must be {letters}", f"shape {tokens.shape}", "Add or drop a batch axis.")
     if tokens.size == 0:
         raise bad_value(name, "must hold at least one token per row", f"shape {tokens.shape}", "Pass a prompt.")
-    if is_concrete(tokens):
+    if look and is_concrete(tokens):
         values = np.asarray(jax.device_get(tokens))
         wrong = np.argwhere((values < 0) | (values >= vocab_size))
         if wrong.size:

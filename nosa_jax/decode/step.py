@@ -54,10 +54,12 @@ def jit_decode_step(model: NosaLM, state: DecodeState, tokens: IntegersLike) -> 
     """`decode_step` compiled with the options that it needs, the state donated: go on with the state that it returns.
 
     The state passed in is gone afterwards. A row that is already `max_length` long stays as it is and its logits mean
-    nothing: watch `state.lengths`. Raises TypeError or ValueError for a state of another model and wrong tokens.
+    nothing: watch `state.lengths`. The call does not wait for the step before, so values of tokens are looked at only
+    where they come from NumPy or a list. Raises TypeError or ValueError for a state of another model and wrong tokens.
     """
     checks.check_model(model)
-    tokens = layout.as_tokens(tokens, model.config.vocab_size, rank=1)
+    look = not isinstance(tokens, jax.Array)
+    tokens = layout.as_tokens(tokens, model.config.vocab_size, rank=1, look=look)
     checks.check_state(model, state, tokens.shape[0])
     return _donating_step(*checks.untransformed((model, state, tokens)))
 

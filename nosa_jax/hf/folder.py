@@ -16,14 +16,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from nosa_jax._paths import user_path
+from nosa_jax._paths import HAS_LOCKS, lock, user_path
 from nosa_jax.origin import CONFIG_NAME, GENERATION_NAME
 from pallas_kernels.checks import bad_value
-
-try:
-    import fcntl
-except ImportError:  # a system without such locks: readers still compare, writers should not meet
-    fcntl = None  # type: ignore[assignment]
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -98,19 +93,16 @@ def _is_read(name: str) -> bool:
 
 @contextlib.contextmanager
 def locked(folder: Path, *, shared: bool = False, wait: bool = True) -> Iterator[bool]:
-    """Holds a lock on `folder`, waiting for it unless told otherwise; yields whether it does."""
-    if fcntl is None:
+    """Holds a lock on `folder`, waiting for it unless told otherwise; yields whether it does.
+
+    Where there are no such locks readers still compare, and writers should not meet.
+    """
+    if not HAS_LOCKS:
         yield False
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        held = True
-        try:
-            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-            fcntl.flock(descriptor, kind if wait else kind | fcntl.LOCK_NB)
-        except OSError:  # somebody else's, or a file system without locks
-            held = False
-        yield held
+        yield bool(lock(descriptor, shared=shared, wait=wait))
     finally:
         os.close(descriptor)
 

@@ -94,7 +94,7 @@ def train(
             "model",
             "must be of TrainConfig.model",
             model.config,
-            "Change the variant with nosa_jax.model.with_attention.",
+            "Change the variant with nosa_jax.with_attention.",
         )
     # Committed to its device as restored arrays are: otherwise the step would compile twice.
     state = jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding), init_state(model, config.optimizer))
