@@ -56,7 +56,7 @@ class Target:
 
 
 def same_forms(value: Any, kind: str) -> Iterator[Any]:
-    """The same input in other forms."""
+    """Returns one input in several forms that mean the same."""
     if kind == "int":
         yield from (np.int64(value), np.int32(value), np.uint16(value))
     elif kind in ("tokens", "ids"):
@@ -249,7 +249,7 @@ def targets() -> dict[str, Target]:
 
 
 def equal(ours: Any, theirs: Any) -> bool:
-    """The same answer, arrays to rounding."""
+    """Tells whether two answers agree, arrays to rounding."""
     a, b = jax.tree.leaves(ours), jax.tree.leaves(theirs)
     if len(a) != len(b):
         return False

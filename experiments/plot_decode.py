@@ -23,7 +23,7 @@ COLORS = {"nosa": "tab:blue", "infllmv2": "tab:orange", "full": "tab:gray"}
 
 
 def entries(name: str) -> list[dict[str, Any]]:
-    """Of a result file, those of equal rows."""
+    """Returns the entries of a result file whose rows are equally long."""
     found = json.loads((RESULTS / name).read_text())["entries"]
     return [e for e in found if "failed" not in e and e["run"]["context"][0] == e["run"]["context"][1]]
 

@@ -162,6 +162,8 @@ def forward(
         after it is a new document. With `lengths` too, tokens from there on are padding. Under jit, where values
         cannot be checked, a run that starts inside a block is padding.
     block_ids: int [L, B, K, T, J] from an earlier call with `record`, used instead of selecting.
+    logits: "all", "last" (of each row's last token) or "none".
+    record: whether the block ids come back.
     remat: recompute each layer, but not its selection, in the backward pass instead of keeping its activations.
     Differentiable once, in reverse mode, as `block_attention` is. `jax_enable_x64`, `jax_numpy_rank_promotion` and
     `jax_numpy_dtype_promotion` are supported here, in decoding and in training steps: bits stay as they are, but for

@@ -25,6 +25,9 @@ def block_bytes(block_size: int, head_dim: int, itemsize: int) -> int:
     return 2 * block_size * head_dim * itemsize
 
 
+MAX_STRIDE = 1024  # the tokens of a stride are added one by one in an unrolled loop
+
+
 def num_windows(num_tokens: int, stride: int) -> int:
     """C: complete windows of 2 * stride tokens among `num_tokens`; 0 when there are too few."""
     return max(0, num_tokens // stride - 1)

@@ -145,6 +145,17 @@ def require_int(argument: str, value: Any, minimum: int, rule: str | None = None
     return number
 
 
+def require_size(argument: str, value: Any, minimum: int, maximum: int = 2**31 - 1) -> int:
+    """`require_int` for what kernels count with: int32, and what is unrolled or padded to stays small.
+
+    Raises ValueError above `maximum`, too.
+    """
+    number = require_int(argument, value, minimum)
+    if number > maximum:
+        raise bad_value(argument, f"must be <= {maximum}", number, f"Lower it to at most {maximum}.")
+    return number
+
+
 def require_number(argument: str, value: Any, low: float, high: float = math.inf) -> int | float:
     """`value` as a number of Python; numbers of NumPy and JAX are taken, bools are not.
 

@@ -19,38 +19,31 @@ hypothesis.settings.load_profile("nosa")
 # Outside the checkout, so that a fresh clone finds it; `make clean` empties it.
 COMPILED = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nosa-jax" / "tests"
 
-# Compiled with little effort, which takes a third off their time: they bound errors, many of them of a kernel in an
-# interpreter that nobody runs. All others, those of bits above all, run what users run.
-_QUICKLY_COMPILED = (
-    "test_bad_input", "test_bench", "test_docstrings", "test_model", "test_ops_append_token", "test_ops_block_",
-    "test_plan", "test_readme",
-    "test_rows", "test_triton_", "test_tuning",
-)  # fmt: skip
 # Files that take longest are begun first, so that no worker is left alone with one at the end.
 _LONG = ("test_rows", "test_offload", "test_generation", "test_cli", "test_triton_decode", "test_lowering_cuda",
          "test_model", "test_golden_model", "test_train", "test_readme", "test_docstrings", "test_examples",
-         "test_triton_block_attention", "test_devices")  # fmt: skip
+         "test_triton_block_attention", "test_bits", "test_devices")  # fmt: skip
 
 
-def _compile_quickly(quickly: bool) -> None:
-    import jax
-
-    jax.config.update("jax_disable_most_optimizations", quickly)
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--optimized", action="store_true", help="compile every test's programs as users' programs are")
 
 
 @pytest.fixture(autouse=True, scope="module")
-def quickly_compiled(request: pytest.FixtureRequest) -> Iterator[None]:
-    _compile_quickly(request.path.name.startswith(_QUICKLY_COMPILED))
-    yield
-    _compile_quickly(False)
+def compiled_quickly(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Compiles with little effort, in a third of the time; files marked `optimized` run what users run."""
+    if request.config.option.optimized:
+        yield
+        return
+    import jax
 
-
-@pytest.fixture
-def optimized(quickly_compiled: None) -> Iterator[None]:
-    """For a test of bits in a file of quickly compiled ones: what users run."""
-    _compile_quickly(False)
+    optimized = request.node.get_closest_marker("optimized") is not None
+    if optimized:
+        jax.clear_caches()  # which know nothing of this option
+    jax.config.update("jax_disable_most_optimizations", not optimized)
     yield
-    _compile_quickly(True)
+    if optimized:
+        jax.clear_caches()
 
 
 @pytest.fixture
@@ -67,6 +60,8 @@ def pytest_configure(config: pytest.Config) -> None:
     expression = config.option.markexpr
     if "gpu" not in expression or "not gpu" in expression:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    if not config.option.optimized:  # for programs that tests start
+        os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     # What XLA compiled is kept for the next run, and for the other workers and the programs that tests start.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")

@@ -28,38 +28,53 @@ def tokens():
     return random_tokens(2, 90, seed=4)
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), SAMPLED])
-def test_stream_yields_what_generate_returns(model, tokens, sampling):
-    key = jax.random.key(5)
-    gen = nosa_jax.generate(model, tokens, LENGTHS, max_new_tokens=20, sampling=sampling, key=key, record=True)
-    streamed = list(nosa_jax.stream(model, tokens, LENGTHS, max_new_tokens=20, sampling=sampling, key=key))
-    np.testing.assert_array_equal(np.stack(streamed, axis=1), gen.tokens)
+@pytest.fixture(scope="module")
+def greedy(model, tokens):
+    return nosa_jax.generate(model, tokens, LENGTHS, max_new_tokens=20, record=True)
 
 
-def test_stream_records_what_generate_records(model, tokens):
-    """Step by step in host memory, to the bit; only what was asked for."""
-    gen = nosa_jax.generate(model, tokens, LENGTHS, max_new_tokens=6, record=True)
-    steps = list(nosa_jax.stream(model, tokens, LENGTHS, max_new_tokens=6, record=True))
+@pytest.fixture(scope="module")
+def sampled(model, tokens):
+    keys = jax.random.split(jax.random.key(1), 2)
+    return nosa_jax.generate(model, tokens, LENGTHS, max_new_tokens=20, sampling=SAMPLED, key=keys, record=True)
+
+
+def test_stream_yields_the_tokens_of_generate(model, tokens, greedy):
+    streamed = list(nosa_jax.stream(model, tokens, LENGTHS, max_new_tokens=20))
+    np.testing.assert_array_equal(np.stack(streamed, axis=1), greedy.tokens)
+
+
+def test_stream_records_what_generate_records(model, tokens, sampled):
+    """Step by step in host memory, to the bit."""
+    keys = jax.random.split(jax.random.key(1), 2)
+    options = dict(max_new_tokens=20, sampling=SAMPLED, key=keys, record=True)
+    steps = list(nosa_jax.stream(model, tokens, LENGTHS, **options))
     for number, step in enumerate(steps):
         assert isinstance(step, nosa_jax.Step)
         for name, axis in (("tokens", 1), ("logits", 1), ("block_ids", 3), ("fetched", 3)):
             ours = getattr(step, name)
             assert isinstance(ours, np.ndarray)
-            np.testing.assert_array_equal(ours, np.take(np.asarray(getattr(gen, name)), number, axis))
-    assert len(steps) == 6
-    only = next(nosa_jax.stream(model, tokens, LENGTHS, max_new_tokens=6, record=("fetched",)))
-    assert only.logits is None and only.block_ids is None and only.fetched.shape == (2, 2, 2)
+            np.testing.assert_array_equal(ours, np.take(np.asarray(getattr(sampled, name)), number, axis))
+    assert len(steps) == 20
+
+
+def test_only_what_was_asked_for_is_recorded(model, tokens):
+    gen = jax.eval_shape(lambda: nosa_jax.generate(model, tokens, LENGTHS, max_new_tokens=2, record="logits"))
+    assert gen.logits.shape == (2, 2, 128)
+    assert gen.block_ids is None and gen.fetched is None
+    step = next(nosa_jax.stream(model, tokens, LENGTHS, max_new_tokens=20, record=("fetched",)))
+    assert step.logits is None and step.block_ids is None and step.fetched.shape == (2, 2, 2)
 
 
 def test_the_compiled_step_gives_the_bits_of_the_plain_one_and_takes_the_state(model, tokens, monkeypatch):
     state, logits = nosa_jax.prefill(model, tokens, LENGTHS, max_length=100)
     token = jnp.argmax(logits, -1).astype(jnp.int32)
     expected, expected_logits = nosa_jax.decode_step(model, state, token)
-    traced = jax.jit(nosa_jax.jit_decode_step)(model, state, token)[1]  # inside another program it is a part of it
+    jax.jit(nosa_jax.jit_decode_step).lower(model, state, token)  # inside another program it is a part of that
+    assert not state.pool.is_deleted()
     after, logits = nosa_jax.jit_decode_step(model, state, np.asarray(token))
     assert state.pool.is_deleted() and state.host.is_deleted() and not after.pool.is_deleted()
     np.testing.assert_array_equal(logits, expected_logits)
-    np.testing.assert_allclose(traced, expected_logits, atol=1e-5)
     for ours, theirs in zip(jax.tree.leaves(after), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     with pytest.raises(ValueError, match="tokens: must have the state's 2 rows, got 3"):
@@ -70,70 +85,59 @@ def test_the_compiled_step_gives_the_bits_of_the_plain_one_and_takes_the_state(m
     nosa_jax.jit_decode_step(model, after, token)
 
 
-def test_a_sampled_row_is_what_it_would_be_alone(model, tokens):
+def test_a_sampled_row_is_what_it_would_be_alone(model, tokens, sampled):
     keys = jax.random.split(jax.random.key(1), 2)
-    batch = nosa_jax.generate(model, tokens, LENGTHS, max_new_tokens=20, sampling=SAMPLED, key=keys, record=True)
+    options = dict(max_new_tokens=20, sampling=SAMPLED)
     for row, length in enumerate(LENGTHS):
-        alone = nosa_jax.generate(
-            model, tokens[row : row + 1, :length], max_new_tokens=20, sampling=SAMPLED, key=keys[row : row + 1]
-        )
-        np.testing.assert_array_equal(alone.tokens[0], batch.tokens[row])
-    other = nosa_jax.generate(
-        model, tokens, LENGTHS, max_new_tokens=20, sampling=SAMPLED, key=jax.random.key(2), record=True
+        alone = nosa_jax.generate(model, tokens[row : row + 1], [length], key=keys[row : row + 1], **options)
+        np.testing.assert_array_equal(alone.tokens[0], sampled.tokens[row])
+    other = nosa_jax.generate(model, tokens, LENGTHS, key=jax.random.key(2), record=True, **options)
+    assert not np.array_equal(other.tokens, sampled.tokens)
+
+
+def test_raw_and_typed_keys_agree(model, tokens):
+    options = dict(max_new_tokens=20, sampling=SAMPLED, record=True)
+    keys = (jax.random.key(3), jax.random.PRNGKey(3))
+    np.testing.assert_array_equal(
+        *(nosa_jax.generate(model, tokens, LENGTHS, key=key, **options).tokens for key in keys)
     )
-    assert not np.array_equal(other.tokens, batch.tokens)
 
 
-def test_greedy_takes_the_best_and_records_what_it_was_drawn_from(model, tokens):
-    gen = nosa_jax.generate(model, tokens, LENGTHS, max_new_tokens=20, record=True)
-    np.testing.assert_array_equal(gen.tokens, jnp.argmax(gen.logits, -1))
-    np.testing.assert_array_equal(gen.lengths, [20, 20])
-    only = nosa_jax.generate(model, tokens, LENGTHS, max_new_tokens=2, record="logits")
-    assert only.block_ids is None
-    assert only.fetched is None
-    np.testing.assert_allclose(only.logits, gen.logits[:, :2], atol=1e-4)  # another max_length, another program
+def test_greedy_takes_the_best_and_records_what_it_was_drawn_from(greedy):
+    np.testing.assert_array_equal(greedy.tokens, jnp.argmax(greedy.logits, -1))
+    np.testing.assert_array_equal(greedy.lengths, [20, 20])
 
 
-def test_rows_stop_at_stop_tokens_and_the_loop_ends(model, tokens):
-    free = nosa_jax.generate(model, tokens, LENGTHS, max_new_tokens=20, record=True)
-    stop = [int(free.tokens[0, 6]), int(free.tokens[1, 11])]
-    gen = nosa_jax.generate(model, tokens, LENGTHS, max_new_tokens=20, stop_tokens=stop, pad_token=127, record=True)
+def test_rows_stop_at_stop_tokens_and_the_loop_ends(model, tokens, greedy):
+    stop = [int(greedy.tokens[0, 6]), int(greedy.tokens[1, 11])]
+    options = dict(max_new_tokens=20, stop_tokens=stop, pad_token=127)
+    gen = nosa_jax.generate(model, tokens, LENGTHS, record=True, **options)
     for row in range(2):
-        end = int(np.flatnonzero(np.isin(free.tokens[row], stop))[0]) + 1
+        end = int(np.flatnonzero(np.isin(greedy.tokens[row], stop))[0]) + 1
         assert gen.lengths[row] == end
-        np.testing.assert_array_equal(gen.tokens[row, :end], free.tokens[row, :end])
+        np.testing.assert_array_equal(gen.tokens[row, :end], greedy.tokens[row, :end])
         assert (np.asarray(gen.tokens[row, end:]) == 127).all()
-        np.testing.assert_array_equal(gen.logits[row, :end], free.logits[row, :end])
+        np.testing.assert_array_equal(gen.logits[row, :end], greedy.logits[row, :end])
         assert (np.asarray(gen.logits[row, end:]) == 0).all()
         assert (np.asarray(gen.block_ids[:, row, :, end:]) == -1).all()
         assert (np.asarray(gen.fetched[:, row, :, end:]) == 0).all()
-    streamed = list(nosa_jax.stream(model, tokens, LENGTHS, max_new_tokens=20, stop_tokens=stop, pad_token=127))
-    assert len(streamed) == int(np.max(gen.lengths))
+    assert len(list(nosa_jax.stream(model, tokens, LENGTHS, **options))) == int(np.max(gen.lengths))
 
 
-def test_forced_tokens_and_selections_replay_a_run(model, tokens):
-    gen = nosa_jax.generate(model, tokens, LENGTHS, max_new_tokens=20, record=True)
-    again = nosa_jax.generate(
-        model,
-        tokens,
-        LENGTHS,
-        max_new_tokens=20,
-        forced_tokens=gen.tokens,
-        forced_block_ids=gen.block_ids,
-        record=True,
-    )
+def test_forced_tokens_and_selections_replay_a_run(model, tokens, greedy):
+    def replayed(block_ids):
+        options = dict(max_new_tokens=20, forced_tokens=greedy.tokens, record=True)
+        return nosa_jax.generate(model, tokens, LENGTHS, forced_block_ids=block_ids, **options)
+
+    again = replayed(greedy.block_ids)
     for name in ("tokens", "logits", "block_ids", "fetched"):
-        np.testing.assert_array_equal(getattr(again, name), getattr(gen, name))
+        np.testing.assert_array_equal(getattr(again, name), getattr(greedy, name))
     # Another selection gives other logits: the ids are really used.
-    ids = np.array(gen.block_ids)
-    own = (LENGTHS[None, :, None, None] - 1 + np.arange(20)) // 16
-    ids[:] = -1
-    ids[..., 0] = own
-    narrow = nosa_jax.generate(
-        model, tokens, LENGTHS, max_new_tokens=20, forced_tokens=gen.tokens, forced_block_ids=ids, record=True
-    )
+    ids = np.full_like(greedy.block_ids, -1)
+    ids[..., 0] = (LENGTHS[None, :, None, None] - 1 + np.arange(20)) // 16  # the own block alone
+    narrow = replayed(ids)
     np.testing.assert_array_equal(narrow.block_ids, ids)
-    assert not np.allclose(narrow.logits[:, 5], gen.logits[:, 5], atol=1e-2)
+    assert not np.allclose(narrow.logits[:, 5], greedy.logits[:, 5], atol=1e-2)
 
 
 def test_filter_logits_literally():
@@ -162,14 +166,6 @@ def test_sampling_follows_the_distribution():
     drawn = sample(logits, keys, jnp.zeros(rows, jnp.int32), Sampling(temperature=1.0))
     counts = np.bincount(np.asarray(drawn), minlength=3) / rows
     np.testing.assert_allclose(counts, probabilities, atol=0.03)
-
-
-def test_raw_and_typed_keys_agree(model, tokens):
-    runs = [
-        nosa_jax.generate(model, tokens, LENGTHS, max_new_tokens=20, sampling=SAMPLED, key=key, record=True).tokens
-        for key in (jax.random.key(3), jax.random.PRNGKey(3))
-    ]
-    np.testing.assert_array_equal(*runs)
 
 
 LOGITS = jnp.array([[1.0, 3.0, 2.0, -np.inf], [-5.0, -7.0, -4.0, -6.0]])

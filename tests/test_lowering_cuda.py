@@ -129,22 +129,35 @@ def selection_kernels(shape, **changes):
     return kernels(lambda *arguments: select_blocks(*arguments, **counts), *(given[name] for name in names))
 
 
+def but_slow(names, *slow):
+    """The names in order, some of them slow: each lowers a forward and a backward pass."""
+    return [pytest.param(name, marks=pytest.mark.slow if name in slow else ()) for name in sorted(names)]
+
+
 FORWARD = ["block_unions", "block_attention_forward"]
 BACKWARD = ["block_unions", "block_inversion", "block_attention_dq", "block_attention_dkv", "block_attention_sum"]
 # Elsewhere, in float32, with few or small heads or small blocks, there is Triton alone.
 HOPPER = ["nosa_1b", "nosa_3b", "nosa_8b", "nosa_8b_long", "nosa_8b_float16", "one_query"]
 
 
-def test_block_attention(shape):
-    assert attention_kernels(shape, "triton") == FORWARD + BACKWARD
+@pytest.mark.parametrize(
+    "name", but_slow(SHAPES, "tiny", "nosa_3b", "nosa_8b_float16", "nosa_8b_float32", "group_of_4", "group_of_8")
+)
+def test_block_attention(name):
+    assert attention_kernels(SHAPES[name], "triton") == FORWARD + BACKWARD
 
 
-@pytest.mark.parametrize("name", HOPPER)
+@pytest.mark.parametrize("name", but_slow(HOPPER, "nosa_3b", "nosa_8b_long", "nosa_8b_float16"))
 def test_block_attention_on_hopper(name):
     assert attention_kernels(SHAPES[name]) == ["block_unions", "mosaic", *BACKWARD]
 
 
-@pytest.mark.parametrize("name", [name for name in SHAPES if name not in HOPPER])
+@pytest.mark.parametrize(
+    "name",
+    but_slow(
+        set(SHAPES) - set(HOPPER), "tiny", "group_of_1", "group_of_4", "group_of_8", "group_of_16", "not_whole_blocks"
+    ),
+)
 def test_block_attention_takes_triton_elsewhere(name):
     assert attention_kernels(SHAPES[name]) == FORWARD + BACKWARD
 

@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from support import lively_model, random_tokens, small_config
 
 import nosa_jax
-from nosa_jax import CacheConfig, presets
+from nosa_jax import CacheConfig
 from nosa_jax.cache import host_store, state
 from nosa_jax.decode import run_step
 from nosa_jax.locality import replay_misses
@@ -21,6 +20,12 @@ NEW = 50
 LENGTHS = np.array([300, 128, 33])
 J = 8
 M = -(-(300 + NEW) // 16)
+OFFLOADED = CacheConfig(slots=10)
+
+
+@jax.jit
+def step(model, state, token):
+    return nosa_jax.decode_step(model, state, token)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +65,7 @@ def poisoned(monkeypatch):
     assert calls  # or a program compiled without the poison was found
 
 
-@pytest.mark.parametrize("slots", [J, J + 1, J + 16, M])
+@pytest.mark.parametrize("slots", [J, M, pytest.param(J + 1, marks=pytest.mark.slow)])  # test_bits takes 9, too
 def test_bit_identical_for_any_number_of_slots(model, tokens, on_device, poisoned, slots):
     cache = CacheConfig(offload=True, slots=slots)
     gen = nosa_jax.generate(model, tokens, LENGTHS, max_new_tokens=NEW, cache=cache, record=True)
@@ -76,7 +81,7 @@ def test_bit_identical_for_any_number_of_slots(model, tokens, on_device, poisone
         assert (np.asarray(gen.fetched).sum(-1) <= M - J).all()
 
 
-@pytest.mark.parametrize("variant", ["infllmv2", "dma"])
+@pytest.mark.parametrize("variant", ["infllmv2", pytest.param("dma", marks=pytest.mark.slow)])
 def test_bit_identical_for_the_rivals(tokens, variant):
     model = lively_model(small_config().with_attention(variant=variant))
     runs = [
@@ -96,7 +101,7 @@ def test_full_attention_stays_on_the_device(tokens):
 @pytest.fixture(scope="module")
 def running(model, tokens):
     """A running batch with the cache offloaded, and the first token to feed."""
-    running, logits = nosa_jax.prefill(model, tokens, LENGTHS, max_length=352, cache=CacheConfig(slots=10))
+    running, logits = nosa_jax.prefill(model, tokens, LENGTHS, max_length=352, cache=OFFLOADED)
     return running, jnp.argmax(logits, -1).astype(jnp.int32)
 
 
@@ -110,11 +115,10 @@ def test_host_store_holds_the_blocks_of_the_on_device_cache(model, tokens):
     """Every full block lies in the host store, written back once it filled up, as the on-device cache has it."""
     feed = random_tokens(40, 3, seed=9)
     ends = []
-    for cache in (CacheConfig(offload=False), CacheConfig(slots=J)):
+    for cache in (CacheConfig(offload=False), OFFLOADED):
         running, _ = nosa_jax.prefill(model, tokens, LENGTHS, max_length=352, cache=cache)
-        jitted = jax.jit(nosa_jax.decode_step, donate_argnums=1)
         for token in feed:
-            running, _ = jitted(model, running, token)
+            running, _ = step(model, running, token)
         ends.append(running)
     whole, offloaded = ends
     np.testing.assert_array_equal(offloaded.lengths, LENGTHS + 40)
@@ -133,10 +137,9 @@ def test_host_store_holds_the_blocks_of_the_on_device_cache(model, tokens):
             )
 
 
-def test_slots_hold_the_last_selection_after_prefill(model, tokens, running):
+def test_slots_hold_the_last_selection_after_prefill(on_device, running):
     state, _ = running
-    last = nosa_jax.generate(model, tokens, LENGTHS, max_new_tokens=1, record=["block_ids"]).block_ids[..., 0, :]
-    np.testing.assert_array_equal(state.table.blocks[..., :J], last)
+    np.testing.assert_array_equal(state.table.blocks[..., :J], on_device.block_ids[..., 0, :])
     assert (np.asarray(state.table.blocks[..., J:]) == -1).all()
 
 
@@ -157,43 +160,29 @@ def test_inactive_rows_stay_as_they_are(model, running):
         np.testing.assert_array_equal(row(x), row(y))
 
 
-def test_a_row_at_max_length_stays_as_it_is_under_jit(model, tokens):
-    running, _ = nosa_jax.prefill(model, tokens[:, :32], max_length=32)
-    after, _ = jax.jit(nosa_jax.decode_step)(model, running, jnp.zeros(3, jnp.int32))
-    np.testing.assert_array_equal(after.lengths, running.lengths)
-    np.testing.assert_array_equal(after.pool, running.pool)
+def test_a_row_at_max_length_stays_as_it_is_under_jit(model, running):
+    state, token = running
+    full = dataclasses.replace(state, lengths=state.lengths.at[1].set(state.max_length))
+    after, _ = step(model, full, token)
+    np.testing.assert_array_equal(after.lengths, full.lengths + jnp.array([1, 0, 1]))
+    np.testing.assert_array_equal(after.pool[:, 1], full.pool[:, 1])
 
 
 def test_step_makes_no_hidden_transfers(model, running):
     state, token = running
-    jitted = jax.jit(nosa_jax.decode_step)
-    jitted(model, state, token)
+    step(model, state, token)
     with jax.transfer_guard("disallow"):
-        jax.block_until_ready(jitted(model, state, token))
+        jax.block_until_ready(step(model, state, token))
 
 
-def test_step_copies_neither_pool_nor_host_store_nor_weights():
-    """Read from the compiled program: temporaries stay below one layer's weights, and the state is updated in place."""
-    model = nosa_jax.NosaLM(presets.tiny(), rngs=nnx.Rngs(0))
-    batch = 4
-    running, _ = nosa_jax.prefill(model, random_tokens(batch, 64), max_length=4096, cache=CacheConfig(slots=40))
-    compiled = (
-        jax.jit(nosa_jax.decode_step, donate_argnums=1).lower(model, running, jnp.zeros(batch, jnp.int32)).compile()
-    )
-    memory = compiled.memory_analysis()
-    layer_weights = sum(x.nbytes for x in jax.tree.leaves(model.layers)) // model.config.num_layers
-    assert memory.temp_size_in_bytes < layer_weights
-    assert memory.temp_size_in_bytes < min(running.pool.nbytes, running.host.nbytes)
-    state_bytes = sum(x.nbytes for x in jax.tree.leaves(running))
-    assert memory.alias_size_in_bytes >= state_bytes
-
-
-def test_the_loop_compiles_once(model, tokens):
-    jitted = jax.jit(lambda *args: nosa_jax.decode_step(*args), donate_argnums=1)  # a cache of its own
-    running, logits = nosa_jax.prefill(model, tokens, LENGTHS, max_length=320)
+def test_the_loop_compiles_once(model, running):
+    state, token = running
+    step(model, state, token)
+    compiled = step._cache_size()
     for _ in range(4):
-        running, logits = jitted(model, running, jnp.argmax(logits, -1).astype(jnp.int32))
-    assert jitted._cache_size() == 1
+        state, logits = step(model, state, token)
+        token = jnp.argmax(logits, -1).astype(jnp.int32)
+    assert step._cache_size() == compiled
 
 
 @pytest.mark.parametrize("function", ["prefill", "extend", "decode_step", "generate"])

@@ -100,6 +100,20 @@ def test_counts_are_integers(as_users_run, name, argument):
             run_op(name, **{argument: wrong})
 
 
+@pytest.mark.parametrize("number", [10**30, 2**62, 2**31])
+def test_counts_beyond_int32(as_users_run, number):
+    """Refused before anything is traced or held."""
+    for name, (_, static) in CALLS.items():
+        for argument in static:
+            with pytest.raises(ValueError, match=rf"^{argument}: must be <= "):
+                run_op(name, **{argument: number})
+
+
+def test_blocks_that_hold_more_tokens_than_positions_count(as_users_run):
+    with pytest.raises(ValueError, match=r"^num_blocks: must be below 2\*\*31 / block_size = 134217728, "):
+        run_op("block_scores", num_blocks=2**31 // P)
+
+
 def test_dtypes_that_go_together(as_users_run):
     half = floats(L, B, K, J, 2, P, D).astype(jnp.bfloat16)
     for name in ("fetch_blocks", "write_back_blocks"):

@@ -172,10 +172,11 @@ def test_records_are_part_of_the_check(monkeypatch, call, record, entry):
     plan = nosa_jax.plan(model.config, 2, 20 + new, dtype=jnp.float32)
     limit = plan.host_bytes + plan.device_bytes + 2 * new * entry
     monkeypatch.setattr(memory, "_physical_memory", lambda: limit)
-    getattr(nosa_jax, call)(model, tokens, max_new_tokens=new, record=record)
+    traced = lambda: jax.eval_shape(lambda: getattr(nosa_jax, call)(model, tokens, max_new_tokens=new, record=record))
+    traced()
     monkeypatch.setattr(memory, "_physical_memory", lambda: limit - 1)
     with pytest.raises(nosa_jax.CacheTooLargeError, match=r"record less\. .*records 0\.00"):
-        getattr(nosa_jax, call)(model, tokens, max_new_tokens=new, record=record)
+        traced()
 
 
 def test_configurations_hold_numbers_of_python(without_type_checker):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from pathlib import Path
 
 import jaxtyping
 import pytest
+
+import nosa_jax
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -19,11 +22,21 @@ def elsewhere(tmp_path, monkeypatch):
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def test_every_public_name_in_it_exists():
+    names = {name for block in BLOCKS for name in re.findall(r"\bnosa_jax((?:\.\w+)+)", block)}
+    assert len(names) >= 10
+    for name in names:
+        assert operator.attrgetter(name.removeprefix("."))(nosa_jax), name
+
+
+@pytest.mark.slow
 def test_python_blocks_run_in_order(elsewhere):
-    blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), flags=re.MULTILINE | re.DOTALL)
-    assert len(blocks) >= 3
+    assert len(BLOCKS) >= 3
     namespace: dict[str, object] = {}
-    for number, block in enumerate(blocks):
+    for number, block in enumerate(BLOCKS):
         exec(compile(block, f"README block {number}", "exec"), namespace)
     assert (elsewhere / "my-model" / "model.safetensors").exists()
 

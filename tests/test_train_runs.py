@@ -131,6 +131,19 @@ def test_where_no_checkpoint_is_whole_the_newest_is_named(run):
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"3", "6"}  # nothing was moved
 
 
+def test_a_checkpoint_older_than_a_field_of_the_configuration_is_resumed(run):
+    """The field has its default then; another value is another run."""
+    for step in ("3", "6"):
+        meta = run / "checkpoints" / step / "meta" / "metadata"
+        fields = json.loads(meta.read_text())
+        del fields["config"]["model"]["qk_norm"]
+        meta.write_text(json.dumps(fields))
+    assert train(STEPS, CORPUS, run, resume=True, progress=False).step == 6
+    other = dataclasses.replace(STEPS, model=dataclasses.replace(STEPS.model, qk_norm=True))
+    with pytest.raises(ValueError, match=r"TrainConfig.model: must be ModelConfig\(.* as in the checkpoint to resume"):
+        train(other, CORPUS, run, resume=True, progress=False)
+
+
 def test_leftovers_of_killed_saves_are_cleaned_by_the_run_alone(run):
     leftover = run / "checkpoints" / "9.orbax-checkpoint-tmp"
     leftover.mkdir()

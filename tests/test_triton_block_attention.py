@@ -59,8 +59,8 @@ def assert_matches(inputs, cotangents, true, **size):
 @pytest.mark.parametrize(
     "name",
     [
-        "k1_g16_spans", "k2_g1_packed", "k2_g4_ragged", "k2_g8_chunk", "k2_g16_rows", "k4_g4_blocks_of_64",
-        "k1_g8_packed",
+        "k1_g16_spans", "k2_g1_packed", "k2_g4_ragged", "k2_g8_chunk",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("k2_g16_rows", "k4_g4_blocks_of_64", "k1_g8_packed")),
     ],
 )  # fmt: skip
 def test_matches_the_reference(name):
@@ -68,13 +68,13 @@ def test_matches_the_reference(name):
     assert_matches(inputs, cotangents, truth(name), **size)
 
 
-@pytest.mark.parametrize("group", [3, 6])
+@pytest.mark.parametrize("group", [3, pytest.param(6, marks=pytest.mark.slow)])
 def test_any_group_size(group):
     inputs, cotangents, size = of_case(Case(_inputs.small(2, group, 32, (70,), (41,))))
     assert_matches(inputs, cotangents, true_gradients(inputs, cotangents, **size), **size)
 
 
-@pytest.mark.parametrize("name", ["k1_g16_spans", "k2_g1_packed"])
+@pytest.mark.parametrize("name", ["k1_g16_spans", pytest.param("k2_g1_packed", marks=pytest.mark.slow)])
 def test_bfloat16_is_as_good_as_its_rounding(name):
     inputs, cotangents, size = case_of(name)
     (low, low_cotangents), wide = in_bfloat16(inputs, no_lse_of_empty(inputs, cotangents))
@@ -172,7 +172,9 @@ def test_nan_that_nobody_sees_does_not_spread(name, change):
 # ---- sums of the backward pass ----
 
 
-@pytest.mark.parametrize("name, length", [("k2_g1_packed", 16), ("k4_g4_blocks_of_64", 64)])
+@pytest.mark.parametrize(
+    "name, length", [("k2_g1_packed", 16), pytest.param("k4_g4_blocks_of_64", 64, marks=pytest.mark.slow)]
+)
 def test_gradients_summed_in_segments(monkeypatch, name, length):
     """Blocks that more queries selected than one program adds up."""
     inputs, cotangents, size = case_of(name)

@@ -122,7 +122,13 @@ def offloaded(name):
     return given, given | {"pool": fetched, "host": None, "loads": None}
 
 
-@pytest.mark.parametrize("name", ["k1_g16", "k2_g4_ragged", "k2_g8_no_bias", "runs_of_two_and_three"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "k2_g4_ragged", "runs_of_two_and_three",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("k1_g16", "k2_g8_no_bias")),
+    ],
+)  # fmt: skip
 def test_one_step_of_the_cache_gives_the_bits_of_its_parts(name):
     given, resident = offloaded(name)
     out, pool = run(step, given)
@@ -160,6 +166,7 @@ def test_scores_of_one_query(group, lengths):
 # ---- the whole step ----
 
 
+@pytest.mark.slow
 def test_offloaded_decoding_is_bit_identical():
     """Every kernel of a step at once, against the same step with the whole cache on the device."""
     model = lively_model(small_config())

@@ -34,7 +34,7 @@ class Projections(NamedTuple):
 def by_kv_head(
     q: Float[Array, "*rest N D"], k: Float[Array, "*rest K D"], v: Float[Array, "*rest K D"]
 ) -> Float[Array, "*rest K G_plus_2 D"]:
-    """Of each KV head its query heads, its key and its value, as the fused projection has them."""
+    """Puts the query heads of each KV head, its key and its value side by side, as the fused projection has them."""
     grouped = q.reshape(*k.shape[:-1], -1, q.shape[-1])
     return jnp.concatenate([grouped, k[..., None, :], v[..., None, :]], axis=-2)
 

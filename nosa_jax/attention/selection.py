@@ -33,9 +33,16 @@ def select(
     num_blocks: int,
     layer: Int32[Array, ""] | None = None,
 ) -> Int32[Array, "B K T J"]:
-    """Block ids of every query. Pooled keys or importance may be None where the variant does not use them.
+    """Block ids of every query, through which no gradient passes (SPEC's selection, of any variant).
 
-    layer: which layer of the cache's stacked pooled keys. No gradient passes.
+    config: the variant and its sizes.
+    q: queries after rotation.
+    pooled_keys: means of windows of keys, one layer's or all layers'; None where the variant does not use them.
+    pooled_importance: means of windows of importance; None where the variant does not use it.
+    positions: of the queries, -1 for padding.
+    first_block: where the document of each block starts in a packed row; None for one document a row.
+    num_blocks: M, the blocks that a row may have.
+    layer: which layer of the stacked pooled keys; None where they are one layer's.
     """
     fill = None
     if config.uses_importance:

@@ -134,6 +134,10 @@ def plan(
 ) -> Plan:
     """Counts bytes for `batch` rows that may grow to `max_length` tokens.
 
+    config: of the model.
+    batch: rows that decode together.
+    max_length: tokens that each may hold, prompt and new ones.
+    cache: where the KV cache lives, and its slots.
     dtype: of weights and cache; importance is float32 in any.
     misses: blocks fetched per step, layer, KV head and row; None takes published measurements by slots.
     link_bytes_per_second, hbm_bytes_per_second: rates of the link and of device memory; None takes what was measured

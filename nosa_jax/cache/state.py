@@ -147,7 +147,7 @@ def _fields(state: DecodeState) -> dict[str, Any]:
 
 
 def _names(value: Any) -> list[str]:
-    """Of the arrays in a field, each by dtype and shape."""
+    """Names the arrays in a field, each by dtype and shape."""
     is_array = lambda x: isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
     return [f"{x.dtype}{list(x.shape)}" if is_array(x) else f"{x!r:.60}" for x in jax.tree.leaves(value)]
 

@@ -98,7 +98,7 @@ class Locality:
             )
 
     def _read_tokens(self, model: NosaLM) -> np.ndarray:
-        """As many tokens of the text as are read."""
+        """Returns the tokens of the text that are read, and no more."""
         needed = self.prompt_length + (0 if self.free_running else self.new_tokens)
         if self.text is None:
             text = (

@@ -164,10 +164,18 @@ def stream(
 ) -> Iterator[Any]:
     """Yields one int32 array [B] per step, `pad_token` for rows that stopped; the tokens that `generate` would return.
 
+    tokens: int [B, T], right-padded where `lengths` says so.
+    lengths: int [B], tokens of each prompt; None: all T.
+    max_new_tokens: steps, at most: fewer come where every row stopped (`generate` pads to that many).
+    cache: where the KV cache lives.
+    sampling: how a token is drawn from logits.
+    key: one random key, split over the rows, or one per row [B]; greedy sampling needs none.
+    stop_tokens: tokens that end a row.
+    pad_token: stands after a row's end.
     record: True, or some of "logits", "block_ids", "fetched": then a `Step` per step comes, its arrays in host memory.
+    chunk: prompt tokens read at once, see `prefill`.
 
-    Ends when every row stopped, so it may yield fewer than `max_new_tokens` steps; `generate` pads to that many.
-    Other arguments and errors as in `generate`; they are checked at the call, not at the first token.
+    Errors as in `generate`; arguments are checked at the call, not at the first token.
     """
     options = as_options(max_new_tokens, cache, record, chunk)
     prompt = checks.as_prompt(model, tokens, lengths)

@@ -127,7 +127,7 @@ class Checkpoints:
         )
 
     def restore_model(self, like: Any, step: int | None = None) -> Any:
-        """As `restore`, for the model alone."""
+        """Restores the model alone; arguments and errors as in `restore`."""
         step = self.existing(step)
         self.meta(step)
         return self._restore_item("model", like, step)

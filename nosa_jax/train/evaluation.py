@@ -36,7 +36,15 @@ def evaluate(
     bytes_per_token: float = 1.0,
     compute_dtype: Any = "float32",
 ) -> Evaluation:
-    """Next-token loss over at most `max_batches` batches of windows of `length` tokens, the same ones at every call.
+    """Next-token loss over windows of the text, the same ones at every call.
+
+    model: what is evaluated.
+    tokens: of the text, on the host.
+    batch_size: windows that are computed together.
+    length: tokens of a window that are predicted.
+    max_batches: batches that are read, at most.
+    bytes_per_token: of the text, on average, for `bits_per_byte`.
+    compute_dtype: of the forward pass.
 
     Raises ValueError when the text is shorter than one window.
     """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import threading
@@ -23,7 +22,7 @@ from nosa_jax.environment import environment
 from nosa_jax.model import NosaLM, num_parameters
 from nosa_jax.train._interrupt import interrupt_flag
 from nosa_jax.train._progress import Progress
-from nosa_jax.train.checkpoint import Checkpoints
+from nosa_jax.train.checkpoint import Checkpoints, model_config_from_dict
 from nosa_jax.train.config import TrainConfig
 from nosa_jax.train.data import Corpus, train_batches
 from nosa_jax.train.evaluation import Evaluation, evaluate
@@ -66,12 +65,15 @@ def train(
 ) -> TrainResult:
     """Trains on `corpus.train`, evaluates on `corpus.heldout`.
 
+    config: the run: model, batches, optimizer, what is logged, evaluated and kept.
+    corpus: the text, split.
     directory: gets `log.jsonl` and `checkpoints/`; None saves nothing.
     model: to start from (copied), e.g. for continued pretraining; None draws weights with `config.seed`.
         Its configuration must be `config.model`.
     resume: continue from the newest checkpoint in `directory` that is whole (from the start if there is none at all)
         on exactly the batches that would have come. Everything but the model's shape, the seed, the batches and the
         text may change.
+    progress: whether a bar is shown on standard error.
     on_record: called with every log record, for trackers.
 
     A record of kind `train` holds step, loss (nats), bits_per_byte, learning_rate, grad_norm, and tokens_per_second
@@ -291,13 +293,16 @@ def _check_corpus(config: TrainConfig, corpus: Corpus) -> None:
 
 
 def _check_resumable(config: TrainConfig, corpus: Corpus, meta: dict[str, Any]) -> None:
-    saved, now = meta["config"], json.loads(json.dumps(dataclasses.asdict(config)))
+    saved = meta["config"]
+    # As configurations, so that a field which is younger than the checkpoint has its default.
+    saved = {**saved, "model": model_config_from_dict(saved["model"])}
     for name in ("model", "seed", "batch_size", "length"):
-        if saved[name] != now[name]:
+        now = getattr(config, name)
+        if saved[name] != now:
             raise bad_value(
                 f"TrainConfig.{name}",
                 f"must be {saved[name]} as in the checkpoint to resume",
-                now[name],
+                now,
                 "Use the same value, or take another directory.",
             )
     if meta["corpus"] != corpus.fingerprint():

@@ -69,6 +69,9 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """One step of training on windows of W = T + 1 tokens. Pure; jit it with the state donated.
 
+    state: the model, the optimizer's moments and the steps made.
+    tokens: the batch.
+    optimizer: its numbers and the shape of the learning rate.
     steps: of the whole run, the horizon of the learning rate.
     compute_dtype: of the forward and backward pass; parameters, moments and gradients stay float32.
     accumulate: split the batch into as many parts and average their gradients, to need less memory.

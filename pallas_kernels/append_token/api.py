@@ -10,7 +10,8 @@ from pallas_kernels._arguments import as_floats, as_integers, as_layer, require_
 from pallas_kernels._dispatch import register
 from pallas_kernels.append_token import triton, xla
 from pallas_kernels.append_token.summaries import Summaries
-from pallas_kernels.checks import bad_value, require_given, require_int, require_shape, require_type
+from pallas_kernels.blocks import MAX_STRIDE
+from pallas_kernels.checks import bad_value, require_given, require_shape, require_size, require_type
 from pallas_kernels.promotion import usual_promotion
 
 APPEND_TOKEN = register(
@@ -40,11 +41,11 @@ def append_token(
     summaries: of all layers.
     positions: of the token, which is how many came before it; -1 for rows without one.
     layer: which of the L layers; one out of range is refused, or means nothing where it is traced.
-    stride: of the pooling windows, in tokens.
+    stride: of the pooling windows, in tokens, at most 1024.
 
     Raises ValueError or TypeError for arguments that do not go together.
     """
-    stride = require_int("stride", stride, 1)
+    stride = require_size("stride", stride, 1, maximum=MAX_STRIDE)
     require_given(qkv=qkv, cos=cos, sin=sin, positions=positions, layer=layer)
     qkv, cos, sin, scale, delta = as_floats(qkv=qkv, cos=cos, sin=sin, scale=scale, delta=delta)
     (positions,) = as_integers(positions=positions)
@@ -76,10 +77,16 @@ def append_summaries(
 ) -> Summaries:
     """The summaries with any number of tokens: the first `count[b]` of a row follow `start[b]` others.
 
-    keys: of the tokens, after rotation. importance: of the tokens, None where the summaries have none. Other arguments
-    and errors as in `append_token`.
+    summaries: of all layers; those of `layer` change.
+    keys: of the tokens, after rotation.
+    importance: of the tokens, None where the summaries have none.
+    start: tokens that each row has already.
+    count: how many of the n follow; 0 for a row that stays as it is.
+    layer: which of the L layers.
+    stride: tokens from one window to the next.
+    Errors as in `append_token`.
     """
-    stride = require_int("stride", stride, 1)
+    stride = require_size("stride", stride, 1, maximum=MAX_STRIDE)
     keys, importance = as_floats(keys=keys, importance=importance)
     start, count = as_integers(start=start, count=count)
     summaries = _as_summaries(summaries)
@@ -117,7 +124,7 @@ def _check_importance(scale: Array | None, delta: Array | None, summaries: Summa
 
 
 def _check_summaries(summaries: Summaries, batch: int, kv_heads: int, dim: int) -> int | None:
-    """Of one number of layers, batch and heads. Returns the number of layers, None where there are no summaries."""
+    """Raises where they differ in layers, batch or heads. Returns the number of layers, None without summaries."""
     keys, importance, pooled = summaries
     leaves = jax.tree.leaves(summaries)
     lead = (leaves[0].shape[0] if leaves else None, batch, kv_heads)

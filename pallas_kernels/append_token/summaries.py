@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 
 class Summaries(NamedTuple):
-    """Of all layers; None where a variant does not use it.
+    """Holds what all layers keep for the selection; a field is None where the variant does not use it.
 
     pooled_keys: pooled [L, B, K, C, D] and float32 sums [L, B, K, 2, D], see `append_pooled_keys`.
     importance: [L, B, K, M, P] float32, of each token.

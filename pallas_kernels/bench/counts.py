@@ -101,7 +101,7 @@ def selected_tokens(
 
 
 def attention(inputs: dict[str, Any], *, block_size: int, gradient: bool) -> Floor:
-    """Of `block_attention`: two products per selected token and query head; with `gradient` 2.5 times that again."""
+    """Counts `block_attention`: two products per selected token and query head; `gradient` adds 2.5 times that."""
     q, k, v, bias = (inputs[name] for name in ("q", "k", "v", "bias"))
     heads, dim = q.shape[2:]
     kv_heads, tokens = k.shape[1:3]
@@ -118,7 +118,7 @@ def attention(inputs: dict[str, Any], *, block_size: int, gradient: bool) -> Flo
 
 
 def dense_attention(inputs: dict[str, Any], *, gradient: bool) -> Floor:
-    """Of causal attention of q [B, T, N, D] over as many k, v [B, T, K, D]."""
+    """Counts causal attention of q [B, T, N, D] over as many k, v [B, T, K, D]."""
     q, k, v = (inputs[name] for name in ("q", "k", "v"))
     batch, length, heads, dim = q.shape
     flops = 4 * batch * heads * dim * length * (length + 1) // 2
@@ -129,7 +129,7 @@ def dense_attention(inputs: dict[str, Any], *, gradient: bool) -> Floor:
 
 
 def decode_attention(inputs: dict[str, Any]) -> Floor:
-    """Of the visible tokens of the selected blocks alone, not of the whole pool."""
+    """Counts the visible tokens of the selected blocks alone, not the whole pool."""
     q, pool = inputs["q"], inputs["pool"]
     ids, slots, positions = jax.device_get((inputs["block_ids"], inputs["slots"], inputs["positions"]))
     kv_heads, num_slots, size, dim = pool.shape[2], pool.shape[3], pool.shape[5], pool.shape[6]
@@ -145,7 +145,7 @@ def decode_attention(inputs: dict[str, Any]) -> Floor:
 
 
 def moved_blocks(inputs: dict[str, Any]) -> Floor:
-    """Of `fetch_blocks` and `write_back_blocks`: once through device memory and once over the link."""
+    """Counts `fetch_blocks` and `write_back_blocks`: once through device memory and once over the link."""
     pool, host = inputs["pool"], inputs["host"]
     ids, slots = jax.device_get((inputs["block_ids"], inputs["slots"]))
     valid = (ids >= 0) & (ids < host.shape[3]) & (slots >= 0) & (slots < pool.shape[3])

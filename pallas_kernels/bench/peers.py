@@ -36,7 +36,7 @@ def missing() -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that the peers come from, where installed."""
+    """Returns the versions of the packages that the peers come from, where installed."""
     found = {}
     for package in ("torch", "triton", "fla-core", "flash-linear-attention", "nvidia-cudnn-cu13", "nvidia-cudnn-cu12"):
         try:

@@ -53,7 +53,7 @@ def shapes(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def cells(entry: dict[str, Any]) -> tuple[str, ...]:
-    """Of the line of an entry; the reason, where there is one, is the last."""
+    """Returns the cells of an entry's line; the reason, where there is one, is the last."""
     name = (entry["op"], entry["case"], entry["implementation"])
     if entry["status"] != "ok":
         return (*name, f"{entry['status']}: {entry['reason']}")

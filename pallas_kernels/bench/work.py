@@ -110,7 +110,7 @@ def upcast(arrays: Any) -> Any:
 
 
 def on_numpy(inputs: dict[str, Any]) -> dict[str, Any]:
-    """As the references that are Python loops take them."""
+    """Turns arrays into what references that are Python loops take."""
     return {name: int(x) if name == "layer" else jax.tree.map(np.asarray, x) for name, x in inputs.items()}
 
 

@@ -16,7 +16,7 @@ def load_rows(ref, row, queries, head):
 
 
 def load_bias(bias, row, head, tokens, axis):
-    """Of one block in base 2, with a new `axis` for the queries; 0 without bias."""
+    """Loads the bias of one block in base 2, with a new `axis` for the queries; 0 without bias."""
     return 0.0 if bias is None else jnp.expand_dims(bias[row, head, tokens] * LOG2_E, axis)
 
 

@@ -14,8 +14,8 @@ from pallas_kernels.checks import (
     bad_value,
     require_ascending,
     require_given,
-    require_int,
     require_shape,
+    require_size,
 )
 from pallas_kernels.derivatives import reverse_mode_only
 
@@ -54,7 +54,7 @@ def block_attention(
         padding anywhere (output 0, lse -inf); under jit neither this nor repeats can be checked, and gradients would be
         wrong. None: query t is token t of its row, T = S; without ids and bias cuDNN takes that.
     first_block: for each of the M blocks the first block of its document; None for one document per row.
-    block_size: P, tokens per block.
+    block_size: P, tokens per block, at most 65536.
     scale: of the logits, a Python number; 1/sqrt(D) by default.
 
     Returns (out in q's dtype, natural-log lse in float32), differentiable in q, k, v and bias, also through lse: once,
@@ -64,7 +64,7 @@ def block_attention(
     require_given(q=q, k=k, v=v)
     q, k, v, bias = as_floats(q=q, k=k, v=v, bias=bias)
     block_ids, positions, first_block = as_integers(block_ids=block_ids, positions=positions, first_block=first_block)
-    block_size = require_int("block_size", block_size, 1)
+    block_size = require_size("block_size", block_size, 1, maximum=2**16)
     require_shape("q", q, (None,) * 4, "[B, T, N, D]")
     require_shape("k", k, (None,) * 4, "[B, K, S, D]")
     batch, length, heads, dim = q.shape

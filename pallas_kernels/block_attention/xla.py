@@ -144,7 +144,8 @@ def _gather_span(x: Array, span_ids: Int32[Array, "B K"]) -> Array:
 
 
 def _visit(settings: Settings, tile: Tiles, spans: Spans, plan: Plan, trip: Array) -> tuple[Array, ...]:
-    """Of one trip: span ids [B, K], keys and values [B, K, s, D], logits [B, K, t, G, s] (-inf where masked), mask."""
+    """Returns what one trip sees: span ids [B, K], keys and values [B, K, s, D], logits [B, K, t, G, s] (-inf where
+    masked), mask."""
     dtype = jnp.promote_types(tile.q.dtype, jnp.float32)
     size = settings.block_size
     span_ids = jax.lax.dynamic_index_in_dim(plan.spans, trip, axis=2, keepdims=False)

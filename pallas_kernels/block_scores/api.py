@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Integer
 from pallas_kernels._arguments import as_floats, as_integers, as_layer
 from pallas_kernels._dispatch import register
 from pallas_kernels.block_scores import triton, xla
-from pallas_kernels.checks import bad_value, require_given, require_int, require_shape
+from pallas_kernels.checks import bad_value, require_given, require_shape, require_size
 
 BLOCK_SCORES = register(
     "block_scores", {"xla": xla.block_scores, "triton": triton.block_scores}, {"triton": triton.unsupported}
@@ -47,8 +47,11 @@ def block_scores(
     require_given(q=q, pooled_keys=pooled_keys, positions=positions)
     q, pooled_keys = as_floats(q=q, pooled_keys=pooled_keys)
     positions, first_block = as_integers(positions=positions, first_block=first_block)
-    num_blocks, block_size = require_int("num_blocks", num_blocks, 0), require_int("block_size", block_size, 1)
-    stride = require_int("stride", stride, 1)
+    num_blocks = require_size("num_blocks", num_blocks, 0)
+    block_size, stride = require_size("block_size", block_size, 1), require_size("stride", stride, 1)
+    if num_blocks * block_size >= 2**31:
+        rule = f"must be below 2**31 / block_size = {2**31 // block_size}, as positions are int32"
+        raise bad_value("num_blocks", rule, num_blocks, "Pass the blocks of the longest row.")
     if (layer is None) != (pooled_keys.ndim == 4):
         raise bad_value(
             "layer", "must be given exactly when pooled_keys has a leading L", layer, "Pass both or neither."

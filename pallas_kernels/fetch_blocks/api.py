@@ -76,9 +76,12 @@ def fetch_blocks(
 ) -> Float[Array, "L B K slots 2 P D"]:
     """pool[layer, b, k, slots[b, k, x]] = host[layer, b, k, block_ids[b, k, x]] for every valid x.
 
-    host: in `pinned_host` memory. An entry with a negative or too large id or slot moves nothing. transport: see
-    `implementation_of`. layer: which of
-    the L layers; one out of range is refused, or means nothing where it is traced.
+    pool: the slots of all layers.
+    host: the host store, in `pinned_host` memory.
+    block_ids, slots: what moves where. An entry with a negative or too large id or slot moves nothing.
+    layer: which of the L layers; one out of range is refused, or means nothing where it is traced.
+    transport: see `implementation_of`.
+    implementation: "auto" or the name of one.
     """
     pool, host, block_ids, slots = _checked(pool, host, block_ids, slots, every_layer=False)
     layer = as_layer(layer, pool.shape[0])

@@ -8,7 +8,8 @@ from jaxtyping import Array, Float, Integer
 
 from pallas_kernels._arguments import as_floats, as_integers, as_layer, require_dtype
 from pallas_kernels._dispatch import register
-from pallas_kernels.checks import require_given, require_int, require_shape
+from pallas_kernels.blocks import MAX_STRIDE
+from pallas_kernels.checks import require_given, require_shape, require_size
 from pallas_kernels.pooled_keys import xla
 
 POOL_KEYS = register("pool_keys", {"xla": xla.pool_keys})
@@ -26,7 +27,7 @@ def pool_keys(
     require_given(keys=keys)
     (keys,) = as_floats(keys=keys)
     require_shape("keys", keys, (None,) * 4, "[B, K, S, D]")
-    stride = require_int("stride", stride, 1)
+    stride = require_size("stride", stride, 1, maximum=MAX_STRIDE)
     with jax.named_scope("pool_keys"):
         return POOL_KEYS(implementation, keys, stride=stride)
 
@@ -50,7 +51,7 @@ def append_pooled_keys(
     start: how many tokens of each row came before.
     count: how many of the new ones each row takes.
     layer: which of the L layers; one out of range is refused, or means nothing where it is traced.
-    stride: of the windows, in tokens.
+    stride: of the windows, in tokens, at most 1024: its tokens are added one by one.
 
     Returns the updated (pooled, sums); windows beyond C are dropped. Raises ValueError or TypeError for
     arguments that do not go together.
@@ -58,7 +59,7 @@ def append_pooled_keys(
     require_given(pooled=pooled, sums=sums, new=new, start=start, count=count, layer=layer)
     pooled, sums, new = as_floats(pooled=pooled, sums=sums, new=new)
     start, count = as_integers(start=start, count=count)
-    stride = require_int("stride", stride, 1)
+    stride = require_size("stride", stride, 1, maximum=MAX_STRIDE)
     require_shape("pooled", pooled, (None,) * 5, "[L, B, K, C, D]")
     layers, batch, heads, _, dim = pooled.shape
     require_shape("sums", sums, (layers, batch, heads, 2, dim), "[L, B, K, 2, D]")

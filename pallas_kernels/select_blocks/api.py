@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int32, Integer
 
 from pallas_kernels._arguments import as_floats, as_integers
 from pallas_kernels._dispatch import register
-from pallas_kernels.checks import bad_value, require_given, require_int, require_shape
+from pallas_kernels.checks import bad_value, require_given, require_shape, require_size
 from pallas_kernels.select_blocks import triton, xla
 
 SELECT_BLOCKS = register("select_blocks", {"xla": xla.select_blocks, "triton": triton.select_blocks})
@@ -48,11 +48,11 @@ def select_blocks(
     require_given(positions=positions)
     query_scores, importance_scores = as_floats(query_scores=query_scores, importance_scores=importance_scores)
     positions, first_block = as_integers(positions=positions, first_block=first_block)
-    block_size = require_int("block_size", block_size, 1)
-    num_selected_blocks = require_int("num_selected_blocks", num_selected_blocks, 1)
-    num_sink_blocks = require_int("num_sink_blocks", num_sink_blocks, 0)
-    num_local_blocks = require_int("num_local_blocks", num_local_blocks, 0)
-    num_query_blocks = require_int("num_query_blocks", num_query_blocks, 0)
+    block_size = require_size("block_size", block_size, 1)
+    num_selected_blocks = require_size("num_selected_blocks", num_selected_blocks, 1)
+    num_sink_blocks = require_size("num_sink_blocks", num_sink_blocks, 0)
+    num_local_blocks = require_size("num_local_blocks", num_local_blocks, 0)
+    num_query_blocks = require_size("num_query_blocks", num_query_blocks, 0)
     scores = query_scores if query_scores is not None else importance_scores
     if scores is None:
         raise bad_value("query_scores, importance_scores", "one of them must be given", None, "Pass at least one.")

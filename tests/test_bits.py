@@ -1,0 +1,87 @@
+"""What holds of programs compiled as users' programs are, above all to the bit; other files compile quickly."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from support import forward, lively_model, random_tokens, small_config
+
+import nosa_jax
+from nosa_jax import CacheConfig, Sampling, presets
+from nosa_jax.cache.state import empty_state
+from nosa_jax.locality import replay_misses
+
+pytestmark = pytest.mark.optimized
+
+LENGTHS = np.array([300, 128, 33])
+NEW = 50
+SAMPLED = Sampling(temperature=1.0, top_k=20, top_p=0.9)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return lively_model(small_config())
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return random_tokens(3, 300, seed=2)
+
+
+@pytest.fixture(scope="module")
+def offloaded(model, tokens):
+    key = jax.random.key(5)
+    options = dict(max_new_tokens=NEW, sampling=SAMPLED, key=key, cache=CacheConfig(slots=9), record=True)
+    return options, nosa_jax.generate(model, tokens, LENGTHS, **options)
+
+
+def test_an_offloaded_cache_gives_the_bits_of_one_on_the_device(model, tokens, offloaded):
+    options, gen = offloaded
+    on_device = nosa_jax.generate(model, tokens, LENGTHS, **(options | {"cache": CacheConfig(offload=False)}))
+    for name in ("logits", "tokens", "block_ids"):
+        np.testing.assert_array_equal(getattr(gen, name), getattr(on_device, name))
+    positions = LENGTHS[:, None, None] - 1 + np.arange(NEW)
+    predicted = replay_misses(np.asarray(gen.block_ids), positions, model.config.attention, 9)
+    np.testing.assert_array_equal(gen.fetched, predicted)
+
+
+def test_stream_and_the_compiled_step_give_the_bits_of_generate(model, tokens, offloaded):
+    options, gen = offloaded
+    for number, step in enumerate(nosa_jax.stream(model, tokens, LENGTHS, **options)):
+        np.testing.assert_array_equal(step.tokens, gen.tokens[:, number])
+        np.testing.assert_array_equal(step.logits, gen.logits[:, number])
+    state, logits = nosa_jax.prefill(model, tokens, LENGTHS, max_length=300 + NEW, cache=CacheConfig(slots=9))
+    for number in range(NEW):
+        np.testing.assert_array_equal(logits, gen.logits[:, number])
+        state, logits = nosa_jax.jit_decode_step(model, state, gen.tokens[:, number])
+
+
+def test_later_tokens_change_nothing_before_them(model):
+    tokens = random_tokens(1, 400)
+    before = forward(model, tokens, record=True)
+    for i in (0, 15, 100, 255, 398):
+        changed = tokens.copy()
+        changed[:, i + 1 :] = random_tokens(1, 400 - i - 1, seed=7)
+        after = forward(model, changed, record=True)
+        np.testing.assert_array_equal(after.logits[:, : i + 1], before.logits[:, : i + 1])
+        np.testing.assert_array_equal(after.block_ids[..., : i + 1, :], before.block_ids[..., : i + 1, :])
+        assert not jnp.array_equal(after.logits, before.logits)
+
+
+def test_step_copies_neither_pool_nor_host_store_nor_weights():
+    """Read from the compiled program: temporaries stay below one layer's weights, and the state is updated in place."""
+    model = nosa_jax.NosaLM(presets.tiny(), rngs=nnx.Rngs(0))
+    batch = 4
+    empty = jax.jit(lambda: empty_state(model.config, batch, 4096, CacheConfig(slots=40), jnp.float32))
+    running = empty()
+    step = jax.jit(nosa_jax.decode_step, donate_argnums=1)
+    compiled = step.lower(model, running, jnp.zeros(batch, jnp.int32)).compile()
+    memory = compiled.memory_analysis()
+    layer_weights = sum(x.nbytes for x in jax.tree.leaves(model.layers)) // model.config.num_layers
+    assert memory.temp_size_in_bytes < layer_weights
+    assert memory.temp_size_in_bytes < min(running.pool.nbytes, running.host.nbytes)
+    state_bytes = sum(x.nbytes for x in jax.tree.leaves(running))
+    assert memory.alias_size_in_bytes >= state_bytes
