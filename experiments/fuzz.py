@@ -14,6 +14,7 @@ import argparse
 import collections
 import dataclasses
 import functools
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -262,7 +263,7 @@ def names(message: str, argument: str, others: Iterable[str]) -> bool:
     """Whether the message says which argument is at fault: where two shapes disagree, either."""
     if "must have shape" in message:
         return any(message.startswith(name) for name in others)
-    return argument.lower() in message.lower()
+    return re.search(rf"\b{re.escape(argument)}\b", message, re.IGNORECASE) is not None
 
 
 def judge(target: Target, argument: str, value: Any, is_right: bool) -> str:

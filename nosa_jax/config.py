@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal, get_args
 
+from pallas_kernels.blocks import MAX_STRIDE
 from pallas_kernels.checks import (
     bad_type,
     bad_value,
@@ -12,6 +13,7 @@ from pallas_kernels.checks import (
     require_int,
     require_number,
     require_one_of,
+    require_size,
     require_type,
 )
 
@@ -62,7 +64,8 @@ class AttentionConfig:
             ("num_local_blocks", 1),
             ("num_query_blocks", 0),
         ):
-            _set(self, **{name: require_int(f"AttentionConfig.{name}", getattr(self, name), minimum)})
+            most = MAX_STRIDE if name == "pooling_stride" else 2**16  # as kernels take them
+            _set(self, **{name: require_size(f"AttentionConfig.{name}", getattr(self, name), minimum, most)})
         if self.pooling_window != 2 * self.pooling_stride:
             raise bad_value(
                 "AttentionConfig.pooling_window",

@@ -11,7 +11,7 @@ from pallas_kernels.block_scores import block_scores
 from pallas_kernels.decode_attention import Residence, Store, Token, decode_attention, update_and_attend
 from pallas_kernels.fetch_blocks import fetch_blocks, write_back_blocks
 from pallas_kernels.pooled_keys import append_pooled_keys, pool_keys
-from pallas_kernels.resolve_slots import resolve_slots, resolve_table
+from pallas_kernels.resolve_slots import resolve_slots
 from pallas_kernels.select_blocks import select_blocks
 
 __all__ = [
@@ -32,7 +32,6 @@ __all__ = [
     "fetch_blocks",
     "pool_keys",
     "resolve_slots",
-    "resolve_table",
     "select_blocks",
     "update_and_attend",
     "write_back_blocks",

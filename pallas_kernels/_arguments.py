@@ -55,6 +55,14 @@ def in_host_memory(argument: str, host: Any) -> Array:
     return as_floats(**{argument: host})[0]
 
 
+def require_between(argument: str, array: Array, low: int, high: int, what: str) -> None:
+    """Raises ValueError unless `low <= array <= high`, where values can be seen. what: the name of `high`."""
+    if is_concrete(array) and array.size:
+        values = jax.device_get(array)
+        if values.min() < low or values.max() > high:
+            raise bad_value(argument, f"must be in [{low}, {what} = {high}]", values.tolist(), "Count new tokens only.")
+
+
 def require_dtype(argument: str, array: Any, dtype: Any, why: str) -> None:
     """Raises TypeError unless `array` has that dtype."""
     if array.dtype != dtype:

@@ -11,6 +11,7 @@ import dataclasses
 import types
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from pallas_kernels import _backend
@@ -106,5 +107,5 @@ def _warn_slow_path(name: str, reasons: str) -> None:
         warnings.warn(
             f"{name}: no GPU kernel takes this call ({reasons}), running the XLA implementation",
             RuntimeWarning,
-            stacklevel=5,
+            skip_file_prefixes=(str(Path(__file__).parent),),  # it is about the line that calls the op
         )

@@ -60,10 +60,11 @@ def require_integers(argument: str, array: Any) -> None:
         raise bad_type(argument, "must hold integers", dtype, f"Cast it: {argument}.astype(jnp.int32).")
 
 
-def as_integers(argument: str, value: Any) -> jax.Array:
+def as_integers(argument: str, value: Any, *, look: bool = True) -> jax.Array:
     """`value` as an int32 array. Raises TypeError or ValueError unless it is an array or nested lists of integers.
 
     What holds nothing at all, as `[[], []]`, counts as integers.
+    look: False leaves values alone that lie on a device, for which it would have to be waited for.
     """
     if not isinstance(value, jax.Array | np.ndarray):
         if isinstance(value, list | tuple) and not is_concrete(*jax.tree.leaves(value)):
@@ -75,7 +76,8 @@ def as_integers(argument: str, value: Any) -> jax.Array:
         raise bad_type(argument, "must hold integers", got, "Pass ids, which a tokenizer gives for text.")
     require_integers(argument, value)
     limits = np.iinfo(np.int32)  # before the cast would wrap values into range
-    if value.size and is_concrete(value) and not np.can_cast(value.dtype, np.int32):
+    look = look or isinstance(value, np.ndarray)
+    if look and value.size and is_concrete(value) and not np.can_cast(value.dtype, np.int32):
         least, most = int(value.min()), int(value.max())
         if least < limits.min or most > limits.max:
             raise bad_value(argument, "values must fit in int32", f"{least} to {most}", "Check the values.")
@@ -165,8 +167,9 @@ def require_number(argument: str, value: Any, low: float, high: float = math.inf
     if number is None:
         raise bad_type(argument, "must be a number", f"{value!r:.60}", "Pass an int or a float.")
     if not (low <= number <= high and abs(number) <= sys.float_info.max):
-        rule = f"must be >= {low}" if high == math.inf else f"must lie between {low} and {high}"
-        raise bad_value(argument, f"{rule} and finite", number, "Change it.")
+        rule = f"must lie between {low} and {high}" if high < math.inf else f"must be >= {low}"
+        rule = "must be finite" if low == -math.inf and high == math.inf else f"{rule} and finite"
+        raise bad_value(argument, rule, number, "Change it.")
     return number
 
 
@@ -203,4 +206,4 @@ def is_concrete(*arrays: Any) -> bool:
 
 def is_tracing() -> bool:
     """True inside `jax.jit`, also where no argument is traced."""
-    return isinstance(jnp.zeros(()), jax.core.Tracer)
+    return isinstance(jax.lax.iota("int32", 1), jax.core.Tracer)  # made where it is: nothing crosses to a device

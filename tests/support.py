@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 import nosa_jax
-from nosa_jax import AttentionConfig, ModelConfig, NosaLM, rope
+from nosa_jax import AttentionConfig, CacheConfig, ModelConfig, NosaLM, rope
 from nosa_jax.attention.layout import row_layout
 from pallas_kernels import blocks, pool_keys
 from pallas_kernels.block_scores.reference import block_scores_ref as block_scores
@@ -26,6 +26,12 @@ SMALL = AttentionConfig(
     num_local_blocks=3,
     num_query_blocks=2,
 )
+
+
+# One ragged batch and one cache for many tests, which then share what was compiled for them.
+LENGTHS = np.array([300, 128, 1])
+NEW = 50  # tokens that are generated: every row crosses block boundaries
+OFFLOADED = CacheConfig(slots=10)
 
 
 def small_config(
@@ -66,6 +72,11 @@ def lively_model(config: ModelConfig, seed: int = 0) -> NosaLM:
 
 def random_tokens(*shape: int, seed: int = 0, vocab: int = 128) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, vocab, shape).astype(np.int32)
+
+
+def prompts() -> np.ndarray:
+    """Tokens of LENGTHS."""
+    return random_tokens(len(LENGTHS), int(LENGTHS.max()), seed=2)
 
 
 def sure_rows(model: NosaLM, tokens: np.ndarray, block_ids: np.ndarray, margin: float = 1e-6) -> np.ndarray:
@@ -146,4 +157,5 @@ def forward_one(model: NosaLM, tokens: np.ndarray, *, block_ids=None, bucket: in
     return nosa_jax.ForwardOutput(out.logits[:, :length], out.hidden[:, :length], ids)
 
 
+step = jax.jit(lambda model, state, token: nosa_jax.decode_step(model, state, token))
 forward = jax.jit(nosa_jax.forward, static_argnames=("logits", "record", "remat"))

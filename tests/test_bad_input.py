@@ -119,6 +119,10 @@ CASES = {
     "more forced than selected": (attention(num_selected_blocks=32), "num_selected_blocks", "num_sink_blocks", "32 <"),
     "stride does not divide": (attention(block_size=40), "block_size", "multiple of pooling_stride", "40"),
     "window is not two strides": (attention(pooling_window=48), "pooling_window", "2 * pooling_stride", "48"),
+    "a stride beyond the kernels": (
+        attention(pooling_stride=2048, pooling_window=4096, block_size=4096), "pooling_stride", "<= 1024", "2048"
+    ),
+    "blocks beyond the kernels": (attention(num_selected_blocks=2**20), "num_selected_blocks", "<= 65536", "1048576"),
     "a float count": (attention(num_selected_blocks=64.0), "num_selected_blocks", "int", "64.0"),
     "unknown attention key": (
         lambda: nosa_jax.with_attention(model(), topk=3), "attention", "keys must be among", "topk"
@@ -295,6 +299,10 @@ CASES = {
     "state with a hole": (
         lambda: nosa_jax.decode_step(model(), dataclasses.replace(running(), pool=None), OK[:, 0]),
         "state", "pool must be an array", "None",
+    ),
+    "state of plain tuples": (
+        lambda: nosa_jax.decode_step(model(), dataclasses.replace(running(), table=tuple(running().table)), OK[:, 0]),
+        "state", "SlotTable as table", "tuple",
     ),
     "state of text": (
         lambda: nosa_jax.decode_step(model(), dataclasses.replace(running(), table="a"), OK[:, 0]),

@@ -7,18 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from support import forward, lively_model, random_tokens, small_config
+from support import LENGTHS, NEW, forward, lively_model, prompts, random_tokens, small_config
 
 import nosa_jax
-from nosa_jax import CacheConfig, Sampling, presets
+from nosa_jax import CacheConfig, presets
 from nosa_jax.cache.state import empty_state
 from nosa_jax.locality import replay_misses
 
 pytestmark = pytest.mark.optimized
-
-LENGTHS = np.array([300, 128, 33])
-NEW = 50
-SAMPLED = Sampling(temperature=1.0, top_k=20, top_p=0.9)
 
 
 @pytest.fixture(scope="module")
@@ -28,35 +24,29 @@ def model():
 
 @pytest.fixture(scope="module")
 def tokens():
-    return random_tokens(3, 300, seed=2)
+    return prompts()
 
 
 @pytest.fixture(scope="module")
 def offloaded(model, tokens):
-    key = jax.random.key(5)
-    options = dict(max_new_tokens=NEW, sampling=SAMPLED, key=key, cache=CacheConfig(slots=9), record=True)
-    return options, nosa_jax.generate(model, tokens, LENGTHS, **options)
+    return nosa_jax.generate(model, tokens, LENGTHS, max_new_tokens=NEW, cache=CacheConfig(slots=9), record=True)
 
 
 def test_an_offloaded_cache_gives_the_bits_of_one_on_the_device(model, tokens, offloaded):
-    options, gen = offloaded
-    on_device = nosa_jax.generate(model, tokens, LENGTHS, **(options | {"cache": CacheConfig(offload=False)}))
+    options = dict(max_new_tokens=NEW, cache=CacheConfig(offload=False), record=True)
+    on_device = nosa_jax.generate(model, tokens, LENGTHS, **options)
     for name in ("logits", "tokens", "block_ids"):
-        np.testing.assert_array_equal(getattr(gen, name), getattr(on_device, name))
+        np.testing.assert_array_equal(getattr(offloaded, name), getattr(on_device, name))
     positions = LENGTHS[:, None, None] - 1 + np.arange(NEW)
-    predicted = replay_misses(np.asarray(gen.block_ids), positions, model.config.attention, 9)
-    np.testing.assert_array_equal(gen.fetched, predicted)
+    predicted = replay_misses(np.asarray(offloaded.block_ids), positions, model.config.attention, 9)
+    np.testing.assert_array_equal(offloaded.fetched, predicted)
 
 
-def test_stream_and_the_compiled_step_give_the_bits_of_generate(model, tokens, offloaded):
-    options, gen = offloaded
-    for number, step in enumerate(nosa_jax.stream(model, tokens, LENGTHS, **options)):
-        np.testing.assert_array_equal(step.tokens, gen.tokens[:, number])
-        np.testing.assert_array_equal(step.logits, gen.logits[:, number])
+def test_the_compiled_step_gives_the_bits_of_generate(model, tokens, offloaded):
     state, logits = nosa_jax.prefill(model, tokens, LENGTHS, max_length=300 + NEW, cache=CacheConfig(slots=9))
     for number in range(NEW):
-        np.testing.assert_array_equal(logits, gen.logits[:, number])
-        state, logits = nosa_jax.jit_decode_step(model, state, gen.tokens[:, number])
+        np.testing.assert_array_equal(logits, offloaded.logits[:, number])
+        state, logits = nosa_jax.jit_decode_step(model, state, offloaded.tokens[:, number])
 
 
 def test_later_tokens_change_nothing_before_them(model):

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 _GENERATE = """
 import jax
 jax.config.update("jax_num_cpu_devices", 4)
@@ -46,6 +48,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.slow
 def test_rows_on_four_devices_are_what_they_are_on_one():
     """Ragged rows that stop at different steps, sampled; with a host store per device, and without one."""
     done = subprocess.run(

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import lively_model, random_tokens, small_config
+from support import LENGTHS, NEW, OFFLOADED, lively_model, prompts, small_config
+from support import step as run_step
 
 import nosa_jax
 from nosa_jax import CacheConfig, Sampling
 from nosa_jax.decode.sampling import filter_logits, sample
 
-LENGTHS = np.array([90, 40])
 SAMPLED = Sampling(temperature=1.0, top_k=20, top_p=0.9)
 
 
@@ -25,29 +25,31 @@ def model():
 
 @pytest.fixture(scope="module")
 def tokens():
-    return random_tokens(2, 90, seed=4)
+    return prompts()
 
 
 @pytest.fixture(scope="module")
 def greedy(model, tokens):
-    return nosa_jax.generate(model, tokens, LENGTHS, max_new_tokens=20, record=True)
+    return nosa_jax.generate(model, tokens, LENGTHS, max_new_tokens=NEW, cache=OFFLOADED, record=True)
 
 
 @pytest.fixture(scope="module")
 def sampled(model, tokens):
-    keys = jax.random.split(jax.random.key(1), 2)
-    return nosa_jax.generate(model, tokens, LENGTHS, max_new_tokens=20, sampling=SAMPLED, key=keys, record=True)
+    keys = jax.random.split(jax.random.key(1), 3)
+    return nosa_jax.generate(
+        model, tokens, LENGTHS, max_new_tokens=NEW, cache=OFFLOADED, sampling=SAMPLED, key=keys, record=True
+    )
 
 
 def test_stream_yields_the_tokens_of_generate(model, tokens, greedy):
-    streamed = list(nosa_jax.stream(model, tokens, LENGTHS, max_new_tokens=20))
+    streamed = list(nosa_jax.stream(model, tokens, LENGTHS, max_new_tokens=NEW, cache=OFFLOADED))
     np.testing.assert_array_equal(np.stack(streamed, axis=1), greedy.tokens)
 
 
 def test_stream_records_what_generate_records(model, tokens, sampled):
     """Step by step in host memory, to the bit."""
-    keys = jax.random.split(jax.random.key(1), 2)
-    options = dict(max_new_tokens=20, sampling=SAMPLED, key=keys, record=True)
+    keys = jax.random.split(jax.random.key(1), 3)
+    options = dict(max_new_tokens=NEW, cache=OFFLOADED, sampling=SAMPLED, key=keys, record=True)
     steps = list(nosa_jax.stream(model, tokens, LENGTHS, **options))
     for number, step in enumerate(steps):
         assert isinstance(step, nosa_jax.Step)
@@ -55,21 +57,25 @@ def test_stream_records_what_generate_records(model, tokens, sampled):
             ours = getattr(step, name)
             assert isinstance(ours, np.ndarray)
             np.testing.assert_array_equal(ours, np.take(np.asarray(getattr(sampled, name)), number, axis))
-    assert len(steps) == 20
+    assert len(steps) == NEW
 
 
-def test_only_what_was_asked_for_is_recorded(model, tokens):
+def test_only_what_was_asked_for_is_recorded(model, tokens, without_type_checker):
     gen = jax.eval_shape(lambda: nosa_jax.generate(model, tokens, LENGTHS, max_new_tokens=2, record="logits"))
-    assert gen.logits.shape == (2, 2, 128)
+    assert gen.logits.shape == (3, 2, 128)
     assert gen.block_ids is None and gen.fetched is None
-    step = next(nosa_jax.stream(model, tokens, LENGTHS, max_new_tokens=20, record=("fetched",)))
-    assert step.logits is None and step.block_ids is None and step.fetched.shape == (2, 2, 2)
+    for nothing in (np.False_, ()):
+        assert next(
+            nosa_jax.stream(model, tokens, LENGTHS, max_new_tokens=NEW, cache=OFFLOADED, record=nothing)
+        ).shape == (3,)
+    step = next(nosa_jax.stream(model, tokens, LENGTHS, max_new_tokens=NEW, cache=OFFLOADED, record=("fetched",)))
+    assert step.logits is None and step.block_ids is None and step.fetched.shape == (2, 3, 2)
 
 
 def test_the_compiled_step_gives_the_bits_of_the_plain_one_and_takes_the_state(model, tokens, monkeypatch):
-    state, logits = nosa_jax.prefill(model, tokens, LENGTHS, max_length=100)
+    state, logits = nosa_jax.prefill(model, tokens, LENGTHS, max_length=300 + NEW, cache=OFFLOADED)
     token = jnp.argmax(logits, -1).astype(jnp.int32)
-    expected, expected_logits = nosa_jax.decode_step(model, state, token)
+    expected, expected_logits = run_step(model, state, token)
     jax.jit(nosa_jax.jit_decode_step).lower(model, state, token)  # inside another program it is a part of that
     assert not state.pool.is_deleted()
     after, logits = nosa_jax.jit_decode_step(model, state, np.asarray(token))
@@ -77,17 +83,22 @@ def test_the_compiled_step_gives_the_bits_of_the_plain_one_and_takes_the_state(m
     np.testing.assert_array_equal(logits, expected_logits)
     for ours, theirs in zip(jax.tree.leaves(after), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(ours, theirs)
-    with pytest.raises(ValueError, match="tokens: must have the state's 2 rows, got 3"):
-        nosa_jax.jit_decode_step(model, after, np.array([1, 2, 3]))
+    with pytest.raises(ValueError, match="tokens: must have the state's 3 rows, got 2"):
+        nosa_jax.jit_decode_step(model, after, np.array([1, 2]))
     with pytest.raises(ValueError, match="tokens: ids must be in"):
-        nosa_jax.jit_decode_step(model, after, np.array([1, 128]))
-    monkeypatch.setattr(jax, "device_get", None)  # a loop runs ahead of the device: what lies there is not looked at
-    nosa_jax.jit_decode_step(model, after, token)
+        nosa_jax.jit_decode_step(model, after, np.array([1, 2, 128]))
+    unsigned = token.astype(jnp.uint32)
+    for name in ("__int__", "__bool__", "__array__"):  # a loop runs ahead of the device: it does not look there
+        monkeypatch.setattr(type(token), name, None)
+    monkeypatch.setattr(jax, "device_get", None)
+    with jax.transfer_guard("disallow"):
+        after, _ = nosa_jax.jit_decode_step(model, after, token)
+    nosa_jax.jit_decode_step(model, after, unsigned)
 
 
 def test_a_sampled_row_is_what_it_would_be_alone(model, tokens, sampled):
-    keys = jax.random.split(jax.random.key(1), 2)
-    options = dict(max_new_tokens=20, sampling=SAMPLED)
+    keys = jax.random.split(jax.random.key(1), 3)
+    options = dict(max_new_tokens=NEW, cache=OFFLOADED, sampling=SAMPLED)
     for row, length in enumerate(LENGTHS):
         alone = nosa_jax.generate(model, tokens[row : row + 1], [length], key=keys[row : row + 1], **options)
         np.testing.assert_array_equal(alone.tokens[0], sampled.tokens[row])
@@ -96,7 +107,7 @@ def test_a_sampled_row_is_what_it_would_be_alone(model, tokens, sampled):
 
 
 def test_raw_and_typed_keys_agree(model, tokens):
-    options = dict(max_new_tokens=20, sampling=SAMPLED, record=True)
+    options = dict(max_new_tokens=NEW, cache=OFFLOADED, sampling=SAMPLED, record=True)
     keys = (jax.random.key(3), jax.random.PRNGKey(3))
     np.testing.assert_array_equal(
         *(nosa_jax.generate(model, tokens, LENGTHS, key=key, **options).tokens for key in keys)
@@ -105,14 +116,14 @@ def test_raw_and_typed_keys_agree(model, tokens):
 
 def test_greedy_takes_the_best_and_records_what_it_was_drawn_from(greedy):
     np.testing.assert_array_equal(greedy.tokens, jnp.argmax(greedy.logits, -1))
-    np.testing.assert_array_equal(greedy.lengths, [20, 20])
+    np.testing.assert_array_equal(greedy.lengths, [NEW] * 3)
 
 
 def test_rows_stop_at_stop_tokens_and_the_loop_ends(model, tokens, greedy):
-    stop = [int(greedy.tokens[0, 6]), int(greedy.tokens[1, 11])]
-    options = dict(max_new_tokens=20, stop_tokens=stop, pad_token=127)
+    stop = [int(greedy.tokens[row, step]) for row, step in enumerate((6, 11, 3))]
+    options = dict(max_new_tokens=NEW, cache=OFFLOADED, stop_tokens=stop, pad_token=127)
     gen = nosa_jax.generate(model, tokens, LENGTHS, record=True, **options)
-    for row in range(2):
+    for row in range(3):
         end = int(np.flatnonzero(np.isin(greedy.tokens[row], stop))[0]) + 1
         assert gen.lengths[row] == end
         np.testing.assert_array_equal(gen.tokens[row, :end], greedy.tokens[row, :end])
@@ -126,7 +137,7 @@ def test_rows_stop_at_stop_tokens_and_the_loop_ends(model, tokens, greedy):
 
 def test_forced_tokens_and_selections_replay_a_run(model, tokens, greedy):
     def replayed(block_ids):
-        options = dict(max_new_tokens=20, forced_tokens=greedy.tokens, record=True)
+        options = dict(max_new_tokens=NEW, cache=OFFLOADED, forced_tokens=greedy.tokens, record=True)
         return nosa_jax.generate(model, tokens, LENGTHS, forced_block_ids=block_ids, **options)
 
     again = replayed(greedy.block_ids)
@@ -134,10 +145,25 @@ def test_forced_tokens_and_selections_replay_a_run(model, tokens, greedy):
         np.testing.assert_array_equal(getattr(again, name), getattr(greedy, name))
     # Another selection gives other logits: the ids are really used.
     ids = np.full_like(greedy.block_ids, -1)
-    ids[..., 0] = (LENGTHS[None, :, None, None] - 1 + np.arange(20)) // 16  # the own block alone
+    ids[..., 0] = (LENGTHS[None, :, None, None] - 1 + np.arange(NEW)) // 16  # the own block alone
     narrow = replayed(ids)
     np.testing.assert_array_equal(narrow.block_ids, ids)
     assert not np.allclose(narrow.logits[:, 5], greedy.logits[:, 5], atol=1e-2)
+
+
+def test_a_run_that_stopped_is_replayed_beyond_its_end(model, tokens, greedy):
+    """What was not recorded after a row had stopped is selected."""
+    ids = np.asarray(greedy.block_ids).copy()
+    ids[:, 1, :, 8:] = -1
+    options = dict(max_new_tokens=NEW, cache=OFFLOADED, forced_tokens=greedy.tokens, record=True)
+    again = nosa_jax.generate(model, tokens, LENGTHS, forced_block_ids=ids, **options)
+    np.testing.assert_array_equal(again.block_ids, greedy.block_ids)
+    np.testing.assert_array_equal(again.logits, greedy.logits)
+
+
+def test_stream_is_refused_where_it_cannot_be_traced(model, tokens):
+    with pytest.raises(TypeError, match=r"stream: cannot run inside jax\.jit.* Use generate"):
+        jax.jit(lambda tokens: nosa_jax.stream(model, tokens, max_new_tokens=2))(tokens)
 
 
 def test_filter_logits_literally():
@@ -152,10 +178,16 @@ def test_filter_logits_literally():
     assert kept(top_k=3) == [True, True, True, True]  # the third and fourth tie
     assert kept(top_p=0.5) == [True, False, False, False]
     assert kept(top_p=0.51) == [True, True, False, False]
-    assert kept(top_p=1e-9) == [True, False, False, False]
+    for tiny in (1e-9, 1e-40, 1e-50, 5e-324):
+        assert kept(top_p=tiny) == [True, False, False, False]
     halved = np.asarray(filter_logits(logits, Sampling(temperature=0.5)))
     np.testing.assert_allclose(halved, 2 * logits)
     assert minus not in halved
+
+
+def test_greedy_needs_no_keys_and_takes_them():
+    logits, keys, places = jnp.array([[0.0, 3.0, 1.0]]), jax.random.split(jax.random.key(0), 1), jnp.zeros(1, jnp.int32)
+    assert sample(logits, keys, places, Sampling()).tolist() == sample(logits, None, places, Sampling()).tolist() == [1]
 
 
 def test_sampling_follows_the_distribution():
@@ -207,7 +239,7 @@ def test_logits_without_a_finite_best_end_the_row(tokens, sampling):
     untied = lively_model(dataclasses.replace(small_config(), tie_embeddings=False))  # NaN meets its readers alone
     broken, bad = jax.tree.map(lambda x: x, untied), 77
     broken.embed[...] = broken.embed[...].at[bad].set(jnp.nan)
-    prompt = np.where(tokens[:, :40] == bad, (bad + 1) % 128, tokens[:, :40])
+    prompt = np.where(tokens[:2, :40] == bad, (bad + 1) % 128, tokens[:2, :40])
     options = dict(max_new_tokens=6, sampling=sampling, key=jax.random.key(0), pad_token=7)
     prompt[1, 20] = bad
     with pytest.raises(FloatingPointError, match=r"logits.*row 1.*step 0"):
@@ -221,7 +253,7 @@ def test_logits_without_a_finite_best_end_the_row(tokens, sampling):
 
 @pytest.mark.slow
 def test_numpy_numbers_and_nested_lists_are_taken(model, tokens, without_type_checker):
-    few, lengths = tokens[:, :20], [20, 13]
+    few, lengths = tokens[:2, :20], [20, 13]
     plain = dict(max_new_tokens=2, pad_token=5, stop_tokens=[3], chunk=16, record=True)
     numbers = dict(
         max_new_tokens=np.int64(2), pad_token=jnp.int32(5), stop_tokens=np.array([3]), chunk=np.int8(16), record=True

@@ -102,6 +102,7 @@ def test_gradients_equal_dense_attention_in_float64():
         assert np.abs(want).max() > 0
 
 
+@pytest.mark.slow
 @settings(max_examples=6)
 @given(seed=st.integers(0, 2**16), variant=st.sampled_from(["nosa", "infllmv2", "dma"]))
 def test_locality_of_random_models(seed, variant):

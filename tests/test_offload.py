@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import lively_model, random_tokens, small_config
+from support import LENGTHS, NEW, OFFLOADED, lively_model, prompts, random_tokens, small_config, step
 
 import nosa_jax
 from nosa_jax import CacheConfig
@@ -16,16 +16,8 @@ from nosa_jax.cache import host_store, state
 from nosa_jax.decode import run_step
 from nosa_jax.locality import replay_misses
 
-NEW = 50
-LENGTHS = np.array([300, 128, 33])
 J = 8
 M = -(-(300 + NEW) // 16)
-OFFLOADED = CacheConfig(slots=10)
-
-
-@jax.jit
-def step(model, state, token):
-    return nosa_jax.decode_step(model, state, token)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +27,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def tokens():
-    return random_tokens(3, 300, seed=2)
+    return prompts()
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +93,7 @@ def test_full_attention_stays_on_the_device(tokens):
 @pytest.fixture(scope="module")
 def running(model, tokens):
     """A running batch with the cache offloaded, and the first token to feed."""
-    running, logits = nosa_jax.prefill(model, tokens, LENGTHS, max_length=352, cache=OFFLOADED)
+    running, logits = nosa_jax.prefill(model, tokens, LENGTHS, max_length=300 + NEW, cache=OFFLOADED)
     return running, jnp.argmax(logits, -1).astype(jnp.int32)
 
 
@@ -116,7 +108,7 @@ def test_host_store_holds_the_blocks_of_the_on_device_cache(model, tokens):
     feed = random_tokens(40, 3, seed=9)
     ends = []
     for cache in (CacheConfig(offload=False), OFFLOADED):
-        running, _ = nosa_jax.prefill(model, tokens, LENGTHS, max_length=352, cache=cache)
+        running, _ = nosa_jax.prefill(model, tokens, LENGTHS, max_length=300 + NEW, cache=cache)
         for token in feed:
             running, _ = step(model, running, token)
         ends.append(running)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
-from op_calls import CALLS, STORE, B, D, J, K, L, M, P, floats
+from op_calls import CALLS, STORE, B, C, D, J, K, L, M, P, floats
 
 import pallas_kernels as ops
 
@@ -112,6 +112,26 @@ def test_counts_beyond_int32(as_users_run, number):
 def test_blocks_that_hold_more_tokens_than_positions_count(as_users_run):
     with pytest.raises(ValueError, match=r"^num_blocks: must be below 2\*\*31 / block_size = 134217728, "):
         run_op("block_scores", num_blocks=2**31 // P)
+
+
+def test_no_more_tokens_are_counted_than_are_given(as_users_run):
+    for count in (2, -1):
+        with pytest.raises(ValueError, match=r"^count: must be in \[0, n = 1\]"):
+            run_op("append_pooled_keys", count=jnp.full(B, count, jnp.int32))
+    pooled, sums = run_op("append_pooled_keys", new=floats(B, K, 0, D))
+    assert pooled.shape == (L, B, K, C, D) and sums.shape == (L, B, K, 2, D)
+
+
+def test_summaries_say_which_part_is_wrong(as_users_run):
+    summaries = CALLS["append_token"][0]["summaries"]
+    with pytest.raises(TypeError, match=r"^summaries\.pooled_keys\[0\]: must hold floats"):
+        run_op("append_token", summaries=summaries._replace(pooled_keys=(jnp.zeros((L, B, K, C, D), int), None)))
+    tokens = {"start": jnp.zeros(B, int), "count": jnp.ones(B, int), "layer": 0, "stride": 2}
+    with pytest.raises(TypeError, match=r"^keys: must be given"):
+        ops.append_summaries(summaries, None, None, **tokens)
+    half = summaries._replace(pooled_importance=None)
+    with pytest.raises(ValueError, match=r"^summaries: must hold importance and pooled_importance, or neither"):
+        ops.append_summaries(half, floats(B, K, 1, D), floats(B, K, 1), **tokens)
 
 
 def test_dtypes_that_go_together(as_users_run):

@@ -154,6 +154,17 @@ def test_a_query_without_blocks_sees_nothing():
     assert_same_bits((out[:, others], lse[:, others]), (plain_out[:, others], plain_lse[:, others]))
 
 
+def test_a_query_of_nan_is_not_one_that_sees_nothing():
+    """NaN comes out as NaN, in the lse too, whose -inf means that there was nothing to see; others do not notice."""
+    inputs, size = inputs_of("k2_g4_ragged"), options(SMALL["k2_g4_ragged"])
+    broken = inputs | {"q": inputs["q"].at[0, 7].set(jnp.nan)}
+    (out, lse), (clean, clean_lse) = bits(xla(broken, **size)), bits(xla(inputs, **size))
+    assert np.isnan(out[0, 7]).all() and np.isnan(lse[0, 7]).all()
+    assert np.isnan(definition(broken, **size)[1][0, 7]).all()
+    out[0, 7], lse[0, 7] = clean[0, 7], clean_lse[0, 7]
+    assert_same_bits((out, lse), (clean, clean_lse))
+
+
 @pytest.mark.parametrize("offset", [-1e3, 1e3])
 def test_a_large_bias_on_every_token_cancels(offset):
     inputs = inputs_of("k1_g16_spans")

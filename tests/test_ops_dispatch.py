@@ -286,8 +286,9 @@ def test_the_slow_path_on_a_gpu_warns_once(on_a_gpu):
     with pytest.warns(
         RuntimeWarning,
         match=r"^sum_blocks: no GPU kernel takes this call \(triton: 1 is odd\), running the XLA implementation",
-    ):
+    ) as warned:
         assert slow("auto", 1) == "xla"
+    assert "pallas_kernels" not in warned[0].filename
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert slow("auto", 1) == "xla"

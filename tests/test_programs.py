@@ -27,6 +27,9 @@ pytestmark = pytest.mark.slow
 def nothing_compiles():
     """No program is lowered, whether or not XLA would find it in its cache on disk."""
     _lowered.clear()
+    jax.jit(lambda: jax.numpy.zeros(1)).lower()  # as this is
+    assert [event for event in _lowered if "mlir_module" in event]
+    _lowered.clear()
     yield
     assert not [event for event in _lowered if "mlir_module" in event]
 
@@ -78,8 +81,8 @@ def test_reprs_are_short_and_fetch_nothing(model):
     state, _ = nosa_jax.prefill(model, TOKENS, max_length=48, cache=CacheConfig(slots=8))
     gen = nosa_jax.generate(model, TOKENS, max_new_tokens=2, record=True)
     out = nosa_jax.forward(model, TOKENS, record=True)
-    with jax.transfer_guard_device_to_host("disallow_explicit"):
-        texts = [repr(x) for x in (state, gen, out, state.table, state.pooled_keys)]
+    jax.tree.map(lambda x: x.delete(), (state, gen, out))  # nothing is left to fetch
+    texts = [repr(x) for x in (state, gen, out, state.table, state.pooled_keys)]
     assert all(len(text) < 800 for text in texts), texts
     assert "pool=float32[2,2,2,3,2,16,32]" in texts[0] and "max_length=48" in texts[0]
     assert "host=float32[2,2,2,3,2,16,32] in pinned_host" in texts[0]

@@ -51,7 +51,9 @@ def decode(offload: bool):
 def generate():
     sampling, key = Sampling(temperature=0.7, top_k=9, top_p=0.9), jax.random.key(1)
     drawn = nosa_jax.generate(model(), TOKENS, max_new_tokens=3, sampling=sampling, key=key, record=("block_ids",))
-    return drawn, list(nosa_jax.stream(model(), TOKENS[:1], max_new_tokens=2, stop_tokens=[5]))
+    replay = {"forced_tokens": drawn.tokens, "forced_block_ids": drawn.block_ids}
+    again = nosa_jax.generate(model(), TOKENS, max_new_tokens=3, record=("block_ids",), **replay)
+    return drawn, again, list(nosa_jax.stream(model(), TOKENS[:1], max_new_tokens=2, stop_tokens=[5]))
 
 
 def train():

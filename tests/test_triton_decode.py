@@ -88,6 +88,13 @@ def test_attention(name):
     np.testing.assert_allclose(out, expected, rtol=0, atol=16 * EPS * np.abs(expected).max())
 
 
+def test_a_low_bias_is_widened_first():
+    inputs = attention_of("k2_g4_ragged")
+    low = inputs | {"bias": inputs["bias"].astype(jnp.bfloat16)}
+    wide = inputs | {"bias": low["bias"].astype(jnp.float32)}
+    np.testing.assert_array_equal(run(decode_attention, low), run(decode_attention, wide))
+
+
 def test_more_runs_for_more_blocks():
     """Of 300 blocks, beyond 16 runs."""
     case = attention_cases.Case((300 * 16 - 3,), 300, 1, 2, 16, 1, num_selected_blocks=300)
@@ -169,12 +176,14 @@ def test_scores_of_one_query(group, lengths):
 @pytest.mark.slow
 def test_offloaded_decoding_is_bit_identical():
     """Every kernel of a step at once, against the same step with the whole cache on the device."""
+    jax.clear_caches()  # of programs that were traced outside the interpreter
     model = lively_model(small_config())
     tokens, lengths = random_tokens(2, 150, seed=2), np.array([150, 79])
 
     def logits(cache):
         step = jax.jit(lambda *arguments: nosa_jax.decode_step(*arguments))
         state, logits = nosa_jax.prefill(model, tokens, lengths, max_length=200, cache=cache)
+        assert "pallas_call" in str(jax.make_jaxpr(nosa_jax.decode_step)(model, state, tokens[:, 0]))
         for _ in range(20):
             state, logits = step(model, state, jnp.argmax(logits, -1).astype(jnp.int32))
             yield np.asarray(logits)

@@ -51,14 +51,14 @@ def as_tokens(tokens: Any, vocab_size: int, *, rank: int = 2, name: str = "token
 
     look: False leaves values alone, for which those of a device would have to be waited for.
     """
-    tokens = as_integers(name, tokens)
+    given, tokens = tokens, as_integers(name, tokens, look=look)
     if tokens.ndim != rank:
         letters = {1: "[B]", 2: "[B, T]"}[rank]
         raise bad_value(name, f"must be {letters}", f"shape {tokens.shape}", "Add or drop a batch axis.")
     if tokens.size == 0:
         raise bad_value(name, "must hold at least one token per row", f"shape {tokens.shape}", "Pass a prompt.")
     if look and is_concrete(tokens):
-        values = np.asarray(jax.device_get(tokens))
+        values = given if isinstance(given, np.ndarray) else np.asarray(jax.device_get(tokens))
         wrong = np.argwhere((values < 0) | (values >= vocab_size))
         if wrong.size:
             where = tuple(int(i) for i in wrong[0])

@@ -11,7 +11,6 @@ from pallas_kernels import blocks
 from pallas_kernels.block_scores import block_scores
 from pallas_kernels.select_blocks import select_blocks
 
-KEEP_SELECTION = -2  # first id of a row of forced block ids that replaces nothing
 _CHUNK_SCORES = 2**25  # block scores held at once, all rows and heads
 
 
@@ -98,5 +97,5 @@ def replace_selection(
     forced_block_ids: Int32[Array, "*forced J"],
     where: Bool[Array, "*where"],
 ) -> Int32[Array, "*queries J"]:
-    """The forced ids where `where` (broadcast over J) says so and they do not say KEEP_SELECTION, else the selected."""
-    return jnp.where(where & (forced_block_ids[..., :1] > KEEP_SELECTION), forced_block_ids, block_ids)
+    """The forced ids where `where` (broadcast over J) says so and there are any, not -1 alone, else the selected."""
+    return jnp.where(where & (forced_block_ids >= 0).any(-1, keepdims=True), forced_block_ids, block_ids)

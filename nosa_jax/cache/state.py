@@ -120,9 +120,13 @@ def require_fitting(state: DecodeState, config: ModelConfig, dtype: Any) -> None
         cache = CacheConfig(slots=max(slots, selected))  # slots of all blocks may be fewer
     fitting = _fitting_shapes(config, state.lengths.shape[0], max_length, cache, dtype)
     for name, value in _fields(state).items():
-        if _names(value) != fitting[name]:
-            rule = f"must go with the model, whose {name} has {fitting[name]}"
+        if _names(value) != _names(fitting[name]):
+            rule = f"must go with the model, whose {name} has {_names(fitting[name])}"
             raise bad_value("state", rule, f"{_names(value)!s:.200}", remedy)
+        if jax.tree.structure(value) != jax.tree.structure(fitting[name]):
+            rule = f"must hold a {type(fitting[name]).__name__} as {name}"
+            restore = "Restore into the tree of a state: jax.tree.unflatten(jax.tree.structure(state), leaves)."
+            raise bad_value("state", rule, type(value).__name__, restore)
         _require_at_hand(name, value)
 
 
@@ -153,11 +157,8 @@ def _names(value: Any) -> list[str]:
 
 
 @functools.lru_cache(maxsize=32)
-def _fitting_shapes(
-    config: ModelConfig, batch: int, max_length: int, cache: CacheConfig, dtype: Any
-) -> dict[str, list[str]]:
-    state = jax.eval_shape(lambda: empty_state(config, batch, max_length, cache, dtype))
-    return {name: _names(value) for name, value in _fields(state).items()}
+def _fitting_shapes(config: ModelConfig, batch: int, max_length: int, cache: CacheConfig, dtype: Any) -> dict[str, Any]:
+    return _fields(jax.eval_shape(lambda: empty_state(config, batch, max_length, cache, dtype)))
 
 
 def table_at(state: DecodeState, layer: Array) -> SlotTable:

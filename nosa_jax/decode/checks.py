@@ -17,6 +17,7 @@ from nosa_jax.cache.state import DecodeState, require_fitting
 from nosa_jax.config import CacheConfig
 from nosa_jax.model import NosaLM, as_block_ids
 from pallas_kernels.checks import bad_type, bad_value, is_concrete, require_int, require_type
+from pallas_kernels.promotion import usual_promotion
 
 
 @pytree_dataclass
@@ -100,6 +101,7 @@ def check_room(state: DecodeState, count: Any) -> None:
         )
 
 
+@usual_promotion
 def as_forced_block_ids(model: NosaLM, ids: Any, prompt: Prompt, new: int) -> Int32[Array, "L B K new J"]:
     """Checked selections of a generation: entry s belongs to the query at position prompt.lengths - 1 + s."""
     positions = prompt.lengths[:, None] - 1 + jnp.arange(new, dtype=jnp.int32)

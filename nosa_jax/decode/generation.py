@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -18,14 +17,13 @@ from nosa_jax.attention import layout
 from nosa_jax.config import CacheConfig
 from nosa_jax.decode import checks
 from nosa_jax.decode.checks import Prompt
-from nosa_jax.decode.program import COMPILER_OPTIONS, program
+from nosa_jax.decode.program import program
 from nosa_jax.decode.prompt import read_prompt
 from nosa_jax.decode.request import Options, Request, as_options, as_request
 from nosa_jax.decode.sampling import Sampling, has_finite_best, sample
 from nosa_jax.decode.step import StepOutput, run_step
 from nosa_jax.model import NosaLM
-from pallas_kernels.checks import IntegersLike, bad_value, is_concrete, require_shape, require_type
-from pallas_kernels.promotion import usual_promotion
+from pallas_kernels.checks import IntegersLike, bad_type, bad_value, is_concrete, require_shape, require_type
 
 GREEDY = Sampling(temperature=0.0)
 
@@ -118,7 +116,8 @@ def generate(
     pad_token: stands after a row's end.
     record: True, or some of "logits", "block_ids", "fetched".
     forced_tokens: int [B, new], taken instead of sampled ones.
-    forced_block_ids: int [L, B, K, new, J] as recorded, used instead of selecting.
+    forced_block_ids: int [L, B, K, new, J] as recorded, used instead of selecting; where a selection is -1 alone, as
+        after a row had stopped, the model selects.
     chunk: prompt tokens read at once, see `prefill`.
     mesh: devices of this host that share the rows, each with its own part of the host store; B must be a multiple of
         their number. Every device holds all weights: place them once,
@@ -144,7 +143,8 @@ def generate(
         request = jax.tree.map(place, _request_specs(mesh), request, is_leaf=_is_spec)
     model, request = checks.untransformed((model, request))
     generation = _generate(model, request, options=options, mesh=mesh)
-    _require_drawn(generation)
+    if is_concrete(generation.failed):
+        _require_drawn(*jax.device_get((generation.failed, generation.lengths)))
     return generation
 
 
@@ -180,8 +180,10 @@ def stream(
     options = as_options(max_new_tokens, cache, record, chunk)
     prompt = checks.as_prompt(model, tokens, lengths)
     request = as_request(model, prompt, options, sampling, key, stop_tokens, pad_token)
+    if not is_concrete(*jax.tree.leaves((model, request))):
+        raise bad_type("stream", "cannot run inside jax.jit, jax.vmap or a gradient", "a traced array", "Use generate.")
     steps = _stream(model, request, options)
-    return (one.tokens for one in steps) if record is False else steps
+    return (one.tokens for one in steps) if not options.names else steps
 
 
 def _stream(model: NosaLM, request: Request, options: Options) -> Iterator[Step]:
@@ -189,17 +191,16 @@ def _stream(model: NosaLM, request: Request, options: Options) -> Iterator[Step]
     for index in range(options.max_new_tokens):
         if index:
             loop, following = _stream_step(model, request, loop, options=options)
-        _require_drawn(loop)
-        yield _on_host(following)
-        if jax.device_get(loop.done).all():
+        # One transfer a step; copied, as the buffers may be donated to the next step.
+        following, done, failed, lengths = jax.device_get((following, loop.done, loop.failed, loop.lengths))
+        _require_drawn(failed, lengths)
+        yield jax.tree.map(np.array, following)
+        if done.all():
             return
 
 
-def _require_drawn(drawn: Loop | Generation) -> None:
-    """Raises FloatingPointError where a row has failed, and that can be seen."""
-    if not is_concrete(drawn.failed):
-        return
-    failed, lengths = jax.device_get((drawn.failed, drawn.lengths))
+def _require_drawn(failed: np.ndarray, lengths: np.ndarray) -> None:
+    """Raises FloatingPointError where a row has failed."""
     if failed.any():
         row = int(np.argmax(failed))
         raise FloatingPointError(
@@ -209,13 +210,7 @@ def _require_drawn(drawn: Loop | Generation) -> None:
         )
 
 
-def _on_host(one: Step) -> Step:
-    # Copied: the buffers may be donated to the next step.
-    return jax.tree.map(np.array, jax.device_get(one))
-
-
-@functools.partial(jax.jit, static_argnames="options", donate_argnames="loop", compiler_options=COMPILER_OPTIONS)
-@usual_promotion
+@program(static_argnames="options", donate_argnames="loop")
 def _stream_step(model: NosaLM, request: Request, loop: Loop, *, options: Options) -> tuple[Loop, Step]:
     return _advance(model, request, loop, options, None, None)
 
@@ -307,7 +302,10 @@ def _is_spec(x: Any) -> bool:
 def _request_specs(mesh: Mesh) -> Request:
     """How a request is split over the devices of a mesh: by rows, on any of its axes."""
     rows, of_layers, all_ = PartitionSpec(mesh.axis_names), PartitionSpec(None, mesh.axis_names), PartitionSpec()
-    return Request(Prompt(rows, rows), rows, all_, all_, all_, rows, of_layers)
+    return Request(
+        prompt=Prompt(rows, rows), keys=rows, filter=all_, stop=all_, pad=all_,
+        forced_tokens=rows, forced_block_ids=of_layers,
+    )  # fmt: skip
 
 
 def _generation_specs(mesh: Mesh) -> Generation:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from nosa_jax import rope
 from nosa_jax.attention import layout
 from nosa_jax.attention.layer import Attention
-from nosa_jax.attention.selection import KEEP_SELECTION, replace_selection
+from nosa_jax.attention.selection import replace_selection
 from nosa_jax.cache import staging, summaries
 from nosa_jax.cache.state import DecodeState, empty_state
 from nosa_jax.config import CacheConfig, ModelConfig
@@ -105,7 +105,7 @@ def read_prompt(
         forced = forced_block_ids
         if forced is not None:  # only the chunk with a row's last token may use them
             is_last = (prompt.lengths > end - chunk) & (prompt.lengths <= end)
-            forced = jnp.where(is_last[None, :, None, None], forced, KEEP_SELECTION)
+            forced = jnp.where(is_last[None, :, None, None], forced, -1)
         state, out = _extend(model, state, tokens, count, forced)
         grew = count > 0
         return (state, jax.tree.map(lambda new, old: _where_rows(grew, new, old), out, kept)), None

@@ -87,13 +87,14 @@ class Filter:
     def of(cls, sampling: Sampling) -> Filter:
         """The temperature is kept where float32 knows it and its reciprocal, by which XLA may multiply.
 
-        Nearer 0 than that the best token alone is left; beyond it all tokens are as likely.
+        Nearer 0 than that the best token alone is left, as by any top_p near 0; beyond it all tokens are as likely.
         """
         if sampling.is_greedy:
             return cls(None, None, None)
         least = float(np.finfo(np.float32).tiny)
         temperature = np.float32(np.clip(sampling.temperature, least, 0.5 / least))
-        return cls(temperature, np.float32(sampling.top_p) if sampling.top_p < 1 else None, sampling.top_k)
+        top_p = np.float32(max(sampling.top_p, least)) if sampling.top_p < 1 else None
+        return cls(temperature, top_p, sampling.top_k)
 
 
 def has_finite_best(logits: Float[Array, "B V"]) -> Bool[Array, " B"]:
@@ -106,7 +107,7 @@ def sample(
 ) -> Int32[Array, " B"]:
     """The token that will stand at `positions`. The position is folded into the row's key, so a row draws what it
     would draw alone. Rows without a finite best logit, see `has_finite_best`, give a token that means nothing."""
-    if keys is None:
+    if sampling.temperature is None if isinstance(sampling, Filter) else sampling.is_greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = filter_logits(logits, sampling)
     return jax.vmap(lambda key, position, row: jax.random.categorical(jax.random.fold_in(key, position), row))(

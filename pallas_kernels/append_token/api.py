@@ -6,7 +6,7 @@ import jax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Integer
 
-from pallas_kernels._arguments import as_floats, as_integers, as_layer, require_dtype
+from pallas_kernels._arguments import as_floats, as_integers, as_layer, require_between, require_dtype
 from pallas_kernels._dispatch import register
 from pallas_kernels.append_token import triton, xla
 from pallas_kernels.append_token.summaries import Summaries
@@ -86,6 +86,7 @@ def append_summaries(
     stride: tokens from one window to the next.
     Errors as in `append_token`.
     """
+    require_given(keys=keys, start=start, count=count)
     stride = require_size("stride", stride, 1, maximum=MAX_STRIDE)
     keys, importance = as_floats(keys=keys, importance=importance)
     start, count = as_integers(start=start, count=count)
@@ -94,9 +95,13 @@ def append_summaries(
     batch, kv_heads, new, dim = keys.shape
     require_shape("start", start, (batch,), "[B]")
     require_shape("count", count, (batch,), "[B]")
+    require_between("count", count, 0, new, "n")
     if (importance is None) != (summaries.importance is None):
         rule = "must be given exactly where the summaries have importance"
         raise bad_value("importance", rule, None if importance is None else importance.shape, "Pass both or neither.")
+    if (summaries.importance is None) != (summaries.pooled_importance is None):
+        rule = "must hold importance and pooled_importance, or neither"
+        raise bad_value("summaries", rule, "one of them", "Pass both or neither.")
     if importance is not None:
         require_shape("importance", importance, (batch, kv_heads, new), "[B, K, n]")
     layer = as_layer(layer, _check_summaries(summaries, batch, kv_heads, dim))
@@ -106,8 +111,9 @@ def append_summaries(
 
 def _as_summaries(summaries: Summaries) -> Summaries:
     require_type("summaries", summaries, Summaries, "Pass pallas_kernels.Summaries(...).")
-    leaves, structure = jax.tree.flatten(summaries)
-    return jax.tree.unflatten(structure, as_floats(**{f"summaries[{i}]": x for i, x in enumerate(leaves)}))
+    leaves, structure = jax.tree.flatten_with_path(summaries)
+    named = {f"summaries{jax.tree_util.keystr(path)}": leaf for path, leaf in leaves}
+    return jax.tree.unflatten(structure, as_floats(**named))
 
 
 def _check_importance(scale: Array | None, delta: Array | None, summaries: Summaries, kv_heads: int, dim: int) -> None:

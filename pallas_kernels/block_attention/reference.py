@@ -56,7 +56,8 @@ def block_attention_ref(
     weights = jnp.exp(logits - top)
     total = weights.sum(-1, keepdims=True)
     seen = jnp.where(mask.any((1, 2, 3))[:, None, :, None], v.astype(dtype), 0)  # 0 * NaN is NaN
-    out = jnp.einsum("bktgs,bksd->btkgd", weights / jnp.where(total > 0, total, 1), seen)
-    lse = jnp.where(total > 0, top + jnp.log(jnp.where(total > 0, total, 1)), -jnp.inf)[..., 0]
+    safe = jnp.where(total == 0, 1, total)
+    out = jnp.einsum("bktgs,bksd->btkgd", weights / safe, seen)
+    lse = jnp.where(total == 0, -jnp.inf, top + jnp.log(safe))[..., 0]
     lse = jnp.moveaxis(lse, 1, 2).reshape(batch, length, heads)
     return out.reshape(batch, length, heads, dim).astype(q.dtype), lse

@@ -195,8 +195,8 @@ def forward(
         rows = tile.q.shape[:-1]
         init = (jnp.zeros(tile.q.shape, dtype), jnp.full(rows, -jnp.inf, dtype), jnp.zeros(rows, dtype))
         out, top, total = jax.lax.fori_loop(0, plan.trips, body, init)
-        safe = jnp.where(total > 0, total, 1)
-        return (out / safe[..., None]).astype(q.dtype), jnp.where(total > 0, top + jnp.log(safe), -jnp.inf)
+        safe = jnp.where(total == 0, 1, total)  # what sees nothing has the sum 0, and what is NaN stays so
+        return (out / safe[..., None]).astype(q.dtype), jnp.where(total == 0, -jnp.inf, top + jnp.log(safe))
 
     out, lse = jax.lax.map(run_tile, tiles)
     return _join_rows(out, q.shape[1]), _join_rows(lse, q.shape[1])

@@ -88,7 +88,7 @@ def _split_kernel(layer, positions, slots, block_ids, q, bias, pool, sums, tops,
             keys, values = pool[(*at, slot, 0)], pool[(*at, slot, 1)]
             logits = _backend.dot(query, keys.T) * (scale * LOG2_E)
             if bias is not None:
-                logits += (bias[(*at, block)] * LOG2_E)[None]
+                logits += (bias[(*at, block)].astype(jnp.float32) * LOG2_E)[None]
             if masked:
                 token = block * size + jnp.arange(size, dtype=jnp.int32)
                 seen = valid & (token <= position)

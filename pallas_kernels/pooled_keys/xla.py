@@ -46,6 +46,8 @@ def append_pooled_keys(
     stride: int,
 ) -> tuple[Float[Array, "L B K C D"], Float[Array, "L B K 2 D"]]:
     batch, heads, n, dim = new.shape
+    if n == 0:
+        return pooled, sums
     state = jax.lax.dynamic_index_in_dim(sums, layer, keepdims=False)  # [B, K, 2, D]: complete stride, open stride
     strides = (stride - 1 + n + stride - 1) // stride
     # Put every row's tokens where they fall within its strides; zeros before them leave the open sum unchanged.

@@ -49,7 +49,7 @@ def select_blocks(
     query_scores, importance_scores = as_floats(query_scores=query_scores, importance_scores=importance_scores)
     positions, first_block = as_integers(positions=positions, first_block=first_block)
     block_size = require_size("block_size", block_size, 1)
-    num_selected_blocks = require_size("num_selected_blocks", num_selected_blocks, 1)
+    num_selected_blocks = require_size("num_selected_blocks", num_selected_blocks, 1, maximum=2**16)
     num_sink_blocks = require_size("num_sink_blocks", num_sink_blocks, 0)
     num_local_blocks = require_size("num_local_blocks", num_local_blocks, 0)
     num_query_blocks = require_size("num_query_blocks", num_query_blocks, 0)
