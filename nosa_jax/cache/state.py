@@ -123,7 +123,7 @@ def require_fitting(state: DecodeState, config: ModelConfig, dtype: Any) -> None
         if _names(value) != _names(fitting[name]):
             rule = f"must go with the model, whose {name} has {_names(fitting[name])}"
             raise bad_value("state", rule, f"{_names(value)!s:.200}", remedy)
-        if jax.tree.structure(value) != jax.tree.structure(fitting[name]):
+        if isinstance(fitting[name], tuple) and type(value) is not type(fitting[name]):
             rule = f"must hold a {type(fitting[name]).__name__} as {name}"
             restore = "Restore into the tree of a state: jax.tree.unflatten(jax.tree.structure(state), leaves)."
             raise bad_value("state", rule, type(value).__name__, restore)
