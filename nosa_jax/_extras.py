@@ -25,11 +25,16 @@ EXTRAS = {
 
 
 def import_extra(module: str) -> ModuleType:
-    """Imports a module of an extra, or one inside it. Raises ImportError that says what to install."""
+    """Imports a module of an extra, or one inside it. Raises ImportError that says what to install.
+
+    What an installation that is there but broken raises is passed on: installing it again as said would not mend it.
+    """
     package = module.partition(".")[0]
     try:
         return importlib.import_module(module)
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != package:
+            raise
         name, extra = next((name, extra) for name, extra in EXTRAS.items() if package in extra.modules)
         raise ImportError(f"{package} is needed for {extra.purpose}: {_command(name)}") from error
 

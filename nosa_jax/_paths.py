@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import platform
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,9 +56,14 @@ def user_path(argument: str, path: Any) -> Path:
 def replacing(path: Path) -> Iterator[Path]:
     """A new file beside `path`, with its ending, that takes the place of `path` when the block ends without an error.
 
-    So a full disk costs the new content, not the old. A link stays one: the file that it names is replaced.
+    So a full disk costs the new content, not the old. A link stays one: the file that it names is replaced. Permissions
+    stay as they are.
+
+    Raises FileNotFoundError where there is no such folder, IsADirectoryError for a folder.
     """
     path = Path(os.path.realpath(path))
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if path.exists() and not path.is_file():  # /dev/stdout, a pipe: nothing to lose
@@ -66,6 +72,8 @@ def replacing(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{uuid.uuid4().hex[:8]}-{path.name}")
     try:
         yield partial
+        with contextlib.suppress(FileNotFoundError):  # the file is new
+            shutil.copymode(path, partial)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -77,6 +85,8 @@ def only_run(argument: str, folder: Path) -> Iterator[None]:
 
     Raises ValueError where another run has it.
     """
+    # A file in the folder, not the folder itself as in nosa_jax.hf.folder: it says who has the folder. It stays, for
+    # somebody may be about to lock it: then he and one who makes a new file would both have the folder.
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK_NAME).open("a+", encoding="utf-8") as file:
         if lock(file, wait=False) is False:

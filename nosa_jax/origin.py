@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from nosa_jax._json import parse_object
@@ -39,16 +40,19 @@ class Origin:
     @property
     def stop_tokens(self) -> tuple[int, ...]:
         """The end-of-text ids of generation_config.json or, where it names none, of config.json."""
-        generation = self.files.get(GENERATION_NAME, b"{}")
-        ids = end_of_text(GENERATION_NAME, parse_object(GENERATION_NAME, generation))
-        return ids or end_of_text(CONFIG_NAME, self.config)
+        generation = parse_object(GENERATION_NAME, self.files.get(GENERATION_NAME, b"{}"))
+        return end_of_text(generation, self.config)
 
 
-def end_of_text(source: str, raw: Mapping[str, Any]) -> tuple[int, ...]:
-    """The ids under `eos_token_id`, one or a list of them; empty where there are none. source: the file, for messages.
+def end_of_text(generation: Mapping[str, Any], config: Mapping[str, Any], folder: Path = Path()) -> tuple[int, ...]:
+    """The end-of-text ids of a generation_config.json or, where it names none, of a config.json; empty without any.
 
-    Raises ValueError where they are no token ids.
+    folder: where the two lie, for messages. Raises ValueError where something else than token ids is named.
     """
+    return _end_of_text(folder / GENERATION_NAME, generation) or _end_of_text(folder / CONFIG_NAME, config)
+
+
+def _end_of_text(source: Path, raw: Mapping[str, Any]) -> tuple[int, ...]:
     stored = raw.get("eos_token_id")
     ids = stored if isinstance(stored, list) else [] if stored is None else [stored]
     if not all(type(token) is int and 0 <= token < 2**31 for token in ids):

@@ -12,6 +12,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from nosa_jax.config import ModelConfig, RopeConfig
+from nosa_jax.hf import ByteTokenizer, save_pretrained
 from nosa_jax.model import NosaLM
 
 GOLDEN = Path(__file__).parent / "golden" / "models"
@@ -66,3 +67,21 @@ def edit_tensors(folder: Path, change) -> None:
 def edit_config(folder: Path, **changes) -> None:
     raw = json.loads((folder / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if v != "absent"}))
+
+
+def raw_config(folder: Path) -> dict:
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+def with_text(folder: Path) -> Path:
+    """A checkpoint that says more than we use."""
+    save_pretrained(make_model(), folder)
+    edit_config(folder, eos_token_id=[2, 7], bos_token_id=1, pad_token_id=0, use_cache=True, note={"a": [1, None]})
+    (folder / "generation_config.json").write_text('{"eos_token_id": 5, "temperature": 0.7}', encoding="utf-8")
+    (folder / "tokenizer.json").write_text(ByteTokenizer().to_json())
+    (folder / "tokenizer_config.json").write_bytes(b'{"chat_template": "\xc3\xa9"}')
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}

@@ -22,12 +22,12 @@ import nosa_jax
 from nosa_jax import presets
 from nosa_jax._paths import only_run, replacing, user_path
 from nosa_jax.cli import main, terminal
-from nosa_jax.cli.checkpoint import encode
+from nosa_jax.cli.checkpoint import encode, load
 from nosa_jax.cli.flags import as_typed
 from nosa_jax.cli.generate import Generate
 from nosa_jax.cli.locality import Locality
 from nosa_jax.cli.train import Train
-from nosa_jax.hf import ByteTokenizer
+from nosa_jax.hf import ByteTokenizer, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_layers": 1, "head_dim": 8, "max_context": 192}
@@ -41,8 +41,11 @@ def saved(tmp_path_factory) -> Path:
     return folder
 
 
-def error(arguments: list[str], capsys) -> str:
-    """Runs `nosa`, expects exit code 2 and ends on one line that says why, and returns it."""
+def error(arguments: list[str], capsys, *, unexpected: bool = False) -> str:
+    """Runs `nosa`, expects exit code 2 and ends on one line that says why, and returns it.
+
+    unexpected: whether it is an error that nobody thought of.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("default")
         assert main(arguments) == 2
@@ -50,7 +53,9 @@ def error(arguments: list[str], capsys) -> str:
     assert "Traceback" not in said
     lines = [line for line in said.splitlines() if line.startswith("nosa: error: ")]
     assert len(lines) == 1 and said.endswith(lines[0] + "\n")
-    return lines[0].removeprefix("nosa: error: ")
+    message = lines[0].removeprefix("nosa: error: ")
+    assert message.startswith("unexpected") == unexpected
+    return message
 
 
 # --- Files ---------------------------------------------------------------------------------------------------------
@@ -69,38 +74,95 @@ def folder_for(name: str) -> Callable[[Path], None]:
 
 
 WEIGHTS = "model.safetensors"
+# By name: what is changed in a folder, and how the error begins; {} stands for the folder.
 BAD_FOLDERS = {
-    "no config": lambda folder: (folder / "config.json").unlink(),
-    "an empty config": put(b""),
-    "a binary config": put(bytes(range(256))),
-    "a list for a config": put(b"[1]"),
-    "a config of nothing": put(b"{}"),
-    "a folder for a config": folder_for("config.json"),
-    "no weights": lambda folder: (folder / WEIGHTS).unlink(),
-    "empty weights": put(b"", WEIGHTS),
-    "text for weights": put(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", WEIGHTS),
-    "a huge header": put(b"\xff" * 7 + b"\x7f{}", WEIGHTS),
-    "cut weights": lambda folder: os.truncate(folder / WEIGHTS, 5000),
-    "a folder for weights": folder_for(WEIGHTS),
-    "an empty tokenizer": put(b"", "tokenizer.json"),
-    "a binary tokenizer": put(bytes(range(256)), "tokenizer.json"),
-    "a tokenizer of nothing": put(b"{}", "tokenizer.json"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "path: must be a .*folder with a config.json"),
+    "an empty config": (put(b""), "{}/config.json: must be valid JSON"),
+    "a binary config": (put(bytes(range(256))), "{}/config.json: must be valid JSON"),
+    "a list for a config": (put(b"[1]"), "{}/config.json: must hold a JSON object, got list"),
+    "a config of nothing": (put(b"{}"), "config.json: model_type must be 'llama', got None"),
+    "a folder for a config": (folder_for("config.json"), "path: must be a .*folder with a config.json"),
+    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "path: must hold model.safetensors or"),
+    "empty weights": (put(b"", WEIGHTS), "{}/model.safetensors: must be a whole safetensors file"),
+    "text for weights": (
+        put(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", WEIGHTS),
+        "{}/model.safetensors: must be the file itself, got a pointer of Git LFS",
+    ),
+    "a huge header": (
+        put(b"\xff" * 7 + b"\x7f{}", WEIGHTS),
+        "{}/model.safetensors: .*header too large",
+    ),
+    "cut weights": (lambda folder: os.truncate(folder / WEIGHTS, 5000), "{}/model.safetensors: must be a whole"),
+    "a folder for weights": (folder_for(WEIGHTS), "path: must hold model.safetensors or"),
+    "an empty tokenizer": (put(b"", "tokenizer.json"), "{}/tokenizer.json: must be a valid tokenizer.json"),
+    "a binary tokenizer": (put(bytes(range(256)), "tokenizer.json"), "{}/tokenizer.json: must be a valid"),
+    "a tokenizer of nothing": (put(b"{}", "tokenizer.json"), "{}/tokenizer.json: must be a valid"),
 }
 
 
 @pytest.mark.parametrize("name", BAD_FOLDERS)
 def test_bad_checkpoint_folders_are_one_line(saved, tmp_path, capsys, name):
-    shutil.copytree(saved, tmp_path / "model")
-    BAD_FOLDERS[name](tmp_path / "model")
-    error(["generate", str(tmp_path / "model"), "--prompt", "x", "--max-new-tokens", "1"], capsys)
+    folder = tmp_path / "model"
+    shutil.copytree(saved, folder)
+    change, begins = BAD_FOLDERS[name]
+    change(folder)
+    said = error(["generate", str(folder), "--prompt", "x", "--max-new-tokens", "1"], capsys)
+    assert re.match(begins.format(re.escape(str(folder))) if "{}/" in begins else begins, said)
 
 
-@pytest.mark.parametrize("path", ["/dev/null", "\0", "~nobody-of-this-name/x", "x" * 300, "config.json"])
+LONG = "x" * 300
+BAD_PATHS = {
+    "/dev/null": (
+        "path: must be a local checkpoint folder, got /dev/null",
+        "--text: must have at least 1024 tokens, got 0",
+        "--files: must each find a file, got '/dev/null'",
+    ),
+    "\0": ("path: must be a path, got", "--text: must be a path, got", "--files: must be a path, got"),
+    "~nobody-of-this-name/x": tuple(
+        f"{name}: must lie below a home folder that is known" for name in ("path", "--text", "--files")
+    ),
+    LONG: (f"{LONG}: File name too long",) * 3,
+    "nowhere": (
+        "path: must be a local checkpoint folder, got nowhere",
+        "nowhere: No such file",
+        "--files: must each find a file, got 'nowhere'",
+    ),
+}
+
+
+@pytest.mark.parametrize("path", BAD_PATHS)
 def test_bad_paths_are_one_line(saved, tmp_path, capsys, monkeypatch, path):
-    monkeypatch.chdir(saved)
-    error(["generate", path, "--prompt", "x"], capsys)
-    error(["locality", str(saved), "--out", str(tmp_path), "--text", path], capsys)
-    error(["train", "--out", str(tmp_path / "out"), "--files", path], capsys)
+    monkeypatch.chdir(tmp_path)
+    checkpoint, text, files = BAD_PATHS[path]
+    assert error(["generate", path, "--prompt", "x"], capsys).startswith(checkpoint)
+    assert error(["locality", path], capsys).startswith(checkpoint)
+    assert error(["locality", str(saved), "--text", path], capsys).startswith(text)
+    assert error(["train", "--files", path], capsys).startswith(files)
+    assert not any(tmp_path.iterdir())  # no folder is made for what cannot be read
+
+
+def test_the_folder_is_not_asked_again_after_the_model(saved, tmp_path, capsys, monkeypatch):
+    """Another writer may have replaced it."""
+    folder = tmp_path / "model"
+    shutil.copytree(saved, folder)
+    (folder / "generation_config.json").write_text('{"eos_token_id": 65}')
+
+    def load_and_lose(*arguments: object) -> nosa_jax.NosaLM:
+        model = load(*arguments)
+        shutil.rmtree(folder)
+        folder.mkdir()
+        (folder / "tokenizer.json").write_text("another")
+        return model
+
+    steps = [nosa_jax.Step(np.asarray([token], np.int32), fetched=np.zeros((1, 1, 2), np.int32)) for token in b"xyAz"]
+    monkeypatch.setattr("nosa_jax.cli.generate.load", load_and_lose)
+    monkeypatch.setattr(nosa_jax, "stream", lambda *_, **__: iter(steps))
+    assert main(["generate", str(folder), "--prompt", "caf\udce9"]) == 0
+    assert capsys.readouterr().out == "caf\ufffdxy\n"
+    text = tmp_path / "text.txt"
+    text.write_bytes(b"caf\xe9" * 2)
+    locality = Locality(folder, text, prompt_length=4, new_tokens=4)
+    assert bytes(locality._read_tokens(nosa_jax.from_pretrained(saved)).tolist()) == b"caf\xe9" * 2
 
 
 def test_bad_texts_are_one_line(saved, tmp_path, capsys):
@@ -142,7 +204,7 @@ def test_any_other_error_is_one_line_too(capsys, monkeypatch):
         raise KeyError("text\nof two lines")
 
     monkeypatch.setattr("nosa_jax.cli.plan.plan", fail)
-    said = error(["plan"], capsys)
+    said = error(["plan"], capsys, unexpected=True)
     assert said == r"unexpected KeyError: 'text\nof two lines' (NOSA_TRACEBACK=1 shows where it comes from)"
 
 
@@ -176,6 +238,22 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     with replacing(tmp_path / "link") as new:
         new.write_text("new")
     assert file.read_text() == "new" and (tmp_path / "link").is_symlink()
+
+
+def test_a_file_that_is_replaced_keeps_who_may_read_it(tmp_path):
+    file = tmp_path / "results.json"
+    for mode in (0o600, 0o664):
+        file.touch()
+        file.chmod(mode)
+        with replacing(file) as new:
+            new.write_text("new")
+        assert file.stat().st_mode & 0o777 == mode
+
+
+def test_a_folder_that_is_missing_is_named_as_it_was_given(tmp_path):
+    with pytest.raises(FileNotFoundError) as raised, replacing(tmp_path / "nowhere" / "results.json"):
+        pytest.fail("there is nowhere to write to")
+    assert raised.value.filename == str(tmp_path / "nowhere" / "results.json")
 
 
 # --- Streams -------------------------------------------------------------------------------------------------------
@@ -262,9 +340,11 @@ class Words:
         return text.split(" ")
 
 
-def test_bytes_are_tokens_as_they_are_and_other_tokenizers_get_text(capsys, monkeypatch):
+def test_bytes_are_tokens_as_they_are_and_other_tokenizers_get_text(tmp_path, capsys, monkeypatch):
     latin = "naïve\r\ncafé".encode("latin-1")
     assert bytes(encode(ByteTokenizer(), latin, "the text")) == latin
+    (tmp_path / "tokenizer.json").write_text(ByteTokenizer().to_json(), encoding="utf-8")  # as `nosa train` does
+    assert bytes(encode(load_tokenizer(tmp_path, 256), latin, "the text")) == latin
     assert capsys.readouterr().err == ""
     monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True, raising=False)
     assert encode(Words(), "ü x\r\n".encode(), "the text") == ["ü", "x\r\n"]

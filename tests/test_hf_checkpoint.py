@@ -129,6 +129,10 @@ def test_saving_a_variant_that_ignores_importance_keeps_it_where_the_model_has_i
         (False, False, "dma", "dma"),
         (True, True, None, "nosa"),
         (True, True, "full", "full"),
+        (False, True, None, None),
+        (False, True, "nosa", None),
+        (False, True, "dma", None),
+        (False, True, "infllmv2", "infllmv2"),
     ],
 )
 def test_which_variant_a_folder_becomes(folder, importance, own_key, asked, expected):
@@ -136,6 +140,10 @@ def test_which_variant_a_folder_becomes(folder, importance, own_key, asked, expe
         edit_tensors(folder, strip_importance)
     if not own_key:  # as the official ones
         edit_config(folder, nosa_attention="absent", model_type="llama", max_position_embeddings=8192)
+    if expected is None:  # the importance that it had is lost
+        with pytest.raises(ValueError, match=r"missing +model\.layers\.0\.self_attn\.A"):
+            from_pretrained(folder, variant=asked)
+        return
     model = from_pretrained(folder, variant=asked)
     assert model.config.attention.variant == expected
     head = model.layers.attention.importance
@@ -146,6 +154,16 @@ def test_which_variant_a_folder_becomes(folder, importance, own_key, asked, expe
         assert not jnp.any(head.A[...]) and jnp.all(head.delta[...] != 0)
         again = from_pretrained(folder, variant=asked)
         assert_same(model, again)
+
+
+def test_only_what_never_had_importance_gets_a_new_one(folder, tmp_path):
+    infllmv2 = make_model(dataclasses.replace(CONFIG, attention=AttentionConfig("infllmv2")))
+    save_pretrained(infllmv2, tmp_path / "infllmv2")
+    assert not jnp.any(from_pretrained(tmp_path / "infllmv2", variant="nosa").layers.attention.importance.A[...])
+    edit_tensors(folder, strip_importance)
+    edit_config(folder, nosa_attention="absent", max_position_embeddings=8192)  # but it still says that it is sparse
+    with pytest.raises(ValueError, match=r"missing +model\.layers\.0\.self_attn\.A"):
+        from_pretrained(folder, variant="nosa")
 
 
 def test_attention_overrides(folder):

@@ -27,6 +27,7 @@ LLAMA = {
     "rope_theta": 500000,
 }
 FACTORS = {"short_factor": [1, 1.5, 2, 2.5], "long_factor": [1, 2, 3, 4]}
+LONG = {"rope_type": "longrope", "original_max_position_embeddings": 1024, **FACTORS}
 LONGROPE = RopeConfig(
     theta=500000.0,
     kind="longrope",
@@ -129,6 +130,15 @@ def test_forms_of_longrope(changes):
     assert parse(**changes).rope == LONGROPE
 
 
+@pytest.mark.parametrize("rope", [{"rope_type": "default"}, LONG], ids=["default", "longrope"])
+def test_theta_in_rope_scaling_must_be_the_one_beside_it(rope):
+    for theta in (500000, 500000.0):
+        assert parse(rope_scaling=rope | {"rope_theta": theta}).rope.theta == 500000.0
+    assert parse(rope_scaling=rope | {"rope_theta": 1e6}, rope_theta="absent").rope.theta == 1e6
+    with pytest.raises(ValueError, match=r"rope_scaling: rope_theta must be the same everywhere, got 1000000.0"):
+        parse(rope_scaling=rope | {"rope_theta": 1e6})
+
+
 def test_attention_factor_of_longrope():
     rope = {"rope_type": "longrope", "original_max_position_embeddings": 1024, **FACTORS}
     assert parse(rope_scaling={**rope, "attention_factor": 1.25}).rope.attention_factor == 1.25
@@ -181,9 +191,6 @@ def test_the_written_form_has_every_key_that_llama_code_reads():
         "transformers_version",
     }
     assert published.keys() - optional <= render_config(tiny(), "float32").keys()
-
-
-LONG = {"rope_type": "longrope", "original_max_position_embeddings": 1024, **FACTORS}
 
 
 @pytest.mark.parametrize(
@@ -279,6 +286,9 @@ def test_two_statements_about_rope_must_agree():
         {"attention_chunk_size": 8192},
         {"sparse_config": {"topk": 64}},
         {"attention_bias": "false"},
+        {"num_nextn_predict_layers": 1},
+        {"scale_depth": 10**400},
+        {"attention_multiplier": 10**400},
     ],
     ids=repr,
 )

@@ -83,6 +83,19 @@ def test_a_prompt_that_ends_in_bytes_does_not_spoil_the_next_character(tmp_path,
         assert shown + streamed(tokenizer, whole[:cut], whole[cut:]) == "bé日"
 
 
+def test_a_long_prompt_that_is_no_text_takes_time_by_its_length():
+    class Counting(ByteTokenizer):
+        decoded = 0
+
+        def decode(self, ids):
+            Counting.decoded += len(ids)
+            return super().decode(ids)
+
+    prompt = [0x80] * 5000
+    assert streamed(Counting(), prompt, list(b"a")) == "a"
+    assert Counting.decoded < 10 * len(prompt)
+
+
 @pytest.mark.parametrize("kind", ["bytes", "holes"])
 def test_ids_without_a_token_do_not_stop_text(tmp_path, kind):
     tokenizer = TOKENIZERS[kind](tmp_path)
@@ -167,10 +180,14 @@ def test_a_pointer_of_git_lfs_is_named(tmp_path):
 
 def test_bytes_have_a_tokenizer_json_for_any_vocabulary(tmp_path):
     (tmp_path / "tokenizer.json").write_text(ByteTokenizer().to_json(), encoding="utf-8")
-    tokenizer, plain = load_tokenizer(tmp_path, 73448), ByteTokenizer()
+    tokenizer, plain = FileTokenizer(tmp_path), ByteTokenizer()
     for text in ("héllo  wörld\n\n\0 日本 <s>\t'll 12", "", " "):
         assert tokenizer.encode(text) == plain.encode(text)
     random = np.random.default_rng(0)
     for _ in range(100):
         ids = random.integers(0, 256, 9)
         assert tokenizer.decode(ids) == plain.decode(ids)
+    for vocab_size in (256, 73448):
+        assert isinstance(load_tokenizer(tmp_path, vocab_size), ByteTokenizer)
+    byte_level(tmp_path)
+    assert isinstance(load_tokenizer(tmp_path, 300), FileTokenizer)

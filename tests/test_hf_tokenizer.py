@@ -12,6 +12,7 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nosa_jax._extras import import_extra
 from nosa_jax.hf import ByteTokenizer, FileTokenizer, from_pretrained
 
 
@@ -66,6 +67,17 @@ def test_bad_files(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"must be a valid tokenizer\.json"):
         FileTokenizer(tmp_path)
+
+
+def test_a_broken_package_is_not_called_a_missing_one(monkeypatch, tmp_path):
+    (tmp_path / "tqdm.py").write_text("import no_such_part_of_tqdm")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "tqdm", raising=False)
+    with pytest.raises(ModuleNotFoundError, match=r"^No module named 'no_such_part_of_tqdm'$"):
+        import_extra("tqdm")
+    (tmp_path / "tqdm.py").write_text("raise ImportError('libtqdm.so: cannot open shared object file')")
+    with pytest.raises(ImportError, match=r"^libtqdm\.so"):
+        import_extra("tqdm")
 
 
 def test_a_missing_package_names_the_extra(folder, monkeypatch):

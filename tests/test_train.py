@@ -291,7 +291,7 @@ def interrupt_at(step):
 def test_an_interrupted_run_resumes_to_the_bit(tmp_path, capsys):
     straight = train(CONFIG, CORPUS, progress=False)
     before = signal.getsignal(signal.SIGINT)
-    first = train(CONFIG, CORPUS, tmp_path, progress=False, on_record=interrupt_at(3))
+    first = train(CONFIG, CORPUS, tmp_path, on_record=interrupt_at(3))
     assert first.interrupted and first.step == 3
     assert first.directory == tmp_path
     assert f"Interrupted after step 3: saved {tmp_path}/checkpoints/3; resume=True continues" in capsys.readouterr().out

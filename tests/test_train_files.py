@@ -97,6 +97,13 @@ def test_binary_files_are_skipped_with_a_word(tmp_path, binary):
         read_text(tmp_path / "b", argument="text")
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_text_with_zero_bytes_counts_as_binary(tmp_path, encoding):
+    (tmp_path / "a.txt").write_text("a text", encoding=encoding)
+    with pytest.raises(ValueError, match=r"path: must be a text file, got .*which is binary"):
+        read_text(tmp_path / "a.txt")
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "gb18030"])
 def test_text_of_any_encoding_is_read_byte_by_byte(tmp_path, encoding):
     content = "\ufeffGrüße, 你好, naïve\r\n\ttab\f\x1b[0m\x08\a".encode(encoding, errors="ignore") * 3
@@ -107,7 +114,7 @@ def test_text_of_any_encoding_is_read_byte_by_byte(tmp_path, encoding):
     assert corpus.train.tobytes() == content == read_text(tmp_path / "a.txt").tobytes()
 
 
-def test_what_a_run_wrote_is_no_text(tmp_path):
+def test_what_a_run_wrote_is_no_text(tmp_path, monkeypatch):
     run = tmp_path / "runs" / "tiny"
     for name in ("log.jsonl", "checkpoints/5/_CHECKPOINT_METADATA", "checkpoints/5/meta", "model/config.json", "notes"):
         (run / name).parent.mkdir(parents=True, exist_ok=True)
@@ -120,6 +127,18 @@ def test_what_a_run_wrote_is_no_text(tmp_path):
         with pytest.warns(UserWarning, match=r"skipped what a training run wrote: .*tiny/checkpoints"):
             found = find_files(pattern)
         assert [path.name for path in found] == ["a.txt", "notes"]
+    for pattern in (run, f"{run}/*", f"{tmp_path}/runs/*/*", f"{run}/../tiny/notes"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert [path.name for path in find_files(pattern)] == ["notes"], pattern
+    only = (f"{run}/checkpoints/5", f"{tmp_path}/runs/*/*.jsonl", f"{run}/checkpoints/*/*", f"{run}/model", "log.jsonl")
+    monkeypatch.chdir(run)
+    for pattern in only:
+        with pytest.raises(ValueError, match=r"patterns: must each find a file, got .*only what a training run wrote"):
+            find_files(pattern)
+    monkeypatch.chdir(run / "checkpoints" / "5")
+    with pytest.raises(ValueError, match="only what a training run wrote"):
+        find_files("*")
 
 
 def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
@@ -136,6 +155,21 @@ def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(PermissionError, match="locked"):
         find_files(tmp_path)
+
+
+def test_a_folder_that_a_run_just_renamed_is_passed_over(tmp_path, monkeypatch):
+    write(tmp_path / "a.txt", 100)
+    gone = tmp_path / "6.orbax-checkpoint-tmp"
+    gone.mkdir()
+    scandir = os.scandir
+
+    def rename(path):
+        if Path(path) == gone:
+            gone.rmdir()
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", rename)
+    assert find_files(tmp_path) == [tmp_path / "a.txt"]
 
 
 def test_home_is_understood(tmp_path, monkeypatch):

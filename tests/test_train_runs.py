@@ -7,15 +7,18 @@ import os
 import shutil
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from test_train import CONFIG, CORPUS, interrupt_at, leaves_equal, new_state
 
 from nosa_jax._paths import only_run
 from nosa_jax.train import Checkpoints, load_model, read_log, train
+from nosa_jax.train._interrupt import interrupt_flag
 
 STEPS = dataclasses.replace(CONFIG, checkpoint_every=3, eval_every=0)
 
@@ -41,6 +44,20 @@ def test_a_folder_has_one_run_at_a_time(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} <= {".lock"}
     with only_run("directory", tmp_path / "new" / "folder"):
         pass
+
+
+def test_numbers_of_numpy_become_those_of_python(tmp_path, without_type_checker):
+    """They are logged and saved as JSON."""
+    optimizer = dataclasses.replace(CONFIG.optimizer, beta1=np.float32(0.5), weight_decay=np.int64(1))
+    fields = {"steps": np.int64(1), "seed": np.int32(0), "remat": np.bool_(False)}
+    config = dataclasses.replace(CONFIG, optimizer=optimizer, **fields)
+    corpus = dataclasses.replace(CORPUS, bytes_per_token=np.float64(2))
+    result = train(config, corpus, tmp_path, progress=False)
+    start = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
+    assert start["config"]["steps"] == result.step == 1 and start["config"]["optimizer"]["beta1"] == 0.5
+    assert type(corpus.bytes_per_token) is float
+    with pytest.raises(TypeError, match=r"TrainConfig.remat: must be True or False, got 1"):
+        dataclasses.replace(CONFIG, remat=1)
 
 
 # --- The log -------------------------------------------------------------------------------------------------------
@@ -121,6 +138,72 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(finished, run,
     assert leaves_equal(load_model(run / "checkpoints"), resumed.model)
 
 
+@pytest.mark.parametrize("code", ["RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "UNKNOWN"])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_fault_that_passes_moves_no_checkpoint(run, monkeypatch, code, wrapped):
+    """TensorStore tells of it by a ValueError; Orbax raises an Exception from it where it reads the array's content."""
+    manager = ocp.CheckpointManager
+    restore, faults = manager.restore, iter([ValueError(f"{code}: Error opening local file: Too many open files")])
+
+    def fail_once(self, step, args):
+        for fault in faults if "model" in args else ():
+            if wrapped:
+                raise Exception("Encountered error while reading array index: 0") from fault
+            raise fault
+        return restore(self, step, args=args)
+
+    monkeypatch.setattr(manager, "restore", fail_once)
+    with pytest.raises(Exception, match=code if not wrapped else "Encountered error while reading"):
+        train(STEPS, CORPUS, run, resume=True, progress=False)
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"3", "6"}
+    assert train(STEPS, CORPUS, run, resume=True, progress=False).history == []
+
+
+def edit_meta(step: Path, change: Callable[[dict], object]) -> None:
+    file = step / "meta" / "metadata"
+    meta = json.loads(file.read_text())
+    change(meta)
+    file.write_text(json.dumps(meta))
+
+
+CHANGES_OF_META = {
+    "no data": lambda meta: meta.pop("data"),
+    "an empty position": lambda meta: meta.update(data={}),
+    "a list for a position": lambda meta: meta.update(data=[]),
+    "a position behind the end": lambda meta: meta.update(data={"next_index": -1}),
+    "no text": lambda meta: meta.pop("corpus"),
+    "a list for a configuration": lambda meta: meta.update(config=[]),
+    "no model": lambda meta: meta["config"].pop("model"),
+    "a list for the positions": lambda meta: meta["config"]["model"].update(rope=[]),
+    "a number for the attention": lambda meta: meta["config"]["model"].update(attention=3),
+    "a model without a size": lambda meta: meta["config"]["model"].pop("num_layers"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES_OF_META)
+def test_a_damaged_meta_is_a_damaged_checkpoint(run, name):
+    edit_meta(run / "checkpoints" / "6", CHANGES_OF_META[name])
+    with pytest.warns(UserWarning, match=r"checkpoints/6, which is damaged .* It is now .*damaged-6-"):
+        resumed = train(STEPS, CORPUS, run, resume=True, progress=False)
+    assert [record["step"] for record in resumed.history] == [4, 5, 6]
+
+
+@pytest.mark.parametrize("part", [None, "rope", "attention"])
+def test_fields_of_a_later_version_are_named_and_nothing_is_moved(run, part):
+    def add(meta: dict) -> None:
+        model = meta["config"]["model"]
+        (model if part is None else model[part])["num_dreams"] = 3
+
+    edit_meta(run / "checkpoints" / "6", add)
+    owner = {None: "ModelConfig", "rope": "RopeConfig", "attention": "AttentionConfig"}[part]
+    named = rf"{owner}: must have fields of this version only, got \['num_dreams'\]. A later version"
+    with pytest.raises(ValueError, match=named):
+        train(STEPS, CORPUS, run, resume=True, progress=False)
+    with pytest.raises(ValueError, match=named):
+        load_model(run / "checkpoints")
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"3", "6"}
+
+
 def test_where_no_checkpoint_is_whole_the_newest_is_named(run):
     for step in ("3", "6"):
         empty(run / "checkpoints" / step)
@@ -134,10 +217,7 @@ def test_where_no_checkpoint_is_whole_the_newest_is_named(run):
 def test_a_checkpoint_older_than_a_field_of_the_configuration_is_resumed(run):
     """The field has its default then; another value is another run."""
     for step in ("3", "6"):
-        meta = run / "checkpoints" / step / "meta" / "metadata"
-        fields = json.loads(meta.read_text())
-        del fields["config"]["model"]["qk_norm"]
-        meta.write_text(json.dumps(fields))
+        edit_meta(run / "checkpoints" / step, lambda meta: meta["config"]["model"].pop("qk_norm"))
     assert train(STEPS, CORPUS, run, resume=True, progress=False).step == 6
     other = dataclasses.replace(STEPS, model=dataclasses.replace(STEPS.model, qk_norm=True))
     with pytest.raises(ValueError, match=r"TrainConfig.model: must be ModelConfig\(.* as in the checkpoint to resume"):
@@ -166,7 +246,7 @@ def test_a_checkpoint_that_would_not_be_kept_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
-def test_a_signal_to_end_saves(tmp_path, name):
+def test_a_signal_to_end_saves(tmp_path, name, capsys):
     number = getattr(signal, name)
     before = signal.getsignal(number)
 
@@ -178,15 +258,32 @@ def test_a_signal_to_end_saves(tmp_path, name):
     result = train(CONFIG, CORPUS, tmp_path, progress=False, on_record=on_record)
     assert result.interrupted and result.step == 2 and (tmp_path / "checkpoints" / "2").is_dir()
     assert signal.getsignal(number) is before
+    assert capsys.readouterr() == ("", "")  # progress=False
 
 
-def test_a_signal_that_is_ignored_stays_so(tmp_path):
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+@pytest.mark.parametrize("name", ["SIGINT", "SIGHUP"])
+def test_a_signal_that_is_ignored_stays_so(tmp_path, name):
+    """SIGINT in the background of a script, SIGHUP under nohup."""
+    number = getattr(signal, name)
+    before = signal.signal(number, signal.SIG_IGN)
     try:
-        on_record = lambda record: os.kill(os.getpid(), signal.SIGHUP)
+        on_record = lambda record: os.kill(os.getpid(), number)
         assert not train(CONFIG, CORPUS, tmp_path, progress=False, on_record=on_record).interrupted
+        assert signal.getsignal(number) is signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGHUP, before)
+        signal.signal(number, before)
+
+
+def test_a_handler_that_is_not_of_python_is_left_alone(monkeypatch):
+    monkeypatch.setattr(signal, "getsignal", lambda number: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: pytest.fail("it could not be put back"))
+    with interrupt_flag() as flag:
+        assert not flag.is_set()
+
+
+def test_a_signal_in_the_last_step_is_told(tmp_path):
+    result = train(CONFIG, CORPUS, tmp_path, progress=False, on_record=interrupt_at(CONFIG.steps))
+    assert result.interrupted and result.step == CONFIG.steps and result.evaluations[-1]["step"] == CONFIG.steps
 
 
 class Gone(io.StringIO):
@@ -196,7 +293,13 @@ class Gone(io.StringIO):
         raise BrokenPipeError(32, "Broken pipe")
 
 
-@pytest.mark.parametrize("stream", [None, Gone()])
+def closed() -> io.StringIO:
+    stream = io.StringIO()
+    stream.close()
+    return stream
+
+
+@pytest.mark.parametrize("stream", [None, Gone(), closed()], ids=["none", "gone", "closed"])
 def test_a_run_goes_on_without_streams(tmp_path, monkeypatch, stream):
     monkeypatch.setattr(sys, "stdout", stream)
     monkeypatch.setattr(sys, "stderr", stream)

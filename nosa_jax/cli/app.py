@@ -48,8 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if arguments == ["--version"]:
                 show(f"nosa-jax {nosa_jax.__version__}")
                 return 0
-            command = _at_home(_parse(arguments or ["--help"]))
-            return command.run()
+            command = _parse(arguments or ["--help"])
+            return _at_home(command).run()
         except KeyboardInterrupt:
             show("\nnosa: interrupted", stderr=True)
             return 130

@@ -15,7 +15,7 @@ from nosa_jax._extras import require_extras
 from nosa_jax._paths import only_run
 from nosa_jax.cli.locality import as_json, write_json
 from nosa_jax.cli.terminal import Timer, duration, facts, heading, indented, show, size, working
-from nosa_jax.cli.train import describe, read_text
+from nosa_jax.cli.train import describe, read_corpus
 from nosa_jax.environment import environment
 from nosa_jax.hf.save import check_folder
 from nosa_jax.locality import comparison_table, draw, record
@@ -66,7 +66,7 @@ class Demo:
 
         heading("1/5  Training")
         with timer.part("training"):
-            corpus = read_text()
+            corpus = read_corpus()
             window = _window(corpus.heldout, self.prompt_length, self.new_tokens, self.locality_tokens)
             model, training = self._train(corpus)
         prompt, following = window[: self.prompt_length], window[self.prompt_length :]

@@ -45,7 +45,7 @@ def as_typed(message: str, command: Any) -> str:
         owner, name, value = match["owner"] or "", match["name"], match["value"]
         if not (match.start() == 0 or owner or value or "_" in name):
             return match[0]
-        text = names.get(owner + name, names[name])
+        text = names[name]
         if value == "None":
             return f"no {text}"
         if value == "False":

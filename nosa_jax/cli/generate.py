@@ -17,7 +17,8 @@ from nosa_jax import CacheConfig, NosaLM, Sampling, Step
 from nosa_jax.cli.checkpoint import Dtype, encode, load
 from nosa_jax.cli.terminal import facts, show, size, working
 from nosa_jax.config import Variant
-from nosa_jax.hf import GrowingText, load_tokenizer, stop_tokens
+from nosa_jax.hf import GrowingText
+from nosa_jax.hf.text import tokenizer_of
 from pallas_kernels.checks import bad_value
 
 
@@ -57,7 +58,8 @@ class Generate:
         cache = CacheConfig(offload=self.offload, slots=self.slots)
         prompt = self._read_prompt()
         model = load(self.path, self.variant, self.dtype)
-        tokenizer = load_tokenizer(self.path, model.config.vocab_size)
+        # As the model says, not the folder, in which another model may lie by now.
+        stops, tokenizer = model.stop_tokens, tokenizer_of(model.origin.files, model.config.vocab_size, self.path)
         tokens = encode(tokenizer, prompt, "the prompt")
         if not tokens:
             raise bad_value("--prompt", "must hold at least one token", repr(prompt), "Give some text to continue.")
@@ -77,7 +79,7 @@ class Generate:
         with working(f"reading the prompt, {len(tokens)} tokens"):
             first = next(waits)
         show(prompt.decode("utf-8", errors="replace"), end="")
-        stops, text, seen = stop_tokens(self.path), GrowingText(tokenizer, tokens), []
+        text, seen = GrowingText(tokenizer, tokens), []
         for step, seconds in itertools.chain([first], waits):
             seen.append((step, seconds))
             if int(step.tokens[0]) in stops:

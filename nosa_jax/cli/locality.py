@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -14,9 +15,9 @@ from nosa_jax._extras import require_extras
 from nosa_jax._paths import only_run, replacing
 from nosa_jax.cli.checkpoint import Dtype, encode, load
 from nosa_jax.cli.terminal import facts, heading, indented, working
-from nosa_jax.cli.train import read_text
+from nosa_jax.cli.train import read_corpus
 from nosa_jax.config import Variant
-from nosa_jax.hf import load_tokenizer
+from nosa_jax.hf.text import tokenizer_of
 from nosa_jax.locality import LocalityReport, comparison_table, draw, record
 from pallas_kernels.checks import bad_value
 
@@ -53,10 +54,10 @@ class Locality:
     def run(self) -> int:
         require_extras("hf", "plots")
         self._check()
-        with only_run("--out", self.out):
-            return self._run()
+        with contextlib.ExitStack() as stack:
+            return self._run(stack)
 
-    def _run(self) -> int:
+    def _run(self, stack: contextlib.ExitStack) -> int:
         selections: dict[str, Selections] = {}
         tokens = np.empty(0, np.int32)
         for variant in dict.fromkeys(self.variants):
@@ -65,6 +66,7 @@ class Locality:
                 CacheConfig(slots=size).resolve_slots(model.config.attention, size)  # says so early if one is too small
             if not tokens.size:
                 tokens = self._read_tokens(model)
+                stack.enter_context(only_run("--out", self.out))  # no folder is made for what cannot be read
             with working(f"decoding {self.new_tokens} tokens with {variant}"):
                 forced = None if self.free_running else tokens[self.prompt_length :]
                 selections[variant] = record(
@@ -102,11 +104,11 @@ class Locality:
         needed = self.prompt_length + (0 if self.free_running else self.new_tokens)
         if self.text is None:
             text = (
-                bytes(read_text().heldout[: 16 * needed]).decode("utf-8", errors="ignore").encode()
+                bytes(read_corpus().heldout[: 16 * needed]).decode("utf-8", errors="ignore").encode()
             )  # whole characters
         else:
             text = train.read_text(self.text, argument="--text").tobytes()
-        tokenizer = load_tokenizer(self.path, model.config.vocab_size)
+        tokenizer = tokenizer_of(model.origin.files, model.config.vocab_size, self.path)
         tokens = np.asarray(encode(tokenizer, text, "the text")[:needed], np.int32)
         if len(tokens) < needed:
             raise bad_value(

@@ -92,7 +92,7 @@ class Train:
         config = self.config()
         out = Path("runs", f"{self.preset}-{self.variant}") if self.out is None else self.out
         check_folder(out / "model")
-        corpus = read_text(self.files, self.heldout_fraction)
+        corpus = read_corpus(self.files, self.heldout_fraction)
         heading(f"Training {self.preset} ({self.variant}) for {config.steps} steps")
         facts([("text", describe(corpus)), ("folder", out)])
         result = train.train(config, corpus, out, resume=self.resume)
@@ -111,7 +111,7 @@ class Train:
         return 130 if result.interrupted else 0
 
 
-def read_text(files: tuple[str, ...] = (), heldout_fraction: float = 0.05) -> Corpus:
+def read_corpus(files: tuple[str, ...] = (), heldout_fraction: float = 0.05) -> Corpus:
     """The corpus of `files` (folders, globs), or of Python's standard library where there are none."""
     with working("reading the text"):
         found = train.find_files(*files) if files else train.stdlib_files()

@@ -79,6 +79,12 @@ def parse_config(raw: dict[str, Any], *, overrides: dict[str, Any], has_importan
     return config
 
 
+def may_lack_importance(raw: dict[str, Any]) -> bool:
+    """Whether a checkpoint with this config.json, which `parse_config` takes, is whole without importance tensors."""
+    stored = raw.get(ATTENTION_KEY)
+    return raw["model_type"] == DENSE[0] if stored is None else not AttentionConfig(**stored).uses_importance
+
+
 def unused(raw: dict[str, Any]) -> dict[str, Any]:
     """What a config.json says that a model of ours does not hold and that does not describe its weights or its form."""
     ours = {*_FORM, *ROPE_KEYS, *maths.KEYS, *_OF_THE_FOLDER, ATTENTION_KEY}

@@ -3,6 +3,9 @@
 Writers fill a folder of their own and then move its files over, config.json away first and back last. They hold a lock
 while they move. A reader looks at the folder under that lock before and after it reads: where anything has changed it
 reads again. The lock is on the folder itself, so nothing is left behind, and a process that dies lets go of it.
+
+What a writer moves out lies in its own folder until all is over. So where one was killed halfway, or could not take
+back what it had moved, the next one does that before it begins.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import fnmatch
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +41,13 @@ TOKENIZER_FILES = (
 )
 TEXT_FILES = (GENERATION_NAME, *TOKENIZER_FILES)
 PARTIAL = ".saving-"
+_OLD, _NEW = "old", "new"  # in a folder of a writer: what it moved out, and the names of what it moves in
 _READS = 10
+
+
+def read_texts(folder: Path) -> dict[str, bytes]:
+    """The contents of generation_config.json and of the tokenizer's files in `folder`, by name."""
+    return {name: (folder / name).read_bytes() for name in TEXT_FILES if (folder / name).is_file()}
 
 
 def existing_folder(path: Any) -> Path:
@@ -122,13 +131,13 @@ def partial_folder(folder: Path) -> Iterator[Path]:
         try:
             place.mkdir(parents=True, exist_ok=True)
             with locked(place):  # nobody tidies up between the making of a folder and its lock
-                _remove_leftovers(place, prefix)
+                _remove_leftovers(place, prefix, folder)
                 partial.mkdir()
                 stack.enter_context(locked(partial))
         except OSError as error:
             reason = f"path: a folder must be made in {place}, which failed ({error.strerror})"
             raise OSError(error.errno, f"{reason}. Choose another path or change who may write there.") from error
-        stack.callback(shutil.rmtree, partial, ignore_errors=True)
+        stack.callback(_end, partial, folder)
         yield partial
 
 
@@ -138,18 +147,44 @@ def _remove_empty(folders: list[Path]) -> None:
             folder.rmdir()
 
 
-def _remove_leftovers(place: Path, prefix: str) -> None:
+def tidy(folder: Path) -> None:
+    """Removes from `folder` what writers left there that were killed; what they had moved out is moved back first."""
+    with locked(folder):
+        _remove_leftovers(folder, PARTIAL, folder)
+
+
+def _remove_leftovers(place: Path, prefix: str, folder: Path) -> None:
+    """Removes from `place` what killed writers of `folder` left; the caller holds the lock of `place`."""
     for name in os.listdir(place):
         leftover = place / name
-        if name.startswith(prefix) and leftover.is_dir() and not leftover.is_symlink():
-            with locked(leftover, wait=False) as dead:
-                if dead:
-                    shutil.rmtree(leftover, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # its writer is alive, and has just removed it or moved it in
+            if name.startswith(prefix) and leftover.is_dir() and not leftover.is_symlink():
+                with locked(leftover, wait=False) as dead:
+                    if dead:
+                        _remove(leftover, folder)
 
 
-def swap_in(partial: Path, folder: Path) -> None:
+def _end(partial: Path, folder: Path) -> None:
+    """Removes the folder of a writer that is done, whichever way it ended."""
+    if partial.exists():
+        with locked(folder) if folder.exists() else contextlib.nullcontext():
+            _remove(partial, folder)
+
+
+def _remove(partial: Path, folder: Path) -> None:
+    """Removes `partial`; keeps it where it holds the old files of `folder` and they cannot be moved back."""
+    if (partial / _OLD).is_dir() and not os.path.lexists(folder / CONFIG_NAME):
+        try:
+            _take_back(partial, folder)
+        except OSError:
+            return
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def swap_in(partial: Path, folder: Path, leaving: Collection[str] = ()) -> None:
     """Moves the checkpoint in `partial` to `folder`, in the place of the one there, whose other files stay.
 
+    leaving: names of other files that go with the old checkpoint.
     Where anything fails, all that was moved is moved back.
     """
     if not folder.exists():
@@ -160,22 +195,35 @@ def swap_in(partial: Path, folder: Path) -> None:
             if not folder.is_dir():
                 raise
             # Another writer was faster; its checkpoint is replaced like any other.
-    new, old = sorted(os.listdir(partial)), partial / "old"
-    old.mkdir()
+    new = _config_last(os.listdir(partial))
+    (partial / _NEW).write_text("\n".join(new), encoding="utf-8")
+    (partial / _OLD).mkdir()
     with locked(folder):
-        leaving = [name for name in sorted(os.listdir(folder)) if _is_checkpoint(name) or name in new]
-        moves = [(folder / name, old / name) for name in sorted(leaving, key=lambda name: name != CONFIG_NAME)]
-        moves += [(partial / name, folder / name) for name in sorted(new, key=lambda name: name == CONFIG_NAME)]
-        begun: list[tuple[Path, Path]] = []
+        old = [name for name in os.listdir(folder) if _is_checkpoint(name) or name in new or name in leaving]
         try:
-            for source, target in moves:
-                begun.append((source, target))
-                source.rename(target)
+            for name in reversed(_config_last(old)):
+                (folder / name).rename(partial / _OLD / name)
+            for name in new:
+                (partial / name).rename(folder / name)
         except BaseException:
-            for source, target in reversed(begun):
-                if not os.path.lexists(source):
-                    target.rename(source)
+            _take_back(partial, folder)
             raise
+
+
+def _take_back(partial: Path, folder: Path) -> None:
+    """Undoes what `swap_in` has done by now. Where this is cut short too, it may be called again.
+
+    config.json comes back last of all: a folder without it is half moved, one with it is whole.
+    """
+    for name in reversed((partial / _NEW).read_text(encoding="utf-8").split("\n")):
+        if not os.path.lexists(partial / name):
+            (folder / name).rename(partial / name)
+    for name in _config_last(os.listdir(partial / _OLD)):
+        (partial / _OLD / name).rename(folder / name)
+
+
+def _config_last(names: Iterable[str]) -> list[str]:
+    return sorted(names, key=lambda name: (name == CONFIG_NAME, name))
 
 
 def _is_checkpoint(name: str) -> bool:

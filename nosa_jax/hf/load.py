@@ -17,9 +17,15 @@ from jax.typing import DTypeLike
 from nosa_jax._paths import user_path
 from nosa_jax.attention.importance import Importance
 from nosa_jax.config import ModelConfig, Variant
-from nosa_jax.hf.config_json import ATTENTION_KEY, parse_config, read_config_json, unused
+from nosa_jax.hf.config_json import (
+    ATTENTION_KEY,
+    may_lack_importance,
+    parse_config,
+    read_config_json,
+    unused,
+)
 from nosa_jax.hf.files import CheckpointFiles, TensorInfo
-from nosa_jax.hf.folder import TEXT_FILES, read_whole
+from nosa_jax.hf.folder import read_texts, read_whole
 from nosa_jax.hf.keymap import Piece, model_pieces
 from nosa_jax.model import NosaLM
 from nosa_jax.origin import Origin
@@ -40,8 +46,8 @@ def from_pretrained(
 
     dtype: of the weights: float32, bfloat16 or float16. Importance (A and delta) is float32 always.
     variant: None takes what config.json says under `nosa_attention`; without that key it is `nosa` if the checkpoint
-        has importance tensors, else `full`. A plain Llama checkpoint asked for as `nosa` or `dma` starts with A = 0 and
-        a small random delta that is the same every time. `full` and `infllmv2` ignore stored importance.
+        has importance tensors, else `full`. A plain Llama or `infllmv2` checkpoint asked for as `nosa` or `dma` starts
+        with A = 0 and a small random delta that is the same every time. `full` and `infllmv2` ignore stored importance.
     attention: fields of AttentionConfig to change, e.g. `{"num_selected_blocks": 32}`. The released NOSA checkpoints
         do not store theirs: the defaults of AttentionConfig are theirs.
 
@@ -76,7 +82,7 @@ def _load(folder: Path, dtype: np.dtype, overrides: dict[str, Any]) -> NosaLM:
         raise bad_value("config.json: num_hidden_layers", rule, config.num_layers, remedy)
     if ATTENTION_KEY not in raw and "variant" in overrides:
         _warn_if_dense(config)
-    fresh = config.attention.uses_importance and not has_importance and "variant" in overrides
+    fresh = config.attention.uses_importance and not has_importance and may_lack_importance(raw)
     pieces = model_pieces(config, importance=config.attention.uses_importance and not fresh)
     _check_tensors(folder, config, pieces, files)
     model = nnx.eval_shape(lambda: NosaLM(config, rngs=nnx.Rngs(0), dtype=dtype))
@@ -91,8 +97,7 @@ def _load(folder: Path, dtype: np.dtype, overrides: dict[str, Any]) -> NosaLM:
         model.layers.attention.importance = Importance(
             config.num_layers, config.num_kv_heads, config.head_dim, rngs=nnx.Rngs(0)
         )
-    texts = {name: (folder / name).read_bytes() for name in TEXT_FILES if (folder / name).is_file()}
-    model.origin = Origin(unused(raw), texts)
+    model.origin = Origin(unused(raw), read_texts(folder))
     return model
 
 

@@ -42,7 +42,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     # Experts, low ranks, prediction of several tokens, quantized weights.
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "n_shared_experts"), (False,)),
     **dict.fromkeys(("moe_num_experts", "moe_intermediate_size", "num_experts_per_tok"), (False,)),
-    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "pruned_heads"), (False,)),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "pruned_heads", "num_nextn_predict_layers"), (False,)),
     **dict.fromkeys(("quantization_config", "compression_config"), (None,)),
 }
 # By key, whether its value is neutral in a model of this form.
@@ -77,5 +77,5 @@ def _is_neutral(raw: dict[str, Any], key: str, config: ModelConfig) -> bool:
         return raw[key] in _NEUTRAL[key] or (not raw[key] and False in _NEUTRAL[key])
     try:
         return _BY_MODEL[key](raw[key], config, raw)
-    except TypeError:
+    except (TypeError, OverflowError):  # a number beyond all floats
         return False

@@ -28,9 +28,10 @@ def parse_rope(raw: dict[str, Any], max_context: int) -> RopeConfig:
     for key, rope in given.items():
         if not isinstance(rope, dict):
             raise bad_value(f"{CONFIG_NAME}: {key}", "must be an object or null", f"{rope!r:.60}", "Restore the file.")
-    # An empty one says nothing, and theta may stand in one of the two alone.
-    theta = next((rope["rope_theta"] for rope in given.values() if rope.get("rope_theta") is not None), None)
-    theta = raw.get("rope_theta") if theta is None else theta
+    # An empty one says nothing. In `rope_parameters`, where theta belongs since transformers 5, it beats the one beside
+    # them; in `rope_scaling`, where it never belonged, it must be the same as that: readers differ in what they take.
+    places = (given.get("rope_parameters", {}), raw, given.get("rope_scaling", {}))
+    theta = next((place["rope_theta"] for place in places if place.get("rope_theta") is not None), None)
     theta = 10000.0 if theta is None else as_number("rope_theta", theta, low=0.0)
     found = [_parse(key, rope, raw, theta, max_context) for key, rope in given.items() if rope]
     if len(found) == 2 and found[0] != found[1]:

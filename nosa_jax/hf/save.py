@@ -6,7 +6,6 @@ import json
 import math
 import operator
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +16,16 @@ from jax.typing import DTypeLike
 from nosa_jax._extras import import_extra
 from nosa_jax._json import parse_object
 from nosa_jax._paths import user_path
-from nosa_jax.hf.config_json import MODEL_TYPES, render_config, unused
+from nosa_jax.hf.carried import carried
+from nosa_jax.hf.config_json import MODEL_TYPES, render_config
 from nosa_jax.hf.folder import (
     INDEX_NAME,
     PARTIAL,
     SINGLE_NAME,
-    TEXT_FILES,
-    TOKENIZER_FILES,
     locked,
     partial_folder,
     swap_in,
+    tidy,
 )
 from nosa_jax.hf.keymap import Piece, model_pieces
 from nosa_jax.hf.load import check_dtype
@@ -49,7 +48,8 @@ def save_pretrained(
     dtype: of the weights in the files; None keeps the model's. Importance (A and delta) is written in that dtype where
         this loses nothing, else in float32.
     max_shard_bytes: larger models are split into files of at most this size (a larger tensor gets a file of its own).
-    tokenizer: is written as tokenizer.json, so that the folder says what its tokens are.
+    tokenizer: is written as tokenizer.json, so that the folder says what its tokens are. Files of another tokenizer are
+        not carried along and do not stay, nor do end-of-text ids that were ids of another one.
 
     A `full` model is a Llama to every library. The others are of the type `nosa_llama`, which libraries that do not
     know it refuse: as a Llama they would compute something else.
@@ -58,9 +58,10 @@ def save_pretrained(
     generation_config.json, the tokenizer's files) is written too.
 
     `path` may be new, an empty folder, or a folder with a Llama or NOSA checkpoint, whose config and safetensors are
-    then replaced while its other files (a tokenizer, say) stay. Anything else is refused. All files are written to a
-    hidden folder first, inside `path` or, where that is new, beside it, and moved at the end: a failure leaves `path`
-    as it was, and of two who write at once the last one wins whole.
+    then replaced while its other files (a tokenizer, say) stay; a generation_config.json goes too where the vocabulary
+    has another size. Anything else is refused. All files are written to a hidden folder first, inside `path` or, where
+    that is new, beside it, and moved at the end: a failure leaves `path` as it was (where it was killed while it moved
+    files, the next call does), and of two who write at once the last one wins whole.
 
     Raises FileExistsError for a `path` that is refused, ImportError without the extra `hf`, TypeError and ValueError
     for bad arguments. Warns where a tokenizer in `path` differs from the model's.
@@ -73,15 +74,13 @@ def save_pretrained(
     weights_dtype = check_dtype(model.embed[...].dtype if dtype is None else dtype)
     folder = user_path("path", path).resolve()
     replaced = _replaced_config(folder)
-    config = render_config(model.config, weights_dtype.name, _carried_keys(model, replaced))
-    texts = _carried_files(model, folder)
-    if tokenizer is not None:
-        texts["tokenizer.json"] = tokenizer.to_json().encode()
+    beside, leaving = carried(model, folder, replaced, tokenizer)
+    config = render_config(model.config, weights_dtype.name, dict(beside.config))
     with partial_folder(folder) as partial:
         _write(model, partial, weights_dtype, max_shard_bytes, config)
-        for name, data in texts.items():
+        for name, data in beside.files.items():
             (partial / name).write_bytes(data)
-        swap_in(partial, folder)
+        swap_in(partial, folder, leaving)
 
 
 def check_folder(path: str | os.PathLike[str]) -> None:
@@ -94,6 +93,7 @@ def _replaced_config(folder: Path) -> dict[str, Any]:
     if not folder.exists():
         return {}
     try:
+        tidy(folder)  # the checkpoint may lie where a killed writer had moved it to
         with locked(folder, shared=True):  # never while another writer moves its files in
             if all(name.startswith(PARTIAL) for name in os.listdir(folder)):
                 return {}
@@ -106,29 +106,6 @@ def _replaced_config(folder: Path) -> dict[str, Any]:
             "Choose another path or empty that folder."
         )
     return raw
-
-
-def _carried_keys(model: NosaLM, replaced: dict[str, Any]) -> dict[str, Any]:
-    """Keys of config.json: those that the model came with, over those that stand in its place now."""
-    # In another vocabulary the same ids are other tokens.
-    same = replaced.get("vocab_size") == model.config.vocab_size
-    return {**(unused(replaced) if same else {}), **model.origin.config}
-
-
-def _carried_files(model: NosaLM, folder: Path) -> dict[str, bytes]:
-    """Text files that the model came with, but for those that `folder` has: a tokenizer is kept or taken as a whole."""
-    files = model.origin.files
-    kept = {name for name in TEXT_FILES if (folder / name).is_file()}
-    other = sorted(name for name in kept & files.keys() if (folder / name).read_bytes() != files[name])
-    if other:
-        warnings.warn(
-            f"path: {folder} keeps its own {', '.join(other)}, which the model did not come with. "
-            "Remove them before saving if the model's are meant.",
-            stacklevel=3,
-        )
-    if kept & set(TOKENIZER_FILES):
-        kept.update(TOKENIZER_FILES)
-    return {name: data for name, data in files.items() if name not in kept}
 
 
 def _write(model: NosaLM, folder: Path, dtype: np.dtype, max_shard_bytes: int, config: dict[str, Any]) -> None:

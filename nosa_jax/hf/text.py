@@ -4,26 +4,38 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
+from pathlib import Path
 
 from nosa_jax._json import parse_object
-from nosa_jax.hf.folder import TOKENIZER_FILES, existing_folder
+from nosa_jax.hf.folder import TOKENIZER_FILES, existing_folder, read_texts
 from nosa_jax.hf.tokenizer import ByteTokenizer, FileTokenizer
 from nosa_jax.origin import CONFIG_NAME, GENERATION_NAME, end_of_text
 from pallas_kernels.checks import bad_value
 
 Tokenizer = ByteTokenizer | FileTokenizer
+_CHARACTER = 4  # tokens that a character takes at most, as many as UTF-8 has bytes for it
 
 
 def load_tokenizer(path: str | os.PathLike[str], vocab_size: int) -> Tokenizer:
-    """The tokenizer.json of the folder `path`, or bytes for a vocabulary of 256.
+    """The tokenizer.json of the folder `path`, or bytes for a vocabulary of 256 and for `ByteTokenizer().to_json()`.
 
     Raises ValueError where neither fits, FileNotFoundError where there is no such folder.
     """
     folder = existing_folder(path)
-    if (folder / "tokenizer.json").is_file():
-        return FileTokenizer(folder)
+    return tokenizer_of(read_texts(folder), vocab_size, folder)
+
+
+def tokenizer_of(files: Mapping[str, bytes], vocab_size: int, folder: Path) -> Tokenizer:
+    """As `load_tokenizer`, of files that were read before, such as `model.origin.files`. folder: for messages."""
+    if "tokenizer.json" in files:
+        tokenizer = FileTokenizer.from_json(files["tokenizer.json"], str(folder / "tokenizer.json"))
+        plain = ByteTokenizer()
+        # Of the two it is the one that also takes bytes that are no UTF-8.
+        is_plain = tokenizer.vocab_size == plain.vocab_size and tokenizer.to_json() == plain.to_json()
+        return plain if is_plain else tokenizer
     if vocab_size != ByteTokenizer.vocab_size:
-        others = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+        others = [name for name in TOKENIZER_FILES if name in files]
         raise bad_value(
             "path",
             f"must hold a tokenizer.json for a vocabulary of {vocab_size} (256 would be bytes)",
@@ -40,13 +52,10 @@ def stop_tokens(path: str | os.PathLike[str]) -> tuple[int, ...]:
 
     Raises FileNotFoundError where there is no such folder, ValueError for a damaged file.
     """
-    for name in (GENERATION_NAME, CONFIG_NAME):
-        file = existing_folder(path) / name
-        if file.is_file():
-            ids = end_of_text(str(file), parse_object(str(file), file.read_bytes()))
-            if ids:
-                return ids
-    return ()
+    folder = existing_folder(path)
+    files = [folder / name for name in (GENERATION_NAME, CONFIG_NAME)]
+    generation, config = (parse_object(str(file), file.read_bytes()) if file.is_file() else {} for file in files)
+    return end_of_text(generation, config, folder)
 
 
 @dataclasses.dataclass
@@ -87,8 +96,10 @@ class GrowingText:
             return False
         if not self.tokenizer.decode([self.tokens[start]]):
             return False  # a decoder may drop the space of what comes after nothing
-        # U+FFFD would be the second half of a character.
-        return not self.tokenizer.decode(self.tokens[start : self._shown]).startswith("\ufffd")
+        # U+FFFD would be the second half of a character. Only what one character takes is decoded: to decode all that
+        # follows would, in a long prompt without a place to start at, take time by the square of its length.
+        end = min(start + _CHARACTER, self._shown)
+        return not self.tokenizer.decode(self.tokens[start:end]).startswith("\ufffd")
 
     def _is_open(self, token: int) -> bool:
         """Whether the text so far may yet change: after one byte of a run, or after a token that has no text."""

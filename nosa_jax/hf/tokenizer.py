@@ -36,13 +36,22 @@ class FileTokenizer:
                 f"path: must be a tokenizer.json or a folder with one, got {file}, which does not exist. "
                 "Copy it from the checkpoint; ByteTokenizer needs no file."
             )
+        self._read(file.read_bytes(), str(file))
+
+    @classmethod
+    def from_json(cls, data: bytes, source: str = "tokenizer.json") -> FileTokenizer:
+        """The tokenizer of a tokenizer.json with this content. source: the file, for messages; errors as for a path."""
+        tokenizer = cls.__new__(cls)
+        tokenizer._read(data, source)
+        return tokenizer
+
+    def _read(self, data: bytes, source: str) -> None:
         tokenizers = import_extra("tokenizers")
-        data = file.read_bytes()
-        refuse_pointer(str(file), data)
+        refuse_pointer(source, data)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(data.removeprefix(codecs.BOM_UTF8))
         except Exception as error:  # the package raises bare Exception
-            raise bad_value(str(file), "must be a valid tokenizer.json", f"({error})", "Copy it again.") from error
+            raise bad_value(source, "must be a valid tokenizer.json", f"({error})", "Copy it again.") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         if getattr(self._tokenizer.model, "dropout", None) is not None:

@@ -46,8 +46,12 @@ def _new_figure(width: float, height: float) -> Figure:
 
 def _finish(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
     if path is not None:
-        with replacing(user_path("path", path)) as new:
-            figure.savefig(new, dpi=150)
+        file = user_path("path", path)
+        if not file.suffix:
+            file = file.with_name(f"{file.name.rstrip('.')}.png")  # as matplotlib would name it
+        # An open file, whose name matplotlib cannot change.
+        with replacing(file) as new, new.open("wb") as stream:
+            figure.savefig(stream, format=file.suffix[1:], dpi=150)
     return figure
 
 
@@ -87,7 +91,7 @@ def plot_comparison(reports: Mapping[str, LocalityReport], path: str | os.PathLi
     """Methods compared: gamma by layer, misses by slots, gamma by position.
 
     Dashed lines: the gamma that a method guarantees. Shades: the range over KV heads.
-    Returns a matplotlib Figure, written to `path` where given (the ending sets the format, e.g. .png).
+    Returns a matplotlib Figure, written to `path` where given (the ending sets the format; without one it gets .png).
     Raises ValueError without reports, ImportError without matplotlib.
     """
     if not reports:

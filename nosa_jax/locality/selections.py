@@ -89,8 +89,8 @@ class Selections:
                 raise bad_type(f"Selections.{name}", "must be an int32 NumPy array", got, "Convert it.")
         require_type("Selections.attention", self.attention, AttentionConfig, "Pass ModelConfig.attention.")
         require_type("Selections.label", self.label, str, "Name the method.")
-        require_int("Selections.head_dim", self.head_dim, 1)
-        require_int("Selections.itemsize", self.itemsize, 1)
+        for name in ("head_dim", "itemsize"):
+            object.__setattr__(self, name, require_int(f"Selections.{name}", getattr(self, name), 1))
         require_shape("Selections.block_ids", self.block_ids, (None,) * 5, "[L, B, K, T, J]")
         batch, steps = self.block_ids.shape[1], self.block_ids.shape[3]
         require_shape("Selections.positions", self.positions, (batch, steps), "[B, T]")

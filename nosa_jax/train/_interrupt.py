@@ -16,25 +16,25 @@ def interrupt_flag() -> Iterator[threading.Event]:
     """An event that the first SIGINT (Ctrl-C), SIGTERM or SIGHUP sets.
 
     A second Ctrl-C raises KeyboardInterrupt as usual; the other two may come twice, and wait. What is ignored stays
-    ignored, as SIGHUP under nohup.
+    ignored, as SIGHUP under nohup and SIGINT in what a script starts with `&`; so does what a handler in C takes, which
+    could not be put back.
     """
     flag = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
         yield flag
         return
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
-    before[signal.SIGINT] = before[signal.SIGINT] or signal.default_int_handler
+    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+    before = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
 
     def handle(number: int, _: object) -> None:
         flag.set()
         if number == signal.SIGINT:
             signal.signal(number, before[number])
 
-    for number, handler in before.items():
-        if number == signal.SIGINT or handler is not signal.SIG_IGN:
-            signal.signal(number, handle)
+    for number in before:
+        signal.signal(number, handle)
     try:
         yield flag
     finally:
         for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+            signal.signal(number, handler)

@@ -17,7 +17,7 @@ class Progress:
 
     def __init__(self, steps: int, done: int, *, shown: bool) -> None:
         tqdm = import_extra("tqdm").tqdm
-        terminal = shown and sys.stderr is not None and sys.stderr.isatty()
+        terminal = shown and _is_terminal(sys.stderr)
         self.shown, self._steps, self._step = shown, steps, done
         self._bar: Any = tqdm(total=steps, initial=done, unit="step", disable=not terminal, dynamic_ncols=True)
         self._lines = shown and not terminal
@@ -42,9 +42,18 @@ class Progress:
             _write(f"step {self._step}/{self._steps}: {text}", sys.stderr)
 
     def say(self, text: str) -> None:
-        """A line on stdout."""
+        """A line on stdout, where anything is shown at all."""
+        if not self.shown:
+            return
         with self._bar.external_write_mode() if not self._bar.disable else contextlib.nullcontext():
             _write(text, sys.stdout)
+
+
+def _is_terminal(stream: Any) -> bool:
+    try:
+        return stream is not None and stream.isatty()
+    except ValueError:  # it is closed
+        return False
 
 
 def _write(text: str, stream: Any) -> None:

@@ -8,6 +8,7 @@ writes into a temporary folder and renames it, so a checkpoint that exists is wh
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import uuid
 import warnings
@@ -29,6 +30,13 @@ from pallas_kernels.device import default_device
 # How weights are arranged: 1 had all queries before all keys before all values, 2 has them by KV head. Checkpoints from
 # before the number was kept are of layout 1.
 LAYOUT = 2
+
+# How ValueErrors of TensorStore begin where the system failed (too many open files, no permission, a disk or a network
+# that does not answer): the files may be whole, and readable the next time.
+_FAULTS = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "UNKNOWN", "ABORTED", "DEADLINE_EXCEEDED")
+
+# What taking a meta apart raises where something is missing in it or of another kind.
+_NOT_AS_SAVED = (LookupError, TypeError, AttributeError)
 
 
 class DamagedCheckpointError(ValueError):
@@ -97,7 +105,9 @@ class Checkpoints:
         Raises ValueError when there is no such checkpoint, when it is damaged, or when its weights are arranged
         otherwise than ours.
         """
-        step = self.existing(step)
+        return self._meta(self.existing(step))
+
+    def _meta(self, step: int) -> dict[str, Any]:
         with self.reading(step):
             meta = {**self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]}
         layout = meta.pop("layout", 1)
@@ -118,7 +128,10 @@ class Checkpoints:
         weights, or other names, shapes or dtypes.
         """
         step = self.existing(step)
-        self.meta(step)  # refuses another layout, at which names and shapes would only hint
+        self._meta(step)  # refuses another layout, at which names and shapes would only hint
+        return self._restore(like, step)
+
+    def _restore(self, like: TrainState, step: int) -> TrainState:
         place = getattr(like.step, "sharding", None) or default_device()
         return TrainState(
             model=self._restore_item("model", like.model, step),
@@ -126,34 +139,35 @@ class Checkpoints:
             step=jax.device_put(jax.numpy.int32(step), place),
         )
 
-    def restore_model(self, like: Any, step: int | None = None) -> Any:
-        """Restores the model alone; arguments and errors as in `restore`."""
+    def load_model(self, step: int | None = None) -> NosaLM:
+        """The model saved at `step` (None: the newest), without the optimizer; errors as in `restore`."""
         step = self.existing(step)
-        self.meta(step)
-        return self._restore_item("model", like, step)
+        meta = self._meta(step)
+        with self.reading(step, *_NOT_AS_SAVED):
+            config = model_config_from_dict(meta["config"]["model"])
+        return self._restore_item("model", jax.eval_shape(lambda: NosaLM(config, rngs=nnx.Rngs(0))), step)
 
-    def restore_newest(
-        self, like: TrainState, check: Callable[[dict[str, Any]], None]
-    ) -> tuple[TrainState, dict[str, Any]]:
-        """State and meta of the newest checkpoint that is whole, to go on from there.
+    def restore_newest(self, like: TrainState, resume: Callable[[dict[str, Any]], None]) -> TrainState:
+        """The state of the newest checkpoint that is whole, to go on from there.
 
-        check: looks at the meta and raises ValueError for a run that must not go on.
+        resume: takes from the meta what the run needs, and raises ValueError for one that must not go on. A meta that
+            it cannot take apart (LookupError, TypeError, AttributeError) is damaged, and an older one follows.
         Newer ones, which are damaged, are moved aside with a warning. Raises ValueError when none is whole.
         """
         damaged: list[tuple[int, DamagedCheckpointError]] = []
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                meta = self.meta(step)
-                with self.reading(step, KeyError, TypeError):
-                    check(meta)
-                state = self.restore(like, step)
+                meta = self._meta(step)
+                with self.reading(step, *_NOT_AS_SAVED):
+                    resume(meta)
+                state = self._restore(like, step)
             except DamagedCheckpointError as error:
                 damaged.append((step, error))
                 continue
             for other, reason in damaged:
                 aside = self._move_aside(other)
                 warnings.warn(f"{reason} It is now {aside}, and the run goes on from step {step}.", stacklevel=2)
-            return state, meta
+            return state
         raise damaged[0][1]
 
     def _move_aside(self, step: int) -> Path:
@@ -169,11 +183,8 @@ class Checkpoints:
         try:
             yield
         except errors as error:
-            missing = FileNotFoundError | NotADirectoryError | IsADirectoryError
-            if isinstance(error, MemoryError | jax.errors.JaxRuntimeError) or (
-                isinstance(error, OSError) and not isinstance(error, missing)
-            ):
-                raise  # no fault of the files: memory, permissions, the disk
+            if _is_fault_of_the_system(error):
+                raise
             older = [other for other in sorted(self._manager.all_steps()) if other < step]
             raise DamagedCheckpointError(
                 f"directory: must hold whole checkpoints, got {self.directory / str(step)}, which is damaged "
@@ -221,19 +232,37 @@ def load_model(directory: str | os.PathLike[str], step: int | None = None) -> No
     if not folder.is_dir():
         raise bad_value("directory", "must exist", folder, "Check the path.")
     with Checkpoints(folder) as checkpoints:
-        step = checkpoints.existing(step)
-        meta = checkpoints.meta(step)
-        with checkpoints.reading(step, KeyError, TypeError):
-            config = model_config_from_dict(meta["config"]["model"])
-        return checkpoints.restore_model(jax.eval_shape(lambda: NosaLM(config, rngs=nnx.Rngs(0))), step)
+        return checkpoints.load_model(step)
 
 
 def model_config_from_dict(fields: dict[str, Any]) -> ModelConfig:
-    """The inverse of `dataclasses.asdict` after a trip through JSON, which turns tuples into lists."""
+    """The inverse of `dataclasses.asdict` after a trip through JSON, which turns tuples into lists.
+
+    Raises ValueError for fields that there are none of here, as those of a later version, and TypeError or LookupError
+    for what is no configuration.
+    """
     rope: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in fields["rope"].items()
     }
+    parts = (ModelConfig, fields), (RopeConfig, rope), (AttentionConfig, fields["attention"])
+    for cls, given in parts:
+        unknown = sorted(set(given) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            remedy = "A later version of nosa-jax wrote them: use that, or a later one."
+            raise bad_value(cls.__name__, "must have fields of this version only", unknown, remedy)
     return ModelConfig(**{**fields, "rope": RopeConfig(**rope), "attention": AttentionConfig(**fields["attention"])})
+
+
+def _is_fault_of_the_system(error: BaseException) -> bool:
+    """Whether reading failed for want of memory, permissions or an answer of the disk: the files may be whole."""
+    if isinstance(error, OSError):
+        return not isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+    if isinstance(error, ValueError) and str(error).startswith(_FAULTS):
+        return True
+    if isinstance(error, MemoryError | jax.errors.JaxRuntimeError) or not isinstance(error, Exception):
+        return True
+    # Orbax raises a plain Exception from whatever ended the reading of an array.
+    return error.__cause__ is not None and _is_fault_of_the_system(error.__cause__)
 
 
 def _by_name(tree: Any) -> dict[str, Any]:

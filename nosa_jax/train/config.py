@@ -7,7 +7,7 @@ from typing import Literal
 
 from nosa_jax.config import ModelConfig
 from nosa_jax.train.optim import OptimizerConfig
-from pallas_kernels.checks import bad_type, bad_value, require_int
+from pallas_kernels.checks import bad_type, bad_value, require_bool, require_int
 from pallas_kernels.device import current_device
 
 
@@ -49,9 +49,10 @@ class TrainConfig:
         if not isinstance(self.model, ModelConfig):
             raise bad_type("TrainConfig.model", "must be a ModelConfig", type(self.model).__name__, "See presets.")
         for name in ("steps", "batch_size", "length", "accumulate", "log_every", "eval_batches", "keep_checkpoints"):
-            require_int(f"TrainConfig.{name}", getattr(self, name), 1)
+            object.__setattr__(self, name, require_int(f"TrainConfig.{name}", getattr(self, name), 1))
         for name in ("seed", "eval_every", "checkpoint_every"):
-            require_int(f"TrainConfig.{name}", getattr(self, name), 0)
+            object.__setattr__(self, name, require_int(f"TrainConfig.{name}", getattr(self, name), 0))
+        object.__setattr__(self, "remat", require_bool("TrainConfig.remat", self.remat))
         if self.batch_size % self.accumulate:
             raise bad_value(
                 "TrainConfig.accumulate", f"must divide batch_size {self.batch_size}", self.accumulate, "Change one."

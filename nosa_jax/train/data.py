@@ -11,6 +11,7 @@ Text of your own goes in as a `Corpus` of token ids.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import glob
 import os
 import sysconfig
@@ -59,7 +60,8 @@ class Corpus:
                 raise bad_type(f"Corpus.{name}", "must be a NumPy array of integers", got, "Pass token ids.")
             if tokens.ndim != 1:
                 raise bad_value(f"Corpus.{name}", "must have one dimension", tokens.shape, "Flatten it.")
-        require_number("Corpus.bytes_per_token", self.bytes_per_token, 1e-3)
+        number = require_number("Corpus.bytes_per_token", self.bytes_per_token, 1e-3)
+        object.__setattr__(self, "bytes_per_token", number)
 
     def fingerprint(self) -> str:
         """Short text that changes when the tokens do; a checkpoint keeps it, so resume can tell."""
@@ -78,24 +80,50 @@ def find_files(*patterns: str | os.PathLike[str]) -> list[Path]:
     """Files named by paths, folders (every file below, hidden ones not) or globs such as `src/**/*.py`.
 
     Returns them sorted. A file that has several names, by links say, comes once, and what a training run wrote
-    (checkpoints, log, model) is left out with a warning. Raises ValueError when a pattern finds no file.
+    (checkpoints, log, model) is left out with a warning. Raises ValueError when a pattern finds no other file.
     """
     found: list[Path] = []
     written: set[Path] = set()
+
+    @functools.cache
+    def part_of_run(path: Path) -> Path | None:
+        """What of a training run `path` is or lies in, None for anything else."""
+        outer = None if path == path.parent else part_of_run(path.parent)
+        return outer or (path if _is_part_of_run(path) else None)
+
     for pattern in patterns:
-        path, runs = user_path("patterns", pattern), list[Path]()
-        if not path.exists():
-            matches = list(_expand(path, runs))
-        else:
-            matches = list(_below(path, runs)) if path.is_dir() else [path]
-        files = [match for match in matches if match.is_file() and not {match, *match.parents} & set(runs)]
+        path = user_path("patterns", pattern)
+        matches = [match for match in _matches(path) if match.is_file()]
+        parts = [part_of_run(Path(os.path.abspath(match))) for match in matches]
+        files = [match for match, part in zip(matches, parts, strict=True) if part is None]
         if not files:
-            raise bad_value("patterns", "must each find a file", repr(str(pattern)), "Check the path or the glob.")
+            got = f"{str(pattern)!r}" + (", which finds only what a training run wrote" if matches else "")
+            raise bad_value("patterns", "must each find a file", got, "Check the path or the glob.")
         found += files
-        written |= set(runs)
+        written.update(part for part in parts if part is not None)
     if written:
         _warn("skipped what a training run wrote: " + _some(sorted(written)))
     return _once(found)
+
+
+def _is_part_of_run(path: Path) -> bool:
+    """Whether `path` is a checkpoint, or the log, the checkpoints or the model of a run, which lie side by side."""
+    if os.path.exists(path / _CHECKPOINT):
+        return True
+    run = path.parent
+    return path.name in (LOG_NAME, "checkpoints", "model") and (
+        (run / "checkpoints").is_dir() and (run / LOG_NAME).is_file()
+    )
+
+
+def _matches(path: Path) -> Iterator[Path]:
+    """What a path, a folder or a glob names."""
+    if not path.exists():
+        yield from _expand(path)
+    elif path.is_dir():
+        yield from _below(path)
+    else:
+        yield path
 
 
 def _once(paths: Iterable[Path]) -> list[Path]:
@@ -104,7 +132,7 @@ def _once(paths: Iterable[Path]) -> list[Path]:
     return sorted(files.values())
 
 
-def _expand(pattern: Path, runs: list[Path]) -> Iterator[Path]:
+def _expand(pattern: Path) -> Iterator[Path]:
     """What a glob names. Unlike `glob` it enters every folder once, so that links may go round in circles."""
     if "**" not in pattern.parts:
         yield from map(Path, glob.iglob(str(pattern)))
@@ -113,26 +141,24 @@ def _expand(pattern: Path, runs: list[Path]) -> Iterator[Path]:
     tail = pattern.parts[depth + 1 :]
     for top in glob.iglob(str(Path(*pattern.parts[:depth]))):
         if not tail:
-            yield from _below(Path(top), runs)
+            yield from _below(Path(top))
             continue
-        for folder, _ in _folders(Path(top), runs):
-            yield from _expand(Path(glob.escape(str(folder)), *tail), runs)
+        for folder, _ in _folders(Path(top)):
+            yield from _expand(Path(glob.escape(str(folder)), *tail))
 
 
-def _below(folder: Path, runs: list[Path]) -> Iterator[Path]:
+def _below(folder: Path) -> Iterator[Path]:
     """The files in a folder and in those below it."""
-    for inner, names in _folders(folder, runs):
+    for inner, names in _folders(folder):
         yield from (inner / name for name in names if not name.startswith("."))
 
 
-def _folders(top: Path, runs: list[Path]) -> Iterator[tuple[Path, list[str]]]:
-    """`top` and the folders below it that are not hidden, each once, with the files in it.
-
-    What a training run wrote is left out, and added to `runs`.
-    """
+def _folders(top: Path) -> Iterator[tuple[Path, list[str]]]:
+    """`top` and the folders below it that are not hidden, each once, with the files in it."""
 
     def fail(error: OSError) -> None:
-        raise error
+        if not isinstance(error, FileNotFoundError):  # it was there when its parent was read: a run just renamed it
+            raise error
 
     seen: set[tuple[int, int]] = set()
     for folder, inner, files in os.walk(top, onerror=fail, followlinks=True):
@@ -141,18 +167,15 @@ def _folders(top: Path, runs: list[Path]) -> Iterator[tuple[Path, list[str]]]:
             inner.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        written = {name for name in inner if os.path.exists(os.path.join(folder, name, _CHECKPOINT))}
-        if "checkpoints" in inner and LOG_NAME in files:
-            written |= {"checkpoints", LOG_NAME, "model"} & {*inner, *files}
-        runs += (Path(folder, name) for name in written)
-        inner[:] = sorted(name for name in inner if name not in written and not name.startswith("."))
-        yield Path(folder), [name for name in files if name not in written]
+        inner[:] = sorted(name for name in inner if not name.startswith("."))
+        yield Path(folder), files
 
 
 def read_text(path: str | os.PathLike[str], *, argument: str = "path") -> np.ndarray:
-    """The bytes of a text file of any encoding, uint8 and as they are. `argument` is the name of `path` in an error.
+    """The bytes of a text file, uint8 and as they are. `argument` is the name of `path` in an error.
 
-    Raises ValueError for a binary file, OSError for one that cannot be read.
+    Any encoding will do that writes no zero bytes, as UTF-8, Latin-1 and GB 18030. Raises ValueError for a binary file,
+    which one in UTF-16 or UTF-32 counts as, and OSError for one that cannot be read.
     """
     file = user_path(argument, path)
     text = _read(file)

@@ -42,7 +42,7 @@ class TrainResult:
     step: how many steps the model has seen.
     history, evaluations: the log records of kind `train` and `eval` of this call.
     directory: where checkpoints and `log.jsonl` are, None when nothing was saved.
-    interrupted: whether Ctrl-C or another signal ended the run early.
+    interrupted: whether Ctrl-C or another signal asked the run to end, in its last step too.
     """
 
     model: Any
@@ -117,8 +117,7 @@ def train(
                         f"step {checkpoints.latest_step()} in {checkpoints.directory}",
                         "Pass resume=True to continue it, or take another directory.",
                     )
-                state, meta = checkpoints.restore_newest(state, partial(_check_resumable, config, corpus))
-                batches.set_state(meta["data"])
+                state = checkpoints.restore_newest(state, partial(_resume_data, config, corpus, batches))
         log = stack.enter_context(JsonLines(None if root is None else root / LOG_NAME))
         bar = stack.enter_context(Progress(config.steps, int(state.step), shown=progress))
         stop = stack.enter_context(interrupt_flag())
@@ -127,7 +126,7 @@ def train(
         run.advance(stop)
         run.finish(interrupted=stop.is_set())
         run.state.model.origin = origin  # the compiled step may be that of a run with another
-        return TrainResult(run.state.model, run.step, run.history, run.evaluations, root, run.step < config.steps)
+        return TrainResult(run.state.model, run.step, run.history, run.evaluations, root, stop.is_set())
 
 
 class _Run:
@@ -265,8 +264,7 @@ class _Run:
             self.evaluations.append({**record, "seconds": seconds})  # a finished run, resumed
         else:
             self.evaluations.append(self.record("eval", **fields, seconds=seconds))
-        if self.bar.shown:
-            self.bar.say(f"step {self.step}: held-out {result.loss:.4f} nats, {result.bits_per_byte:.4f} bits per byte")
+        self.bar.say(f"step {self.step}: held-out {result.loss:.4f} nats, {result.bits_per_byte:.4f} bits per byte")
 
 
 def _due(step: int, every: int) -> bool:
@@ -292,7 +290,8 @@ def _check_corpus(config: TrainConfig, corpus: Corpus) -> None:
         )
 
 
-def _check_resumable(config: TrainConfig, corpus: Corpus, meta: dict[str, Any]) -> None:
+def _resume_data(config: TrainConfig, corpus: Corpus, batches: Any, meta: dict[str, Any]) -> None:
+    """Moves `batches` on to where the checkpoint of `meta` was; raises ValueError where that is one of another run."""
     saved = meta["config"]
     # As configurations, so that a field which is younger than the checkpoint has its default.
     saved = {**saved, "model": model_config_from_dict(saved["model"])}
@@ -312,3 +311,4 @@ def _check_resumable(config: TrainConfig, corpus: Corpus, meta: dict[str, Any]) 
             corpus.fingerprint(),
             "Pass the same files, held-out fraction and seed, or take another directory.",
         )
+    batches.set_state(meta["data"])

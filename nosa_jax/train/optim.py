@@ -50,7 +50,8 @@ class OptimizerConfig:
             ("weight_decay", 0.0, 100.0),
             ("clip_norm", 1e-6, 1e6),
         ):
-            require_number(f"OptimizerConfig.{name}", getattr(self, name), low, high)
+            number = require_number(f"OptimizerConfig.{name}", getattr(self, name), low, high)
+            object.__setattr__(self, name, number)
         if self.warmup_fraction + self.decay_fraction > 1:
             raise bad_value(
                 "OptimizerConfig.decay_fraction",
