@@ -7,6 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 import nosa_jax
@@ -32,6 +33,11 @@ SMALL = AttentionConfig(
 LENGTHS = np.array([300, 128, 1])
 NEW = 50  # tokens that are generated: every row crosses block boundaries
 OFFLOADED = CacheConfig(slots=10)
+
+
+def but_slow(cases, *slow):
+    """The cases in order for `parametrize`, some of them slow: `make test` leaves those to `make test-all`."""
+    return [pytest.param(case, marks=pytest.mark.slow if case in slow else ()) for case in cases]
 
 
 def small_config(

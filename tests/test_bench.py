@@ -293,6 +293,7 @@ def test_neighbours_are_valid_and_start_with_the_launch_itself():
         assert all(_tuning.checked(**launch._asdict()) == launch for launch in launches)
 
 
+@pytest.mark.slow
 def test_tuning_finds_the_fastest_launch(tmp_path, monkeypatch):
     """With a stand-in for the clock that likes two stages and cannot run eight warps."""
 

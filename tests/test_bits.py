@@ -42,6 +42,7 @@ def test_an_offloaded_cache_gives_the_bits_of_one_on_the_device(model, tokens, o
     np.testing.assert_array_equal(offloaded.fetched, predicted)
 
 
+@pytest.mark.slow
 def test_the_compiled_step_gives_the_bits_of_generate(model, tokens, offloaded):
     state, logits = nosa_jax.prefill(model, tokens, LENGTHS, max_length=300 + NEW, cache=CacheConfig(slots=9))
     for number in range(NEW):

@@ -41,6 +41,7 @@ def sampled(model, tokens):
     )
 
 
+@pytest.mark.slow
 def test_stream_yields_the_tokens_of_generate(model, tokens, greedy):
     streamed = list(nosa_jax.stream(model, tokens, LENGTHS, max_new_tokens=NEW, cache=OFFLOADED))
     np.testing.assert_array_equal(np.stack(streamed, axis=1), greedy.tokens)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import pytest
+from support import but_slow
 from targets import H200, cudnn_installed
 
 from nosa_jax import AttentionConfig, ModelConfig, presets
@@ -129,11 +130,6 @@ def selection_kernels(shape, **changes):
     return kernels(lambda *arguments: select_blocks(*arguments, **counts), *(given[name] for name in names))
 
 
-def but_slow(names, *slow):
-    """The names in order, some of them slow: each lowers a forward and a backward pass."""
-    return [pytest.param(name, marks=pytest.mark.slow if name in slow else ()) for name in sorted(names)]
-
-
 FORWARD = ["block_unions", "block_attention_forward"]
 BACKWARD = ["block_unions", "block_inversion", "block_attention_dq", "block_attention_dkv", "block_attention_sum"]
 # Elsewhere, in float32, with few or small heads or small blocks, there is Triton alone.
@@ -155,7 +151,13 @@ def test_block_attention_on_hopper(name):
 @pytest.mark.parametrize(
     "name",
     but_slow(
-        set(SHAPES) - set(HOPPER), "tiny", "group_of_1", "group_of_4", "group_of_8", "group_of_16", "not_whole_blocks"
+        sorted(set(SHAPES) - set(HOPPER)),
+        "tiny",
+        "group_of_1",
+        "group_of_4",
+        "group_of_8",
+        "group_of_16",
+        "not_whole_blocks",
     ),
 )
 def test_block_attention_takes_triton_elsewhere(name):

@@ -149,6 +149,7 @@ def test_biases_and_norms_of_heads():
     assert nosa_jax.plan(config, 1, 64, dtype=jnp.float32).device["weights"] == 4 * nosa_jax.num_parameters(model)
 
 
+@pytest.mark.slow
 def test_with_importance_of_zero_nosa_is_infllmv2_where_all_is_selected():
     """A = 0 adds no bias; below the budget both select every block, and so does full attention."""
     model = nosa_jax.NosaLM(presets.tiny(), rngs=nnx.Rngs(0))
@@ -171,6 +172,7 @@ def test_with_attention_shares_parameters_and_adds_importance_where_needed():
     assert np.asarray(nosa.layers.attention.importance.delta[...]).any()
 
 
+@pytest.mark.slow
 def test_bfloat16_model_keeps_importance_and_logits_in_float32():
     model = nosa_jax.cast(lively_model(small_config()), jnp.bfloat16)
     assert model.layers.attention.importance.delta.dtype == jnp.float32

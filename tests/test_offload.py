@@ -73,7 +73,8 @@ def test_bit_identical_for_any_number_of_slots(model, tokens, on_device, poisone
         assert (np.asarray(gen.fetched).sum(-1) <= M - J).all()
 
 
-@pytest.mark.parametrize("variant", ["infllmv2", pytest.param("dma", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["infllmv2", "dma"])
 def test_bit_identical_for_the_rivals(tokens, variant):
     model = lively_model(small_config().with_attention(variant=variant))
     runs = [

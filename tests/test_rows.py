@@ -14,6 +14,7 @@ from support import (
     OFFLOADED,
     REDUCED,
     SMALL,
+    but_slow,
     forward,
     forward_one,
     lively_model,
@@ -30,6 +31,7 @@ from nosa_jax.attention.layout import as_segment_ids
 from nosa_jax.decode.checks import as_prompt
 from nosa_jax.decode.prompt import read_prompt
 
+VARIANTS = ("nosa", "infllmv2", "dma", "full")
 MANY = (1, 15, 16, 31, 32, 63, 64, 65, 700, 1203, 1500)
 TOLERANCE = 5e-5
 
@@ -58,8 +60,8 @@ def assert_equivalent(model, tokens, ids, logits, *, start=0, bucket=256) -> Non
     [
         pytest.param(2, 4, 64, MANY, 256, id="K2-G4-D64", marks=pytest.mark.slow),
         pytest.param(1, 16, 64, (31, 65, 700), 1, id="K1-G16-D64"),
-        pytest.param(4, 1, 128, (31, 65, 700), 700, id="K4-G1-D128"),
-        pytest.param(2, 8, 128, (31, 65, 700), 700, id="K2-G8-D128"),
+        pytest.param(4, 1, 128, (31, 65, 700), 700, id="K4-G1-D128", marks=pytest.mark.slow),
+        pytest.param(2, 8, 128, (31, 65, 700), 700, id="K2-G8-D128", marks=pytest.mark.slow),
     ],
 )
 def test_ragged_batch_equals_rows_alone(kv_heads, group, dim, lengths, bucket):
@@ -78,7 +80,7 @@ def test_ragged_batch_equals_rows_alone(kv_heads, group, dim, lengths, bucket):
     ("width", "offload"),
     [
         (1, True),
-        (7, True),
+        pytest.param(7, True, marks=pytest.mark.slow),
         (64, True),
         *(pytest.param(*case, marks=pytest.mark.slow) for case in ((64, False), (1000, True))),
     ],
@@ -132,9 +134,7 @@ def test_chunked_prefill_equals_whole_prefill():
     np.testing.assert_array_equal(chunked.table.last_used, whole.table.last_used)
 
 
-@pytest.mark.parametrize(
-    "variant", ["nosa", *(pytest.param(name, marks=pytest.mark.slow) for name in ("infllmv2", "dma")), "full"]
-)
+@pytest.mark.parametrize("variant", but_slow(VARIANTS, "infllmv2", "dma", "full"))
 def test_decode_equals_forward(variant):
     """Step-by-step decode of a ragged batch is the forward pass of the whole sequences."""
     model = lively_model(small_config().with_attention(variant=variant))
@@ -146,7 +146,7 @@ def test_decode_equals_forward(variant):
         assert_equivalent(model, sequence[:-1], ids, gen.logits[row], start=length - 1)
 
 
-@pytest.mark.parametrize("variant", ["nosa", "infllmv2", "dma", "full"])
+@pytest.mark.parametrize("variant", but_slow(VARIANTS, "infllmv2", "dma"))
 def test_packed_rows_equal_documents_alone(variant):
     model = lively_model(small_config().with_attention(variant=variant))
     size = SMALL.block_size
@@ -274,7 +274,7 @@ def test_gradients_do_not_reach_padding():
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
-@pytest.mark.parametrize("variant", ["nosa", "infllmv2", "dma", "full"])
+@pytest.mark.parametrize("variant", but_slow(VARIANTS, "infllmv2", "full"))
 def test_causality_to_the_bit(variant):
     """Changing tokens after position i leaves outputs and block ids up to i as they were."""
     model = lively_model(small_config().with_attention(variant=variant))

@@ -109,6 +109,7 @@ def test_schedule_rises_stays_and_falls():
     np.testing.assert_allclose([rate(step) for step in range(12)], expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_weight_decay_moves_matrices_only():
     model = make_model()
     names = {

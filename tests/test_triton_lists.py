@@ -102,6 +102,7 @@ def test_segments(name, length):
             np.testing.assert_array_equal(found, np.flatnonzero(selected[b, h, :, m]))
 
 
+@pytest.mark.slow
 def test_more_queries_than_one_program_lists():
     """Two chunks of the inversion, the second one short, and words of the table whose sign bit is set."""
     length = _lists._CHUNK + 70

@@ -65,6 +65,7 @@ def test_checkpoint():
     assert_close(value_and_gradients(jax.checkpoint(layer)), value_and_gradients(xla))
 
 
+@pytest.mark.slow
 def test_scan_over_checkpointed_layers():
     """Each layer attends from what the one before put out."""
 
