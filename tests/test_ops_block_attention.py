@@ -161,8 +161,8 @@ def test_a_query_of_nan_is_not_one_that_sees_nothing():
     (out, lse), (clean, clean_lse) = bits(xla(broken, **size)), bits(xla(inputs, **size))
     assert np.isnan(out[0, 7]).all() and np.isnan(lse[0, 7]).all()
     assert np.isnan(definition(broken, **size)[1][0, 7]).all()
-    out[0, 7], lse[0, 7] = clean[0, 7], clean_lse[0, 7]
-    assert_same_bits((out, lse), (clean, clean_lse))
+    others = np.arange(out.shape[1]) != 7
+    assert_same_bits((out[:, others], lse[:, others]), (clean[:, others], clean_lse[:, others]))
 
 
 @pytest.mark.parametrize("offset", [-1e3, 1e3])
