@@ -161,6 +161,15 @@ def test_a_row_at_max_length_stays_as_it_is_under_jit(model, running):
     np.testing.assert_array_equal(after.pool[:, 1], full.pool[:, 1])
 
 
+def test_logits_that_must_not_be_gone_on_from_are_nan(model, running):
+    """Of a row that is full, and of ids out of the vocabulary, where values cannot be looked at."""
+    state, token = running
+    full = dataclasses.replace(state, lengths=state.lengths.at[1].set(state.max_length))
+    assert np.isnan(step(model, full, token)[1]).all(-1).tolist() == [False, True, False]
+    wrong = token.at[0].set(-1).at[2].set(model.config.vocab_size)
+    assert np.isnan(step(model, state, wrong)[1]).all(-1).tolist() == [True, False, True]
+
+
 def test_step_makes_no_hidden_transfers(model, running):
     state, token = running
     step(model, state, token)

@@ -39,23 +39,24 @@ def decode_step(model: NosaLM, state: DecodeState, tokens: IntegersLike) -> tupl
     """Feeds one token to every row. Returns the new state and the float32 logits of what follows.
 
     A plain function of int tokens [B]; `jit_decode_step` is it compiled for a loop. Under jit, where values cannot be
-    checked, a row that is already `max_length` long stays as it is and its logits mean nothing: watch `state.lengths`.
-    Raises TypeError or ValueError for a state of another model, wrong shapes and, outside jit, wrong values.
+    checked, a row that is already `max_length` long stays as it is, and its logits are NaN; so are those of an id out
+    of the vocabulary. Raises TypeError or ValueError for a state of another model, wrong shapes and, outside jit, wrong
+    values.
     """
     checks.check_model(model)
     tokens = layout.as_tokens(tokens, model.config.vocab_size, rank=1)
     checks.check_state(model, state, tokens.shape[0])
     checks.check_room(state, 1)
-    state, out = run_step(*checks.untransformed((model, state, tokens)))
-    return state, out.logits
+    return _plain_step(*checks.untransformed((model, state, tokens)))
 
 
 def jit_decode_step(model: NosaLM, state: DecodeState, tokens: IntegersLike) -> tuple[DecodeState, Float[Array, "B V"]]:
     """`decode_step` compiled with the options that it needs, the state donated: go on with the state that it returns.
 
-    The state passed in is gone afterwards. A row that is already `max_length` long stays as it is and its logits mean
-    nothing: watch `state.lengths`. The call does not wait for the step before, so values of tokens are looked at only
-    where they come from NumPy or a list. Raises TypeError or ValueError for a state of another model and wrong tokens.
+    The state passed in is gone afterwards. The call does not wait for the step before, so values are looked at only
+    where tokens come from NumPy or a list: a row that is already `max_length` long stays as it is, and its logits are
+    NaN; so are those of an id out of the vocabulary. Raises TypeError or ValueError for a state of another model and
+    wrong tokens.
     """
     checks.check_model(model)
     look = not isinstance(tokens, jax.Array)
@@ -64,12 +65,15 @@ def jit_decode_step(model: NosaLM, state: DecodeState, tokens: IntegersLike) -> 
     return _donating_step(*checks.untransformed((model, state, tokens)))
 
 
-@program(donate_argnames="state")
-def _donating_step(
-    model: NosaLM, state: DecodeState, tokens: Int32[Array, " B"]
-) -> tuple[DecodeState, Float[Array, "B V"]]:
+def _step(model: NosaLM, state: DecodeState, tokens: Int32[Array, " B"]) -> tuple[DecodeState, Float[Array, "B V"]]:
+    """A step for loops that cannot look at values: what must not be gone on from is NaN."""
+    usable = (state.lengths < state.max_length) & (tokens >= 0) & (tokens < model.config.vocab_size)
     state, out = run_step(model, state, tokens)
-    return state, out.logits
+    return state, jnp.where(usable[:, None], out.logits, jnp.nan)
+
+
+_plain_step = program()(_step)
+_donating_step = program(donate_argnames="state")(_step)
 
 
 class Place(NamedTuple):

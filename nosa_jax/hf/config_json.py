@@ -33,10 +33,12 @@ def read_config_json(folder: Path) -> dict[str, Any]:
     """The parsed config.json of `folder`; raises FileNotFoundError or ValueError where there is none to read."""
     path = existing_folder(folder) / CONFIG_NAME
     if not path.is_file():
+        inner = next((p for p in sorted(folder.glob(f"*/{CONFIG_NAME}"))), None)
+        remedy = "Pass the folder that holds config.json and *.safetensors; download it first if it is on a hub."
         raise FileNotFoundError(
             f"path: must be a local checkpoint folder with a {CONFIG_NAME}, got {folder} "
             f"(a folder with {sorted(p.name for p in folder.iterdir())[:8]}). "
-            "Pass the folder that holds config.json and *.safetensors; download it first if it is on a hub."
+            + (remedy if inner is None else f"Pass {inner.parent}, which has one.")
         )
     return parse_object(str(path), path.read_bytes())
 
