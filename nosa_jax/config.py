@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal, get_args
 
-from pallas_kernels.blocks import MAX_STRIDE
+from pallas_kernels.blocks import MAX_SIZE, MAX_STRIDE
 from pallas_kernels.checks import (
     bad_type,
     bad_value,
@@ -64,7 +64,7 @@ class AttentionConfig:
             ("num_local_blocks", 1),
             ("num_query_blocks", 0),
         ):
-            most = MAX_STRIDE if name == "pooling_stride" else 2**16  # as kernels take them
+            most = MAX_STRIDE if name == "pooling_stride" else MAX_SIZE  # as kernels take them
             _set(self, **{name: require_size(f"AttentionConfig.{name}", getattr(self, name), minimum, most)})
         if self.pooling_window != 2 * self.pooling_stride:
             raise bad_value(

@@ -55,12 +55,12 @@ def in_host_memory(argument: str, host: Any) -> Array:
     return as_floats(**{argument: host})[0]
 
 
-def require_between(argument: str, array: Array, low: int, high: int, what: str) -> None:
-    """Raises ValueError unless `low <= array <= high`, where values can be seen. what: the name of `high`."""
-    if is_concrete(array) and array.size:
-        values = jax.device_get(array)
-        if values.min() < low or values.max() > high:
-            raise bad_value(argument, f"must be in [{low}, {what} = {high}]", values.tolist(), "Count new tokens only.")
+def require_count(count: Array, new: int) -> None:
+    """Raises ValueError unless each row counts between 0 and `new` tokens, where values can be seen."""
+    if is_concrete(count) and count.size:
+        values = jax.device_get(count)
+        if values.min() < 0 or values.max() > new:
+            raise bad_value("count", f"must be in [0, n = {new}]", values.tolist(), "Count new tokens only.")
 
 
 def require_dtype(argument: str, array: Any, dtype: Any, why: str) -> None:

@@ -25,6 +25,7 @@ def block_bytes(block_size: int, head_dim: int, itemsize: int) -> int:
     return 2 * block_size * head_dim * itemsize
 
 
+MAX_SIZE = 2**16  # tokens of a block, blocks of a selection: arrays are padded to as many
 MAX_STRIDE = 1024  # the tokens of a stride are added one by one in an unrolled loop
 
 

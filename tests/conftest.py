@@ -10,9 +10,14 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
+import numpy as np
 import pytest
+
+if TYPE_CHECKING:
+    from nosa_jax import NosaLM
 
 hypothesis.settings.register_profile("nosa", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("nosa")
@@ -31,20 +36,35 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def compiled_quickly(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Compiles with little effort, in a third of the time; files marked `optimized` run what users run."""
-    if request.config.option.optimized:
+def compiled_as_marked(request: pytest.FixtureRequest) -> Iterator[None]:
+    """In files marked `optimized` programs are compiled as users' are; in others with little effort, see below."""
+    if request.node.get_closest_marker("optimized") is None:
         yield
         return
     import jax
 
-    optimized = request.node.get_closest_marker("optimized") is not None
-    if optimized:
-        jax.clear_caches()  # which know nothing of this option
-    jax.config.update("jax_disable_most_optimizations", not optimized)
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.clear_caches()  # which know nothing of this option
+    jax.config.update("jax_disable_most_optimizations", False)
     yield
-    if optimized:
-        jax.clear_caches()
+    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="session")
+def model() -> NosaLM:
+    """A small model whose selections are lively."""
+    from support import lively_model, small_config
+
+    return lively_model(small_config())
+
+
+@pytest.fixture(scope="session")
+def tokens() -> np.ndarray:
+    """The ragged batch that many files share, of `support.LENGTHS`."""
+    from support import prompts
+
+    return prompts()
 
 
 @pytest.fixture
@@ -61,7 +81,8 @@ def pytest_configure(config: pytest.Config) -> None:
     expression = config.option.markexpr
     if "gpu" not in expression or "not gpu" in expression:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    if not config.option.optimized:  # for programs that tests start
+    # With little effort XLA takes a third of the time, also in programs that tests start.
+    if not config.option.optimized:
         os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     # What XLA compiled is kept for the next run, and for the other workers and the programs that tests start.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+import pallas_kernels
 from pallas_kernels import Residence, Store, Summaries, Token
 
 # Sizes that every kernel takes.
@@ -97,3 +98,12 @@ CALLS = {
         {},
     ),
 }  # fmt: skip
+
+
+def call(name, implementation="xla", **changes):
+    """What would run, as text; nothing does. changes: of arguments, arrays or static."""
+    arrays, static = ({n: changes.get(n, x) for n, x in given.items()} for given in CALLS[name])
+    static |= {n: x for n, x in changes.items() if isinstance(x, str)}
+    arrays |= {n: x for n, x in changes.items() if n not in static}
+    run = lambda arrays: getattr(pallas_kernels, name)(**arrays, **static, implementation=implementation)
+    return str(jax.make_jaxpr(run)(arrays))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from support import LENGTHS, NEW, forward, lively_model, prompts, random_tokens, small_config
+from support import LENGTHS, NEW, forward, random_tokens
 
 import nosa_jax
 from nosa_jax import CacheConfig, presets
@@ -15,16 +15,6 @@ from nosa_jax.cache.state import empty_state
 from nosa_jax.locality import replay_misses
 
 pytestmark = pytest.mark.optimized
-
-
-@pytest.fixture(scope="module")
-def model():
-    return lively_model(small_config())
-
-
-@pytest.fixture(scope="module")
-def tokens():
-    return prompts()
 
 
 @pytest.fixture(scope="module")

@@ -30,16 +30,13 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True, scope="module")
-def small_and_quick():
-    """A smaller `tiny`, and quick compilation: everything here runs once, so the time goes into compiling."""
-    before = jax.config.read("jax_disable_most_optimizations")
+def small():
+    """A smaller `tiny`."""
     tiny = nosa_jax.presets.tiny
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_layers": 2, "head_dim": 8, "max_context": 192}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nosa_jax.presets, "tiny", lambda variant="nosa": dataclasses.replace(tiny(variant), **sizes))
-        jax.config.update("jax_disable_most_optimizations", True)
         yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")

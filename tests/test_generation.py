@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import LENGTHS, NEW, OFFLOADED, lively_model, prompts, small_config
+from support import LENGTHS, NEW, OFFLOADED, lively_model, small_config
 from support import step as run_step
 
 import nosa_jax
@@ -16,16 +16,6 @@ from nosa_jax import CacheConfig, Sampling
 from nosa_jax.decode.sampling import filter_logits, sample
 
 SAMPLED = Sampling(temperature=1.0, top_k=20, top_p=0.9)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return lively_model(small_config())
-
-
-@pytest.fixture(scope="module")
-def tokens():
-    return prompts()
 
 
 @pytest.fixture(scope="module")

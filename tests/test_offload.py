@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import LENGTHS, NEW, OFFLOADED, lively_model, prompts, random_tokens, small_config, step
+from support import LENGTHS, NEW, OFFLOADED, but_slow, lively_model, random_tokens, small_config, step
 
 import nosa_jax
 from nosa_jax import CacheConfig
@@ -18,16 +18,6 @@ from nosa_jax.locality import replay_misses
 
 J = 8
 M = -(-(300 + NEW) // 16)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return lively_model(small_config())
-
-
-@pytest.fixture(scope="module")
-def tokens():
-    return prompts()
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +47,7 @@ def poisoned(monkeypatch):
     assert calls  # or a program compiled without the poison was found
 
 
-@pytest.mark.parametrize("slots", [J, M, pytest.param(J + 1, marks=pytest.mark.slow)])  # test_bits takes 9, too
+@pytest.mark.parametrize("slots", but_slow((J, J + 1, M), J + 1))  # test_bits takes 9, too
 def test_bit_identical_for_any_number_of_slots(model, tokens, on_device, poisoned, slots):
     cache = CacheConfig(offload=True, slots=slots)
     gen = nosa_jax.generate(model, tokens, LENGTHS, max_new_tokens=NEW, cache=cache, record=True)

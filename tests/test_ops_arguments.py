@@ -4,18 +4,11 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from op_calls import CALLS, STORE, B, C, D, J, K, L, M, P, floats
 
 import pallas_kernels as ops
-
-
-@pytest.fixture
-def as_users_run(monkeypatch):
-    """Our own messages, not those of the type checker that only tests have."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 def as_numpy(x):
@@ -29,7 +22,7 @@ def run_op(name, **changes):
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_numpy_arrays_lists_and_ints_are_taken(as_users_run, name):
+def test_numpy_arrays_lists_and_ints_are_taken(without_type_checker, name):
     """Integers of any width, nested lists of them, and a Python int for the layer."""
     arrays, static = CALLS[name]
     plain = as_numpy(arrays)
@@ -57,7 +50,7 @@ def wrong_dtypes():
 
 
 @pytest.mark.parametrize("name, argument, wrong, dtype, kind", list(wrong_dtypes()))
-def test_every_array_has_its_kind_of_numbers(as_users_run, name, argument, wrong, dtype, kind):
+def test_every_array_has_its_kind_of_numbers(without_type_checker, name, argument, wrong, dtype, kind):
     with pytest.raises(TypeError, match=rf"^{argument}[^:]*: must hold {kind}, got {dtype}"):
         run_op(name, **{argument: wrong})
 
@@ -67,13 +60,13 @@ WITH_LAYER = [name for name in CALLS if "layer" in CALLS[name][0]]
 
 @pytest.mark.parametrize("name", WITH_LAYER)
 @pytest.mark.parametrize("layer", [L, -1, np.int64(L), jnp.int32(-1)])
-def test_layers_that_are_not_there(as_users_run, name, layer):
+def test_layers_that_are_not_there(without_type_checker, name, layer):
     with pytest.raises(ValueError, match=rf"^layer: must be in \[0, L = {L}\), got {layer}"):
         run_op(name, layer=layer)
 
 
 @pytest.mark.parametrize("layer", [True, 0.0, "0", None])
-def test_layers_that_are_no_integers(as_users_run, layer):
+def test_layers_that_are_no_integers(without_type_checker, layer):
     for name in WITH_LAYER:
         with pytest.raises(TypeError, match=r"^layer: must "):
             run_op(name, layer=layer)
@@ -82,7 +75,7 @@ def test_layers_that_are_no_integers(as_users_run, layer):
 
 
 @pytest.mark.parametrize("name", ["block_attention", "decode_attention", "update_and_attend"])
-def test_scales(as_users_run, name):
+def test_scales(without_type_checker, name):
     for scale, error in ((np.nan, ValueError), (np.inf, ValueError), ("1", TypeError), (True, TypeError)):
         with pytest.raises(error, match=r"^scale: must be "):
             run_op(name, scale=scale)
@@ -94,14 +87,14 @@ def test_scales(as_users_run, name):
     "name, argument",
     [(name, argument) for name, (_, static) in CALLS.items() for argument in static],
 )
-def test_counts_are_integers(as_users_run, name, argument):
+def test_counts_are_integers(without_type_checker, name, argument):
     for wrong, error in ((2.0, TypeError), (True, TypeError), ("2", TypeError), (-1, ValueError)):
         with pytest.raises(error, match=rf"^{argument}: must be "):
             run_op(name, **{argument: wrong})
 
 
 @pytest.mark.parametrize("number", [10**30, 2**62, 2**31])
-def test_counts_beyond_int32(as_users_run, number):
+def test_counts_beyond_int32(without_type_checker, number):
     """Refused before anything is traced or held."""
     for name, (_, static) in CALLS.items():
         for argument in static:
@@ -109,12 +102,12 @@ def test_counts_beyond_int32(as_users_run, number):
                 run_op(name, **{argument: number})
 
 
-def test_blocks_that_hold_more_tokens_than_positions_count(as_users_run):
+def test_blocks_that_hold_more_tokens_than_positions_count(without_type_checker):
     with pytest.raises(ValueError, match=r"^num_blocks: must be below 2\*\*31 / block_size = 134217728, "):
         run_op("block_scores", num_blocks=2**31 // P)
 
 
-def test_no_more_tokens_are_counted_than_are_given(as_users_run):
+def test_no_more_tokens_are_counted_than_are_given(without_type_checker):
     for count in (2, -1):
         with pytest.raises(ValueError, match=r"^count: must be in \[0, n = 1\]"):
             run_op("append_pooled_keys", count=jnp.full(B, count, jnp.int32))
@@ -122,7 +115,7 @@ def test_no_more_tokens_are_counted_than_are_given(as_users_run):
     assert pooled.shape == (L, B, K, C, D) and sums.shape == (L, B, K, 2, D)
 
 
-def test_summaries_say_which_part_is_wrong(as_users_run):
+def test_summaries_say_which_part_is_wrong(without_type_checker):
     summaries = CALLS["append_token"][0]["summaries"]
     with pytest.raises(TypeError, match=r"^summaries\.pooled_keys\[0\]: must hold floats"):
         run_op("append_token", summaries=summaries._replace(pooled_keys=(jnp.zeros((L, B, K, C, D), int), None)))
@@ -134,7 +127,7 @@ def test_summaries_say_which_part_is_wrong(as_users_run):
         ops.append_summaries(half, floats(B, K, 1, D), floats(B, K, 1), **tokens)
 
 
-def test_dtypes_that_go_together(as_users_run):
+def test_dtypes_that_go_together(without_type_checker):
     half = floats(L, B, K, J, 2, P, D).astype(jnp.bfloat16)
     for name in ("fetch_blocks", "write_back_blocks"):
         with pytest.raises(TypeError, match=r"^host: must be bfloat16, as the pool is, got float32"):
@@ -145,12 +138,12 @@ def test_dtypes_that_go_together(as_users_run):
         run_op("append_pooled_keys", sums=floats(L, B, K, 2, D).astype(jnp.float16))
 
 
-def test_a_host_store_in_device_memory(as_users_run):
+def test_a_host_store_in_device_memory(without_type_checker):
     with pytest.raises(ValueError, match=r"^host: must be in pinned_host memory, .*device_put\(host, "):
         run_op("write_back_blocks", host=floats(L, B, K, M, 2, P, D))
 
 
-def test_numpy_gives_the_bits_of_jax(as_users_run):
+def test_numpy_gives_the_bits_of_jax(without_type_checker):
     """Outside jit, with lists where integers go."""
     arrays, static = CALLS["select_blocks"]
     scores = np.random.default_rng(0).standard_normal(arrays["query_scores"].shape).astype(np.float32)

@@ -141,18 +141,27 @@ def test_what_a_run_wrote_is_no_text(tmp_path, monkeypatch):
         find_files("*")
 
 
+def when_entered(monkeypatch, folder, action):
+    """Calls `action` just before the folder is listed."""
+    scandir = os.scandir
+
+    def listed(path):
+        if Path(path) == folder:
+            action()
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", listed)
+
+
 def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
     write(tmp_path / "a.txt", 100)
     locked = tmp_path / "locked"
     locked.mkdir()
-    scandir = os.scandir
 
-    def refuse(path):
-        if Path(path) == locked:
-            raise PermissionError(13, "Permission denied", str(path))
-        return scandir(path)
+    def refuse():
+        raise PermissionError(13, "Permission denied", str(locked))
 
-    monkeypatch.setattr(os, "scandir", refuse)
+    when_entered(monkeypatch, locked, refuse)
     with pytest.raises(PermissionError, match="locked"):
         find_files(tmp_path)
 
@@ -161,14 +170,7 @@ def test_a_folder_that_a_run_just_renamed_is_passed_over(tmp_path, monkeypatch):
     write(tmp_path / "a.txt", 100)
     gone = tmp_path / "6.orbax-checkpoint-tmp"
     gone.mkdir()
-    scandir = os.scandir
-
-    def rename(path):
-        if Path(path) == gone:
-            gone.rmdir()
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", rename)
+    when_entered(monkeypatch, gone, gone.rmdir)
     assert find_files(tmp_path) == [tmp_path / "a.txt"]
 
 

@@ -32,6 +32,7 @@ from attention_checks import (
     truth,
     value_and_gradients,
 )
+from support import but_slow
 
 from pallas_kernels import _backend, _inputs
 from pallas_kernels.block_attention import triton as kernels
@@ -58,23 +59,26 @@ def assert_matches(inputs, cotangents, true, **size):
 # Together every K, every G and D; packed, ragged with an empty row, the last queries of a row; without bias.
 @pytest.mark.parametrize(
     "name",
-    [
-        "k1_g16_spans", "k2_g1_packed", "k2_g4_ragged", "k2_g8_chunk",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("k2_g16_rows", "k4_g4_blocks_of_64", "k1_g8_packed")),
-    ],
+    but_slow(
+        (
+            "k1_g16_spans", "k2_g1_packed", "k2_g4_ragged", "k2_g8_chunk", "k2_g16_rows", "k4_g4_blocks_of_64",
+            "k1_g8_packed",
+        ),
+        "k2_g16_rows", "k4_g4_blocks_of_64", "k1_g8_packed",
+    ),
 )  # fmt: skip
 def test_matches_the_reference(name):
     inputs, cotangents, size = case_of(name)
     assert_matches(inputs, cotangents, truth(name), **size)
 
 
-@pytest.mark.parametrize("group", [3, pytest.param(6, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("group", but_slow((3, 6), 6))
 def test_any_group_size(group):
     inputs, cotangents, size = of_case(Case(_inputs.small(2, group, 32, (70,), (41,))))
     assert_matches(inputs, cotangents, true_gradients(inputs, cotangents, **size), **size)
 
 
-@pytest.mark.parametrize("name", ["k1_g16_spans", pytest.param("k2_g1_packed", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", but_slow(("k1_g16_spans", "k2_g1_packed"), "k2_g1_packed"))
 def test_bfloat16_is_as_good_as_its_rounding(name):
     inputs, cotangents, size = case_of(name)
     (low, low_cotangents), wide = in_bfloat16(inputs, no_lse_of_empty(inputs, cotangents))

@@ -84,11 +84,14 @@ class Filter:
     top_k: int | None = static_field()
 
     @classmethod
-    def of(cls, sampling: Sampling) -> Filter:
-        """The temperature is kept where float32 knows it and its reciprocal, by which XLA may multiply.
+    def of(cls, sampling: Sampling | Filter) -> Filter:
+        """A Filter stays as it is. Of a Sampling the temperature is kept where float32 knows it and its reciprocal, by
+        which XLA may multiply.
 
         Nearer 0 than that the best token alone is left, as by any top_p near 0; beyond it all tokens are as likely.
         """
+        if isinstance(sampling, Filter):
+            return sampling
         if sampling.is_greedy:
             return cls(None, None, None)
         least = float(np.finfo(np.float32).tiny)
@@ -107,9 +110,10 @@ def sample(
 ) -> Int32[Array, " B"]:
     """The token that will stand at `positions`. The position is folded into the row's key, so a row draws what it
     would draw alone. Rows without a finite best logit, see `has_finite_best`, give a token that means nothing."""
-    if sampling.temperature is None if isinstance(sampling, Filter) else sampling.is_greedy:
+    filter = Filter.of(sampling)
+    if filter.temperature is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = filter_logits(logits, sampling)
+    logits = filter_logits(logits, filter)
     return jax.vmap(lambda key, position, row: jax.random.categorical(jax.random.fold_in(key, position), row))(
         keys, positions, logits
     ).astype(jnp.int32)
@@ -120,7 +124,7 @@ def filter_logits(logits: Float[Array, "B V"], sampling: Sampling | Filter) -> F
 
     Where the quotient of the best would overflow, logits are counted from it.
     """
-    filter = Filter.of(sampling) if isinstance(sampling, Sampling) else sampling
+    filter = Filter.of(sampling)
     best = jnp.max(logits, axis=-1, keepdims=True)
     origin = jnp.where(jnp.isfinite(best / filter.temperature), 0, best)
     logits = (logits - origin) / filter.temperature

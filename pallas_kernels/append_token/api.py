@@ -6,7 +6,7 @@ import jax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Integer
 
-from pallas_kernels._arguments import as_floats, as_integers, as_layer, require_between, require_dtype
+from pallas_kernels._arguments import as_floats, as_integers, as_layer, require_count, require_dtype
 from pallas_kernels._dispatch import register
 from pallas_kernels.append_token import triton, xla
 from pallas_kernels.append_token.summaries import Summaries
@@ -95,7 +95,7 @@ def append_summaries(
     batch, kv_heads, new, dim = keys.shape
     require_shape("start", start, (batch,), "[B]")
     require_shape("count", count, (batch,), "[B]")
-    require_between("count", count, 0, new, "n")
+    require_count(count, new)
     if (importance is None) != (summaries.importance is None):
         rule = "must be given exactly where the summaries have importance"
         raise bad_value("importance", rule, None if importance is None else importance.shape, "Pass both or neither.")

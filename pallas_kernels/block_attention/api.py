@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Integer
 from pallas_kernels._arguments import as_floats, as_integers, as_scale
 from pallas_kernels._dispatch import register
 from pallas_kernels.block_attention import cudnn, mosaic, triton, vjp, xla
+from pallas_kernels.blocks import MAX_SIZE
 from pallas_kernels.checks import (
     bad_value,
     require_ascending,
@@ -64,7 +65,7 @@ def block_attention(
     require_given(q=q, k=k, v=v)
     q, k, v, bias = as_floats(q=q, k=k, v=v, bias=bias)
     block_ids, positions, first_block = as_integers(block_ids=block_ids, positions=positions, first_block=first_block)
-    block_size = require_size("block_size", block_size, 1, maximum=2**16)
+    block_size = require_size("block_size", block_size, 1, maximum=MAX_SIZE)
     require_shape("q", q, (None,) * 4, "[B, T, N, D]")
     require_shape("k", k, (None,) * 4, "[B, K, S, D]")
     batch, length, heads, dim = q.shape

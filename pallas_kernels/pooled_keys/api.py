@@ -6,7 +6,7 @@ import jax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Integer
 
-from pallas_kernels._arguments import as_floats, as_integers, as_layer, require_between, require_dtype
+from pallas_kernels._arguments import as_floats, as_integers, as_layer, require_count, require_dtype
 from pallas_kernels._dispatch import register
 from pallas_kernels.blocks import MAX_STRIDE
 from pallas_kernels.checks import require_given, require_shape, require_size
@@ -66,7 +66,7 @@ def append_pooled_keys(
     require_shape("start", start, (batch,), "[B]")
     require_shape("count", count, (batch,), "[B]")
     require_shape("new", new, (batch, heads, None, dim), "[B, K, n, D]")
-    require_between("count", count, 0, new.shape[2], "n")
+    require_count(count, new.shape[2])
     require_dtype("sums", sums, "float32", "as running sums are")
     layer = as_layer(layer, pooled.shape[0])
     with jax.named_scope("append_pooled_keys"):

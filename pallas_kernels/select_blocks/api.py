@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int32, Integer
 
 from pallas_kernels._arguments import as_floats, as_integers
 from pallas_kernels._dispatch import register
+from pallas_kernels.blocks import MAX_SIZE
 from pallas_kernels.checks import bad_value, require_given, require_shape, require_size
 from pallas_kernels.select_blocks import triton, xla
 
@@ -49,7 +50,7 @@ def select_blocks(
     query_scores, importance_scores = as_floats(query_scores=query_scores, importance_scores=importance_scores)
     positions, first_block = as_integers(positions=positions, first_block=first_block)
     block_size = require_size("block_size", block_size, 1)
-    num_selected_blocks = require_size("num_selected_blocks", num_selected_blocks, 1, maximum=2**16)
+    num_selected_blocks = require_size("num_selected_blocks", num_selected_blocks, 1, maximum=MAX_SIZE)
     num_sink_blocks = require_size("num_sink_blocks", num_sink_blocks, 0)
     num_local_blocks = require_size("num_local_blocks", num_local_blocks, 0)
     num_query_blocks = require_size("num_query_blocks", num_query_blocks, 0)
