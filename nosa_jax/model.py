@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
+from nosa_jax import parallel
 from nosa_jax._pytree import pytree_dataclass
 from nosa_jax.attention import layout
 from nosa_jax.attention.importance import Importance
@@ -56,9 +58,8 @@ class MLP(nnx.Module):
         self.down = nnx.Param(scale * jax.random.normal(rngs.params(), (layers, inner, hidden), dtype))
 
     def __call__(self, x: Float[Array, "B T H"]) -> Float[Array, "B T H"]:
-        weight = self.gate_up[...]
-        gate, up = jnp.split(x @ weight.reshape(weight.shape[0], -1), 2, axis=-1)
-        return (jax.nn.silu(gate) * up) @ self.down[...]
+        both = jnp.einsum("bth,hcf->btcf", x, self.gate_up[...])
+        return (jax.nn.silu(both[..., 0, :]) * both[..., 1, :]) @ self.down[...]
 
 
 class Layers(nnx.Module):
@@ -86,8 +87,8 @@ class Layers(nnx.Module):
         half = lambda parts, x: (parts, x) if index is None else _layer_at(parts, index, x)
         (norm, attention), x = half((self.attention_norm, self.attention), x)
         out, rest = attend(attention, rms_norm(x, norm[...], config.rms_norm_eps))
-        (norm, mlp), x = half((self.mlp_norm, self.mlp), x + out)
-        return x + mlp(rms_norm(x, norm[...], config.rms_norm_eps)), rest
+        (norm, mlp), x = half((self.mlp_norm, self.mlp), parallel.activations(x + out))
+        return parallel.activations(x + mlp(rms_norm(x, norm[...], config.rms_norm_eps))), rest
 
 
 def _layer_at[Parts](parts: Parts, index: Int32[Array, ""], x: Array) -> tuple[Parts, Array]:
@@ -126,11 +127,19 @@ class NosaLM(nnx.Module):
     def __call__(self, tokens: IntegersLike, lengths: IntegersLike | None = None, **options: Any) -> ForwardOutput:
         return forward(self, tokens, lengths, **options)
 
+    def embedded(self, tokens: Int32[Array, "B T"]) -> Float[Array, "B T H"]:
+        """The embedding of each token."""
+        table = parallel.gather(self.embed[...], "embed", stacked=False)
+        look_up = lambda table, tokens: table[tokens]
+        return parallel.activations(parallel.per_row_and_head(look_up, (table, tokens), ("..", "bt"), "bt."))
+
     def logits(self, hidden: Float[Array, "*rest H"]) -> Float[Array, "*rest V"]:
         """float32 logits of hidden states after the final norm."""
         if self.lm_head is None:
-            return jnp.einsum("...h,vh->...v", hidden, self.embed[...], preferred_element_type=jnp.float32)
-        return jnp.einsum("...h,hv->...v", hidden, self.lm_head[...], preferred_element_type=jnp.float32)
+            table = parallel.gather(self.embed[...], "embed", stacked=False)
+            return jnp.einsum("...h,vh->...v", hidden, table, preferred_element_type=jnp.float32)
+        head = parallel.gather(self.lm_head[...], "lm_head", stacked=False)
+        return jnp.einsum("...h,hv->...v", hidden, head, preferred_element_type=jnp.float32)
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:
@@ -202,26 +211,68 @@ def _forward(
     remat: bool,
 ) -> ForwardOutput:
     """`forward` of checked input."""
+    mesh = parallel.mesh_of(model, tokens)
+    recorded = record and model.config.attention.is_sparse
+
+    def body(model: NosaLM, tokens: Array, *rest: Any) -> ForwardOutput:
+        hidden, ids = hidden_states(model, tokens, *rest, record=recorded, remat=remat)
+        hidden = parallel.in_row_order(hidden, axis=1)
+        ids = parallel.in_row_order(ids, axis=3) if recorded else None
+        if logits == "none":
+            return ForwardOutput(None, hidden, ids)
+        if logits == "last":
+            last = jnp.max(_rows(model.config, tokens, *rest[:2]).positions, axis=1)[:, None, None]
+            return ForwardOutput(model.logits(jnp.take_along_axis(hidden, last, axis=1)), hidden, ids)
+        return ForwardOutput(model.logits(hidden), hidden, ids)
+
+    out = ForwardOutput(
+        None if logits == "none" else (parallel.ROWS, "context" if logits == "all" else None, "tensor"),
+        (parallel.ROWS, "context"),
+        (None, parallel.ROWS, "tensor", "context") if recorded else None,
+    )
+    return parallel.run(mesh, body, model, tokens, lengths, segment_ids, forced_block_ids, out=out)
+
+
+def hidden_states(
+    model: NosaLM,
+    tokens: Int32[Array, "B T"],
+    lengths: Int32[Array, " B"] | None,
+    segment_ids: Int32[Array, "B T"] | None,
+    forced_block_ids: Int32[Array, "L B K T J"] | None = None,
+    *,
+    record: bool = False,
+    remat: bool = False,
+) -> tuple[Float[Array, "B T H"], Int32[Array, "L B K T J"] | None]:
+    """Hidden states after the final norm, and block ids, with tokens in the order of `parallel.query_order`.
+
+    For checked input inside `parallel.run`; `forward` says what the arguments are.
+    """
     config = model.config
     rows = _rows(config, tokens, lengths, segment_ids)
+    rows = dataclasses.replace(
+        rows,
+        positions=parallel.in_query_order(rows.positions, axis=1),
+        rope_positions=parallel.in_query_order(rows.rope_positions, axis=1),
+    )
+    tokens = parallel.in_query_order(tokens, axis=1)
+    if forced_block_ids is not None:
+        forced_block_ids = parallel.in_query_order(forced_block_ids, axis=3)
 
     def run_layer(x: Array, inputs: tuple[Layers, Array | None]) -> tuple[Array, Array | None]:
         layer, forced = inputs
+        layer = parallel.gather(layer, "layers")
         x, ids = layer.block(config, x, lambda attention, x: attention(config, x, rows, forced))
         return x, ids if record else None
 
-    # The selection is kept: it is small, takes no gradient, and making it again would mean all scores again.
-    policy = jax.checkpoint_policies.save_only_these_names(SELECTION)
-    body = jax.checkpoint(run_layer, policy=policy) if remat else run_layer
+    body = run_layer
+    if remat:
+        # The selection is kept: it is small, takes no gradient, and making it again would mean all scores again.
+        body = jax.checkpoint(run_layer, policy=jax.checkpoint_policies.save_only_these_names(SELECTION))
+    elif parallel.gathers():
+        body = jax.checkpoint(run_layer, policy=parallel.keep_all_but_gathered)
     with reverse_mode_only("forward"):
-        x, recorded = jax.lax.scan(body, model.embed[...][tokens], (model.layers, forced_block_ids))
-    hidden = model.final_norm(x)
-    if logits == "none":
-        return ForwardOutput(None, hidden, recorded)
-    if logits == "last":
-        last = jnp.max(rows.positions, axis=1)[:, None, None]
-        return ForwardOutput(model.logits(jnp.take_along_axis(hidden, last, axis=1)), hidden, recorded)
-    return ForwardOutput(model.logits(hidden), hidden, recorded)
+        x, recorded = jax.lax.scan(body, model.embedded(tokens), (model.layers, forced_block_ids))
+    return model.final_norm(x), recorded
 
 
 # What runs where the caller is not compiled: the next call of the same shapes finds the program of the first.

@@ -22,6 +22,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from pallas_kernels.device import current_device
+from pallas_kernels.varying import alike, axes_of, struct
 
 # The one notice we know and accept: the Triton backend is deprecated, and the only one that runs everywhere we do.
 warnings.filterwarnings("ignore", message=".*Pallas Triton backend is deprecated.*", category=DeprecationWarning)
@@ -96,16 +97,21 @@ def triton_call(
 ) -> Callable[..., Any]:
     """`pl.pallas_call` with both compiler parameters always given: their defaults change between versions."""
     kernel.__name__ = name  # what profilers show
-    call = pl.pallas_call(
-        kernel,
-        grid=grid,
-        out_shape=out_shape,
-        name=name,
-        interpret=_interpreted.get(),
-        input_output_aliases=aliases or {},
-        compiler_params=plt.CompilerParams(num_warps=num_warps, num_stages=num_stages),
-    )
-    return lambda *operands: call(*jax.tree.map(_strongly_typed, operands))
+
+    def call(*operands: Any) -> Any:
+        operands = alike(jax.tree.map(_strongly_typed, operands))
+        axes = axes_of(operands)
+        return pl.pallas_call(
+            kernel,
+            grid=grid,
+            out_shape=jax.tree.map(lambda x: struct(x.shape, x.dtype, axes), out_shape),
+            name=name,
+            interpret=_interpreted.get(),
+            input_output_aliases=aliases or {},
+            compiler_params=plt.CompilerParams(num_warps=num_warps, num_stages=num_stages),
+        )(*operands)
+
+    return call
 
 
 def _strongly_typed(x: ArrayLike) -> Array:

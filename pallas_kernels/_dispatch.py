@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pallas_kernels import _backend
+from pallas_kernels import _backend, varying
 from pallas_kernels.checks import bad_value
 from pallas_kernels.device import current_device
 from pallas_kernels.promotion import usual_promotion
@@ -48,7 +48,12 @@ class Op:
 
     @usual_promotion
     def __call__(self, implementation: str, *args: Any, **kwargs: Any) -> Any:
-        """Runs `implementation` on the arguments. Raises ValueError or KernelUnsupportedError."""
+        """Runs `implementation` on the arguments. Raises ValueError or KernelUnsupportedError.
+
+        Inside `jax.shard_map` all arrays are made to vary over the axes that any of them does, so that implementations
+        need no word about it but for what they make from nothing.
+        """
+        args = varying.alike(args)
         return self.implementations[self.pick(implementation, *args, **kwargs)](*args, **kwargs)
 
     def pick(self, implementation: str, *args: Any, **kwargs: Any) -> str:

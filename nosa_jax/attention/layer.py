@@ -10,14 +10,14 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32
 
-from nosa_jax import rope
+from nosa_jax import parallel, rope
 from nosa_jax.attention.dense import dense_attention
 from nosa_jax.attention.importance import Importance
 from nosa_jax.attention.layout import Layout
-from nosa_jax.attention.selection import select
+from nosa_jax.attention.selection import select_in_rows
 from nosa_jax.config import ModelConfig
 from nosa_jax.norm import rms_norm
-from pallas_kernels import block_attention, blocks, pool_keys
+from pallas_kernels import block_attention
 
 SELECTION = "block_ids"  # name of the selection for `jax.checkpoint` policies
 
@@ -113,21 +113,16 @@ class Attention(nnx.Module):
             return self.merge(dense_attention(q, k, v, layout, attention.block_size)), None
         block_ids = forced_block_ids
         if block_ids is None:
-            stride = attention.pooling_stride
-            pooled_importance = None
-            if importance is not None:
-                pooled_importance = pool_keys(jax.lax.stop_gradient(importance)[..., None], stride=stride)[..., 0]
-            block_ids = select(
-                attention,
-                q,
-                pool_keys(jax.lax.stop_gradient(k), stride=stride) if attention.uses_query_scores else None,
-                pooled_importance,
-                layout.positions,
-                layout.first_block,
-                num_blocks=blocks.num_blocks(x.shape[1], attention.block_size),
-            )
+            block_ids = select_in_rows(attention, q, k, importance, layout)
         block_ids = checkpoint_name(block_ids, SELECTION)
-        out, _ = block_attention(
-            q, k, v, importance, block_ids, layout.positions, layout.first_block, block_size=attention.block_size
+        attend = lambda q, k, v, importance, block_ids, positions, first_block: block_attention(
+            q, *map(parallel.all_tokens, (k, v)), parallel.all_tokens(importance), block_ids, positions, first_block,
+            block_size=attention.block_size,
+        )[0]  # fmt: skip
+        out = parallel.per_row_and_head(
+            attend,
+            (q, k, v, importance, block_ids, layout.positions, layout.first_block),
+            ("btk.", "bkt.", "bkt.", "bkt", "bkt.", "bt", "b."),
+            "btk.",
         )
         return self.merge(out), block_ids

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
+from nosa_jax import parallel
+from nosa_jax.attention.layout import Layout
 from nosa_jax.config import AttentionConfig
-from pallas_kernels import blocks
+from pallas_kernels import blocks, pool_keys
 from pallas_kernels.block_scores import block_scores
 from pallas_kernels.select_blocks import select_blocks
 
@@ -19,6 +23,32 @@ def importance_block_scores(
 ) -> Float[Array, "B K M"]:
     """Query-agnostic score of each block: the best of its windows."""
     return blocks.pool_windows_to_blocks(pooled_importance, first_block, blocks=num_blocks, ratio=ratio)
+
+
+def select_in_rows(
+    config: AttentionConfig,
+    q: Float[Array, "B T N D"],
+    k: Float[Array, "B K T D"],
+    importance: Float[Array, "B K T"] | None,
+    layout: Layout,
+) -> Int32[Array, "B K T J"]:
+    """`select` for the queries of whole rows, from their keys after rotation and their importance."""
+    stride, num_blocks = config.pooling_stride, blocks.num_blocks(k.shape[2], config.block_size)
+
+    def select_here(q: Any, k: Any, importance: Any, positions: Any, first_block: Any) -> Array:
+        pooled_importance = None
+        if importance is not None:
+            pooled_importance = pool_keys(parallel.all_tokens(importance)[..., None], stride=stride)[..., 0]
+        pooled_keys = pool_keys(parallel.all_tokens(k), stride=stride) if config.uses_query_scores else None
+        return select(config, q, pooled_keys, pooled_importance, positions, first_block, num_blocks=num_blocks)
+
+    q, k, importance = jax.lax.stop_gradient((q, k, importance))
+    return parallel.per_row_and_head(
+        select_here,
+        (q, k, importance, layout.positions, layout.first_block),
+        ("btk.", "bkt.", "bkt", "bt", "b."),
+        "bkt.",
+    )
 
 
 def select(

@@ -18,6 +18,7 @@ from pallas_kernels import _backend
 from pallas_kernels._backend import LARGE, LN_2, LOG2_E, plgpu
 from pallas_kernels.block_attention import _lists, triton
 from pallas_kernels.block_attention.xla import Settings
+from pallas_kernels.varying import alike, axes_of, struct
 
 _ROWS = 64  # of one warpgroup: what one wgmma multiplies
 _BLOCK = 64
@@ -246,10 +247,14 @@ def forward(
 
         _backend.run_scoped(run, memory, loaded, used, plgpu.Barrier(num_arrivals=2), collective_axes="warpgroup")
 
-    operands = [x for x in (grouped, *keys, row_positions, *lists.union) if x is not None]
+    operands = alike([x for x in (grouped, *keys, row_positions, *lists.union) if x is not None])
+    axes = axes_of(operands)
     out, lse = plgpu.kernel(
         block_attention_forward,
-        out_type=[grouped, jax.ShapeDtypeStruct((batch, kv_heads, padded * group), jnp.float32)],
+        out_type=[
+            struct(grouped.shape, grouped.dtype, axes),
+            struct((batch, kv_heads, padded * group), jnp.float32, axes),
+        ],
         grid=(padded // lists.tile, kv_heads, batch),
         grid_names=("tile", "head", "row"),
         num_threads=3,

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import blocks
+from pallas_kernels.varying import axes_of, varying
 
 _TILE_ROWS = 256  # query rows (tokens x group) of one tile
 _SPAN_TOKENS = 128  # keys visited at once
@@ -179,6 +180,7 @@ def forward(
 ) -> tuple[Float[Array, "B T N D"], Float[Array, "B T N"]]:
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     tiles, spans = _prepare(settings, q, k, v, bias, block_ids, positions, first_block)
+    axes = axes_of((tiles, spans))
 
     def run_tile(tile: Tiles) -> tuple[Array, Array]:
         plan = _plan(settings, tile, spans)
@@ -194,7 +196,7 @@ def forward(
 
         rows = tile.q.shape[:-1]
         init = (jnp.zeros(tile.q.shape, dtype), jnp.full(rows, -jnp.inf, dtype), jnp.zeros(rows, dtype))
-        out, top, total = jax.lax.fori_loop(0, plan.trips, body, init)
+        out, top, total = jax.lax.fori_loop(0, plan.trips, body, varying(init, axes))
         safe = jnp.where(total == 0, 1, total)  # what sees nothing has the sum 0, and what is NaN stays so
         return (out / safe[..., None]).astype(q.dtype), jnp.where(total == 0, -jnp.inf, top + jnp.log(safe))
 
@@ -219,6 +221,7 @@ def backward(
     # softmax backward: dlogit = p * (dp - delta), delta = sum(out * dout) - dlse.
     delta = (out.astype(dtype) * dout.astype(dtype)).sum(-1) - dlse.astype(dtype)
     rows = tuple(_split_rows(x, kv_heads, tile_length) for x in (dout, lse, delta))
+    axes = axes_of((tiles, spans, rows))
 
     def run_tile(totals: tuple[Array, ...], args: tuple[Tiles, tuple[Array, ...]]) -> tuple[Any, Array]:
         tile, (dout, lse, delta) = args
@@ -238,11 +241,12 @@ def backward(
             at = (row, head, span_ids)
             return dq, dk.at[at].add(dk_span), dv.at[at].add(dv_span), dbias.at[at].add(dlogits.sum((2, 3)))
 
-        dq, *totals_ = jax.lax.fori_loop(0, plan.trips, body, (jnp.zeros(tile.q.shape, dtype), *totals))
+        init = varying(jnp.zeros(tile.q.shape, dtype), axes)
+        dq, *totals_ = jax.lax.fori_loop(0, plan.trips, body, (init, *totals))
         return tuple(totals_), dq.astype(q.dtype)
 
     zeros = tuple(jnp.zeros(shape, dtype) for shape in (spans.k.shape, spans.v.shape, spans.k.shape[:-1]))
-    (dk, dv, dbias), dq = jax.lax.scan(run_tile, zeros, (tiles, rows))
+    (dk, dv, dbias), dq = jax.lax.scan(run_tile, varying(zeros, axes), (tiles, rows))
 
     def join(x: Array) -> Array:
         return x.reshape(*x.shape[:2], -1, *x.shape[4:])[:, :, : k.shape[2]]

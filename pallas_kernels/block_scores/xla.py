@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import blocks
+from pallas_kernels.varying import axes_of, varying
 
 _CHUNK_BYTES = 32 * 2**20  # of the float32 window logits of one chunk
 _CACHE_WINDOWS = 128  # pooled keys read from a cache at once
@@ -41,6 +42,7 @@ def _cached_dot(
         )[0]
         return jax.lax.dynamic_update_slice_in_dim(logits, _dot(q, keys), start, axis=-1)
 
+    logits = varying(logits, axes_of((q, pooled_keys, positions)))
     return jax.lax.fori_loop(0, (reached + width - 1) // width, body, logits)
 
 

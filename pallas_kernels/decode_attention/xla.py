@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels import blocks
 from pallas_kernels.decode_attention.arguments import Residence, Store, Token
 from pallas_kernels.fetch_blocks.xla import fetch_blocks
+from pallas_kernels.varying import axes_of, varying
 
 _CHUNK = 4  # blocks gathered at once
 
@@ -72,7 +73,8 @@ def decode_attention(
 
     rows = grouped.shape[:-1]
     init = (jnp.zeros(grouped.shape, dtype), jnp.full(rows, -jnp.inf, dtype), jnp.zeros(rows, dtype))
-    out, _, total = jax.lax.fori_loop(0, trips, body, init)
+    axes = axes_of((grouped, pool, bias, slots, positions))
+    out, _, total = jax.lax.fori_loop(0, trips, body, varying(init, axes))
     out = out / jnp.where(total > 0, total, 1)[..., None]
     return out.reshape(batch, heads, dim).astype(q.dtype)
 

@@ -1,0 +1,368 @@
+"""Many devices: the axes of a mesh, the one table that says what is cut along which, and how the model uses both.
+
+    mesh = parallel.make_mesh(data=2, fsdp=4)
+    model = parallel.shard(model, mesh)
+    forward(model, tokens)        # finds the mesh in its arguments
+
+JAX's partitioner is the engine: products are cut as their operands are. Attention and selection run inside
+`jax.shard_map`, every device its own rows, KV heads and queries. Axes of a mesh:
+
+- `data`: rows of the batch; each device holds the whole model.
+- `fsdp`: rows too, with the model and the optimizer cut along it. A layer's weights are gathered when it runs.
+- `tensor`: KV heads with their query heads, the MLP's inner axis, and the vocabulary of the head.
+- `context`: the queries of a row. Keys, values and importance are gathered, which are small with few KV heads. Each
+  device has a piece from the beginning of a row and one from its end, so that all have the same causal work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.checks import bad_value, require_int
+
+AXES = ("data", "fsdp", "tensor", "context")
+ROWS = ("data", "fsdp")  # what cuts the rows of a batch
+_PIECES = 2  # of a row that a device of `context` holds
+
+# The last names of a parameter, and the mesh axis of each of its dimensions; what is not named here is copied whole.
+RULES: tuple[tuple[str, P], ...] = (
+    ("embed", P(None, "fsdp")),
+    ("lm_head", P("fsdp", "tensor")),
+    ("attention.qkv", P(None, "fsdp", "tensor")),
+    ("attention.qkv_bias", P(None, "tensor")),
+    ("attention.output", P(None, "tensor", "fsdp")),
+    ("importance.delta", P(None, "tensor")),
+    ("mlp.gate_up", P(None, "fsdp", None, "tensor")),
+    ("mlp.down", P(None, "tensor", "fsdp")),
+)
+
+
+def make_mesh(
+    data: int = 1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    context: int = 1,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+    explicit: bool = False,
+) -> Mesh:
+    """A mesh with all four axes.
+
+    data, fsdp, tensor, context: devices along each axis; one of them may be -1, for what is left.
+    devices: to use; None for `jax.devices()`, those of all processes.
+    explicit: whether its axes are Explicit in JAX's sense, that is, part of the types of arrays; else Auto.
+
+    Raises ValueError when the sizes do not make up the devices.
+    """
+    given = {"data": data, "fsdp": fsdp, "tensor": tensor, "context": context}
+    sizes = {name: require_int(name, size, -1) for name, size in given.items()}
+    devices = jax.devices() if devices is None else list(devices)
+    open_axes = [name for name, size in sizes.items() if size == -1]
+    known = math.prod(size for size in sizes.values() if size != -1)
+    if 0 in sizes.values() or len(open_axes) > 1:
+        raise bad_value("data, fsdp, tensor, context", "must be positive, at most one of them -1", sizes, "Change it.")
+    if open_axes and len(devices) % known == 0:
+        sizes[open_axes[0]] = len(devices) // known
+    if math.prod(sizes.values()) != len(devices):
+        rule = f"must multiply to the number of devices, {len(devices)}"
+        remedy = "Change a size, give one as -1, or pass devices=jax.devices()[:n]."
+        raise bad_value("data, fsdp, tensor, context", rule, sizes, remedy)
+    kind = AxisType.Explicit if explicit else AxisType.Auto
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(kind,) * len(AXES), devices=devices)
+
+
+def spec(name: str, mesh: Mesh | AbstractMesh) -> P:
+    """How the parameter of a dotted name, or its moments in an optimizer's state, lie on a mesh."""
+    for last, found in RULES:
+        if name == last or name.endswith(f".{last}"):
+            return on_mesh(found, mesh)
+    return P()
+
+
+def on_mesh(wanted: P, mesh: Mesh | AbstractMesh) -> P:
+    """A PartitionSpec without the axes that a mesh does not have."""
+
+    def keep(axes: Any) -> Any:
+        names = tuple(name for name in (axes if isinstance(axes, tuple) else (axes,)) if name in mesh.shape)
+        return names[0] if len(names) == 1 else names or None
+
+    return P(*(keep(axes) for axes in wanted))
+
+
+def names_of(tree: Any) -> list[str]:
+    """The dotted names of the leaves of a pytree, in their order."""
+    leaves = jax.tree.leaves_with_path(tree)
+    # `.value` is where NNX keeps a parameter's array: no part of its name.
+    return [jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value") for path, _ in leaves]
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """NamedShardings for the leaves of a model, of an optimizer's state or of anything that holds them.
+
+    Raises ValueError where a mesh has other axes than ours, or does not divide what it cuts; all such are listed.
+    """
+    require_axes(mesh)
+    leaves, structure = jax.tree.flatten(tree)
+    placed, misfits = [], []
+    for name, leaf in zip(names_of(tree), leaves, strict=True):
+        found = spec(name, mesh) if np.ndim(leaf) else P()
+        for size, axes in zip(np.shape(leaf), found, strict=False):
+            parts = size_of(mesh, axes)
+            if size % parts:
+                nearest = max(n for n in range(1, parts) if size % n == 0)
+                misfits.append(f"{name}: {size} by {axes}={parts} (nearest: {nearest})")
+        placed.append(NamedSharding(mesh, found))
+    if misfits:
+        raise bad_value("mesh", "must divide what it cuts", "; ".join(misfits), "Change the sizes of the mesh.")
+    return jax.tree.unflatten(structure, placed)
+
+
+def shard[Tree](tree: Tree, mesh: Mesh) -> Tree:
+    """`tree`, a model or a training state, on the devices of `mesh`, cut as RULES says.
+
+    Shapes (`jax.ShapeDtypeStruct`) get their sharding and stay shapes. Raises ValueError as `shardings` does.
+    """
+
+    def put(leaf: Any, sharding: NamedSharding) -> Any:
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        return jax.device_put(leaf, sharding)
+
+    return jax.tree.map(put, tree, shardings(tree, mesh))
+
+
+def size_of(mesh: Mesh | AbstractMesh, axes: Any) -> int:
+    """Devices along one axis, or along several together; 1 for None and for axes that the mesh does not have."""
+    names = axes if isinstance(axes, tuple) else (axes,)
+    return math.prod(mesh.shape.get(name, 1) for name in names)
+
+
+def require_axes(mesh: Mesh | AbstractMesh) -> None:
+    """Raises ValueError for a mesh with axes that no rule knows."""
+    unknown = [name for name in mesh.axis_names if name not in AXES]
+    if unknown:
+        remedy = "Make it with parallel.make_mesh(data=..., fsdp=..., tensor=..., context=...)."
+        raise bad_value("mesh", f"axes must be among {AXES}", unknown, remedy)
+
+
+# Finding the mesh, and computing on it. -------------------------------------------------------------------------------
+
+
+def mesh_of(*trees: Any) -> AbstractMesh | None:
+    """The mesh that arrays lie on, or that of JAX's context; None where there is none of several devices.
+
+    None, too, inside `jax.shard_map`: there every device computes what it is given.
+    """
+    current = jax.sharding.get_abstract_mesh()
+    if not current.empty and AxisType.Manual in current.axis_types:
+        return None
+    meshes = [current]
+    for leaf in jax.tree.leaves(trees):
+        if isinstance(leaf, jax.Array):
+            sharding = jax.typeof(leaf).sharding
+            meshes.append(sharding.mesh)
+    found = next((mesh for mesh in meshes if not mesh.empty and mesh.size > 1), None)
+    if found is not None:
+        require_axes(found)
+    return found
+
+
+def run[R](mesh: AbstractMesh | None, body: Callable[..., R], *args: Any, out: Any = None) -> R:
+    """`body(*args)` where `current()` is `mesh`, with all its axes automatic.
+
+    out: like what comes out, with the mesh axes of each dimension as `fitting` takes them: results on Explicit axes
+        are so by type.
+    """
+    if mesh is None:
+        return body(*args)
+    if AxisType.Explicit not in mesh.axis_types:
+        with jax.sharding.use_abstract_mesh(mesh):
+            return body(*args)
+    explicit = tuple(n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Explicit)
+    automatic = mesh.update_axis_types(dict.fromkeys(explicit, AxisType.Auto))
+    with jax.sharding.use_abstract_mesh(automatic):
+        results = jax.eval_shape(body, *jax.tree.map(_untyped, args))
+    place = lambda axes, x: NamedSharding(mesh, fitting(mesh, x.shape, axes))
+    placed = jax.tree.map(place, out, results, is_leaf=lambda axes: type(axes) is tuple)
+    with jax.sharding.use_abstract_mesh(mesh):
+        result: R = jax.sharding.auto_axes(body, axes=explicit, out_sharding=placed)(*args)
+        return result
+
+
+def _untyped(x: Any) -> Any:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, jax.Array) else x
+
+
+def current() -> AbstractMesh | None:
+    """The mesh of automatic axes that is computed on; None on a single device and inside `jax.shard_map`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or any(kind != AxisType.Auto for kind in mesh.axis_types):
+        return None
+    return mesh
+
+
+def constrain(x: Array, *axes: Any) -> Array:
+    """`x`, cut along mesh axes: one entry per dimension, a name, several or None. Axes that do not divide are left."""
+    mesh = current()
+    if mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, fitting(mesh, x.shape, axes)))
+
+
+def fitting(mesh: Mesh | AbstractMesh, shape: Sequence[int], axes: Sequence[Any]) -> P:
+    """A PartitionSpec of the axes that the mesh has and that divide a shape; of several, as many as do together."""
+
+    def fit(size: int, wanted: Any) -> Any:
+        kept: tuple[str, ...] = ()
+        for name in wanted if isinstance(wanted, tuple) else (wanted,):
+            if mesh.shape.get(name, 1) > 1 and size % size_of(mesh, (*kept, name)) == 0:
+                kept += (name,)
+        return kept[0] if len(kept) == 1 else kept or None
+
+    return P(*(fit(size, wanted) for size, wanted in zip(shape, axes, strict=False)))
+
+
+def activations(x: Float[Array, "B T *rest"]) -> Float[Array, "B T *rest"]:
+    """Hidden states, cut along rows and queries."""
+    return constrain(x, ROWS, "context")
+
+
+# Weights. -------------------------------------------------------------------------------------------------------------
+
+def gather[Tree](tree: Tree, prefix: str = "", *, stacked: bool = True) -> Tree:
+    """Parameters as products want them: whole along `fsdp`.
+
+    prefix: what stands before the names of `tree` in the model's.
+    stacked: whether the leaves are one layer of stacked ones, whose leading axis the rules count.
+
+    Gradients are summed and cut in one go (a reduce-scatter): the cotangent is constrained to how the parameter lies.
+    """
+    mesh = current()
+    if mesh is None or not gathers():
+        return tree
+    leaves, structure = jax.tree.flatten(tree)
+    whole = []
+    for name, leaf in zip(names_of(tree), leaves, strict=True):
+        lying = spec(f"{prefix}.{name}".strip("."), mesh)
+        lying = P(*lying[1:]) if stacked else lying
+        used = P(*(None if axes == "fsdp" else axes for axes in lying))
+        same = lying == used
+        whole.append(leaf if same else _gather(leaf, NamedSharding(mesh, lying), NamedSharding(mesh, used)))
+    return jax.tree.unflatten(structure, whole)
+
+
+def _gather(weight: Array, lying: NamedSharding, used: NamedSharding) -> Array:
+    def forward(_: tuple[()], weight: Array) -> Array:
+        return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(weight, lying), used)
+
+    def transposed(_: tuple[()], grad: Array) -> Array:
+        return jax.lax.with_sharding_constraint(grad, lying)
+
+    return jax.custom_derivatives.linear_call(forward, transposed, (), weight)
+
+
+def gathers() -> bool:
+    """Whether `gather` has anything to do."""
+    mesh = current()
+    return mesh is not None and size_of(mesh, "fsdp") > 1
+
+
+def keep_all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A policy for `jax.checkpoint`: the backward pass gathers weights again, and makes nothing else again."""
+    return primitive.name not in ("linear_call", "sharding_constraint")
+
+
+# Rows, heads and queries. ---------------------------------------------------------------------------------------------
+
+
+def context_size(length: int) -> int:
+    """Among how many devices the queries of rows of `length` tokens are shared; 1 where the mesh does not divide it."""
+    mesh = current()
+    size = 1 if mesh is None else size_of(mesh, "context")
+    return size if length % (_PIECES * size) == 0 else 1
+
+
+def query_order(length: int) -> Int[np.ndarray, " T"] | None:
+    """Which token of a row stands where, so that a cut among the devices of `context` gives each the same work.
+
+    Device c of n gets piece c and piece 2n - 1 - c of 2n, ascending. None where rows are not cut.
+    """
+    size = context_size(length)
+    if size == 1:
+        return None
+    pieces = np.arange(length).reshape(_PIECES * size, -1)
+    return pieces[_piece_order(size)].reshape(-1)
+
+
+def in_query_order(x: Array, axis: int) -> Array:
+    """`x`, whose `axis` counts the tokens of rows, as `query_order` has them."""
+    order = query_order(x.shape[axis])
+    return x if order is None else jax.numpy.take(x, order, axis=axis)
+
+
+def in_row_order(x: Array, axis: int) -> Array:
+    """The inverse of `in_query_order`."""
+    order = query_order(x.shape[axis])
+    return x if order is None else jax.numpy.take(x, np.argsort(order), axis=axis)
+
+
+def _piece_order(size: int) -> np.ndarray:
+    return np.array([piece for c in range(size) for piece in (c, _PIECES * size - 1 - c)])
+
+
+def all_tokens[X](x: X) -> X:
+    """Inside `per_row_and_head`: [B, K, t, ...] of this device to that of all tokens of the rows, in their order."""
+    if x is None or "context" not in jax.typeof(x).manual_axis_type.varying:
+        return x
+    size = jax.lax.axis_size("context")
+    x = jax.lax.all_gather(x, "context", axis=2, tiled=True)
+    pieces = x.reshape(*x.shape[:2], _PIECES * size, -1, *x.shape[3:])
+    return pieces[:, :, np.argsort(_piece_order(size))].reshape(x.shape)
+
+
+def per_row_and_head[R](body: Callable[..., R], args: tuple[Any, ...], axes: tuple[Any, ...], out: Any) -> R:
+    """`body(*args)` with every device doing its own rows, KV heads and queries; None among the arguments stays.
+
+    axes: per argument, and `out` per result, the letter of each dimension: "b" rows, "k" KV heads or query heads by KV
+        head, "t" queries, "." for what is whole.
+    """
+    mesh = current()
+    if mesh is None:
+        return body(*args)
+    shapes: dict[str, int] = {}
+    for x, letters in zip(args, axes, strict=True):
+        if x is not None:
+            for letter, size in zip(letters, x.shape, strict=True):
+                shapes[letter] = math.gcd(shapes.get(letter, size), size)
+    cut = {
+        "b": fitting(mesh, (shapes.get("b", 1),), (ROWS,))[0],
+        "k": fitting(mesh, (shapes.get("k", 1),), ("tensor",))[0],
+        "t": "context" if context_size(shapes.get("t", 1)) > 1 else None,
+        ".": None,
+    }
+    to_spec = lambda letters: P(*(cut[letter] for letter in letters))
+    given = [(x, to_spec(letters)) for x, letters in zip(args, axes, strict=True) if x is not None]
+
+    def fill(*present: Any) -> R:
+        rest = iter(present)
+        return body(*(None if x is None else next(rest) for x in args))
+
+    specs = tuple(wanted for _, wanted in given)
+    run = jax.shard_map(fill, mesh=mesh, in_specs=specs, out_specs=jax.tree.map(to_spec, out))
+    return run(*(x for x, _ in given))
+
+
+@contextlib.contextmanager
+def single_device() -> Iterator[None]:
+    """Inside, nothing is cut whatever mesh there is."""
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+        yield
