@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32
 
 from nosa_jax import parallel
@@ -225,10 +226,9 @@ def _forward(
             return ForwardOutput(model.logits(jnp.take_along_axis(hidden, last, axis=1)), hidden, ids)
         return ForwardOutput(model.logits(hidden), hidden, ids)
 
+    rows = PartitionSpec(parallel.ROWS)
     out = ForwardOutput(
-        None if logits == "none" else (parallel.ROWS, "context" if logits == "all" else None, "tensor"),
-        (parallel.ROWS, "context"),
-        (None, parallel.ROWS, "tensor", "context") if recorded else None,
+        None if logits == "none" else rows, rows, PartitionSpec(None, parallel.ROWS) if recorded else None
     )
     return parallel.run(mesh, body, model, tokens, lengths, segment_ids, forced_block_ids, out=out)
 

@@ -16,9 +16,8 @@ JAX's partitioner is the engine: products are cut as their operands are. Attenti
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -171,16 +170,19 @@ def mesh_of(*trees: Any) -> AbstractMesh | None:
             sharding = jax.typeof(leaf).sharding
             meshes.append(sharding.mesh)
     found = next((mesh for mesh in meshes if not mesh.empty and mesh.size > 1), None)
-    if found is not None:
-        require_axes(found)
+    if found is None:
+        return None
+    if AxisType.Explicit not in found.axis_types and not set(found.axis_names) <= set(AXES):
+        return None  # the partitioner does what it can with axes of other names
+    require_axes(found)
     return found
 
 
 def run[R](mesh: AbstractMesh | None, body: Callable[..., R], *args: Any, out: Any = None) -> R:
     """`body(*args)` where `current()` is `mesh`, with all its axes automatic.
 
-    out: like what comes out, with the mesh axes of each dimension as `fitting` takes them: results on Explicit axes
-        are so by type.
+    out: like what comes out, with a PartitionSpec for each array, of which what does not fit is left away: on
+        Explicit axes it is part of the results' types.
     """
     if mesh is None:
         return body(*args)
@@ -188,11 +190,10 @@ def run[R](mesh: AbstractMesh | None, body: Callable[..., R], *args: Any, out: A
         with jax.sharding.use_abstract_mesh(mesh):
             return body(*args)
     explicit = tuple(n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Explicit)
-    automatic = mesh.update_axis_types(dict.fromkeys(explicit, AxisType.Auto))
-    with jax.sharding.use_abstract_mesh(automatic):
+    with jax.sharding.use_abstract_mesh(mesh.update_axis_types(dict.fromkeys(explicit, AxisType.Auto))):
         results = jax.eval_shape(body, *jax.tree.map(_untyped, args))
-    place = lambda axes, x: NamedSharding(mesh, fitting(mesh, x.shape, axes))
-    placed = jax.tree.map(place, out, results, is_leaf=lambda axes: type(axes) is tuple)
+    place = lambda wanted, x: NamedSharding(mesh, fitting(mesh, x.shape, wanted))
+    placed = jax.tree.map(place, out, results, is_leaf=_is_spec)
     with jax.sharding.use_abstract_mesh(mesh):
         result: R = jax.sharding.auto_axes(body, axes=explicit, out_sharding=placed)(*args)
         return result
@@ -215,25 +216,68 @@ def constrain(x: Array, *axes: Any) -> Array:
     mesh = current()
     if mesh is None:
         return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, fitting(mesh, x.shape, axes)))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, fitting(mesh, x.shape, P(*axes))))
 
 
-def fitting(mesh: Mesh | AbstractMesh, shape: Sequence[int], axes: Sequence[Any]) -> P:
+def fitting(mesh: Mesh | AbstractMesh, shape: Sequence[int], wanted: P) -> P:
     """A PartitionSpec of the axes that the mesh has and that divide a shape; of several, as many as do together."""
 
-    def fit(size: int, wanted: Any) -> Any:
+    def fit(size: int, axes: Any) -> Any:
         kept: tuple[str, ...] = ()
-        for name in wanted if isinstance(wanted, tuple) else (wanted,):
+        for name in axes if isinstance(axes, tuple) else (axes,):
             if mesh.shape.get(name, 1) > 1 and size % size_of(mesh, (*kept, name)) == 0:
                 kept += (name,)
         return kept[0] if len(kept) == 1 else kept or None
 
-    return P(*(fit(size, wanted) for size, wanted in zip(shape, axes, strict=False)))
+    return P(*(fit(size, axes) for size, axes in zip(shape, wanted, strict=False)))
 
 
 def activations(x: Float[Array, "B T *rest"]) -> Float[Array, "B T *rest"]:
     """Hidden states, cut along rows and queries."""
     return constrain(x, ROWS, "context")
+
+
+def by_rows[R](
+    mesh: AbstractMesh | None, body: Callable[..., R], args: tuple[Any, ...], specs: tuple[Any, ...], out: Any
+) -> R:
+    """`body(*args)` where every device does its own rows with the whole model, and none talks to another.
+
+    specs, out: of arguments and results (a pytree may stand for one that begins with it), with ROWS in the place of
+        rows. Where these cannot be shared out evenly, every device does all.
+    """
+    if mesh is None:
+        return body(*args)
+
+    rows = fitting(mesh, (math.gcd(*_rows(args, specs)),), P(ROWS))[0]
+    cut = lambda tree: jax.tree.map(
+        lambda spec: P(*(rows if axes == ROWS else axes for axes in spec)), tree, is_leaf=_is_spec
+    )
+    with jax.sharding.use_abstract_mesh(mesh):
+        if AxisType.Explicit in mesh.axis_types:
+            args = jax.tree.map(_resharded, cut(specs), args, is_leaf=_is_spec)
+        # Loops begin with what is the same everywhere and go on with what is not; nothing here needs to tell them apart.
+        return jax.shard_map(body, mesh=mesh, in_specs=cut(specs), out_specs=cut(out), check_vma=False)(*args)
+
+
+def _resharded(wanted: P, tree: Any) -> Any:
+    """Arrays of Explicit axes, lying as wanted. What lies so is left alone: JAX would forget that it is on the host."""
+
+    def reshard(x: Array) -> Array:
+        full = P(*wanted, *(None,) * (x.ndim - len(wanted)))
+        return x if jax.typeof(x).sharding.spec == full else jax.sharding.reshard(x, full)
+
+    return jax.tree.map(reshard, tree)
+
+
+def _rows(trees: Any, specs: Any) -> list[int]:
+    """How many rows each array has."""
+    count = lambda spec, part: [x.shape[tuple(spec).index(ROWS)] for x in jax.tree.leaves(part) if ROWS in tuple(spec)]
+    counts: list[int] = jax.tree.leaves(jax.tree.map(count, specs, trees, is_leaf=_is_spec))
+    return counts
+
+
+def _is_spec(x: Any) -> bool:
+    return isinstance(x, P)
 
 
 # Weights. -------------------------------------------------------------------------------------------------------------
@@ -344,8 +388,8 @@ def per_row_and_head[R](body: Callable[..., R], args: tuple[Any, ...], axes: tup
             for letter, size in zip(letters, x.shape, strict=True):
                 shapes[letter] = math.gcd(shapes.get(letter, size), size)
     cut = {
-        "b": fitting(mesh, (shapes.get("b", 1),), (ROWS,))[0],
-        "k": fitting(mesh, (shapes.get("k", 1),), ("tensor",))[0],
+        "b": fitting(mesh, (shapes.get("b", 1),), P(ROWS))[0],
+        "k": fitting(mesh, (shapes.get("k", 1),), P("tensor"))[0],
         "t": "context" if context_size(shapes.get("t", 1)) > 1 else None,
         ".": None,
     }
@@ -359,10 +403,3 @@ def per_row_and_head[R](body: Callable[..., R], args: tuple[Any, ...], axes: tup
     specs = tuple(wanted for _, wanted in given)
     run = jax.shard_map(fill, mesh=mesh, in_specs=specs, out_specs=jax.tree.map(to_spec, out))
     return run(*(x for x, _ in given))
-
-
-@contextlib.contextmanager
-def single_device() -> Iterator[None]:
-    """Inside, nothing is cut whatever mesh there is."""
-    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
-        yield

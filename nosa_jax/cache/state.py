@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
+from nosa_jax import parallel
 from nosa_jax._pytree import pytree_dataclass, short_repr, static_field
 from nosa_jax.cache import host_store
 from nosa_jax.cache.slots import SlotTable, empty_table
@@ -96,6 +98,12 @@ def empty_state(config: ModelConfig, batch: int, max_length: int, cache: CacheCo
         max_length=max_length,
         transport=cache.transport,
     )
+
+
+def specs(state: DecodeState) -> DecodeState:
+    """How a state, or shapes of one, lies on a mesh: by rows."""
+    placed: DecodeState = jax.tree.map(lambda _: PartitionSpec(None, parallel.ROWS), state)
+    return dataclasses.replace(placed, lengths=PartitionSpec(parallel.ROWS))
 
 
 def require_fitting(state: DecodeState, config: ModelConfig, dtype: Any) -> None:

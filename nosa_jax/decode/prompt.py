@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int32
 
-from nosa_jax import rope
+from nosa_jax import parallel, rope
 from nosa_jax.attention import layout
 from nosa_jax.attention.layer import Attention
 from nosa_jax.attention.selection import replace_selection
 from nosa_jax.cache import staging, summaries
-from nosa_jax.cache.state import DecodeState, empty_state
+from nosa_jax.cache.state import DecodeState, empty_state, specs
 from nosa_jax.config import CacheConfig, ModelConfig
 from nosa_jax.decode import checks
 from nosa_jax.decode.checks import Prompt
 from nosa_jax.decode.program import program
-from nosa_jax.decode.step import StepOutput
+from nosa_jax.decode.step import StepOutput, output_specs
 from nosa_jax.model import Layers, NosaLM
 from pallas_kernels import block_attention
 from pallas_kernels.checks import IntegersLike
@@ -72,8 +74,23 @@ def extend(
     count = jnp.full((batch,), width, jnp.int32) if lengths is None else lengths
     checks.check_room(state, count)
     model, state, tokens, count = checks.untransformed((model, state, tokens, count))
-    state, out = _extend(model, state, tokens, count)
+    state, out = _read_more(model, state, tokens, count)
     return state, out.logits
+
+
+@program()
+def _read_more(
+    model: NosaLM, state: DecodeState, tokens: Int32[Array, "B n"], count: Int32[Array, " B"]
+) -> tuple[DecodeState, StepOutput]:
+    """`extend` by checked tokens."""
+    rows, of_state = PartitionSpec(parallel.ROWS), specs(state)
+    return parallel.by_rows(
+        parallel.mesh_of(model, state, tokens),
+        _extend,
+        (model, state, tokens, count),
+        (PartitionSpec(), of_state, rows, rows),
+        (of_state, output_specs(model.config)),
+    )
 
 
 @program(static_argnames=("max_length", "cache", "chunk"))
@@ -90,7 +107,27 @@ def read_prompt(
 
     forced_block_ids: replace the selection of each row's last token, see `replace_selection`.
     """
-    state = empty_state(model.config, prompt.batch, max_length, cache, model.embed.dtype)
+    make = functools.partial(empty_state, model.config, max_length=max_length, cache=cache, dtype=model.embed.dtype)
+    rows = PartitionSpec(parallel.ROWS)
+    return parallel.by_rows(
+        parallel.mesh_of(model, prompt),
+        functools.partial(_read_rows, make=make, chunk=chunk),
+        (model, prompt, forced_block_ids),
+        (PartitionSpec(), rows, PartitionSpec(None, parallel.ROWS)),
+        (specs(jax.eval_shape(functools.partial(make, prompt.batch))), output_specs(model.config)),
+    )
+
+
+def _read_rows(
+    model: NosaLM,
+    prompt: Prompt,
+    forced_block_ids: Int32[Array, "L B K J"] | None,
+    *,
+    make: Callable[[int], DecodeState],
+    chunk: int | None,
+) -> tuple[DecodeState, StepOutput]:
+    """make: the state of so many empty rows."""
+    state = make(prompt.batch)
     if chunk is None or chunk >= prompt.width:
         return _extend(model, state, prompt.tokens, prompt.lengths, forced_block_ids, fresh=True)
     chunks = -(-prompt.width // chunk)

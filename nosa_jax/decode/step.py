@@ -7,15 +7,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int32
 
-from nosa_jax import rope
+from nosa_jax import parallel, rope
 from nosa_jax._pytree import pytree_dataclass
 from nosa_jax.attention import layout
 from nosa_jax.attention.layer import Attention
 from nosa_jax.attention.selection import replace_selection
 from nosa_jax.cache import residence, summaries
-from nosa_jax.cache.state import DecodeState
+from nosa_jax.cache.state import DecodeState, specs
 from nosa_jax.config import ModelConfig
 from nosa_jax.decode import checks
 from nosa_jax.decode.program import program
@@ -33,6 +34,12 @@ class StepOutput:
     logits: Any
     block_ids: Any
     fetched: Any
+
+
+def output_specs(config: ModelConfig) -> StepOutput:
+    """How a StepOutput lies on a mesh: by rows."""
+    rows, of_layers = PartitionSpec(parallel.ROWS), PartitionSpec(None, parallel.ROWS)
+    return StepOutput(rows, of_layers, of_layers) if config.attention.is_sparse else StepOutput(rows, None, None)
 
 
 def decode_step(model: NosaLM, state: DecodeState, tokens: IntegersLike) -> tuple[DecodeState, Float[Array, "B V"]]:
@@ -67,6 +74,14 @@ def jit_decode_step(model: NosaLM, state: DecodeState, tokens: IntegersLike) -> 
 
 def _step(model: NosaLM, state: DecodeState, tokens: Int32[Array, " B"]) -> tuple[DecodeState, Float[Array, "B V"]]:
     """A step for loops that cannot look at values: what must not be gone on from is NaN."""
+    rows, of_state = PartitionSpec(parallel.ROWS), specs(state)
+    arguments, given = (model, state, tokens), (PartitionSpec(), of_state, rows)
+    return parallel.by_rows(parallel.mesh_of(*arguments), _step_of_rows, arguments, given, (of_state, rows))
+
+
+def _step_of_rows(
+    model: NosaLM, state: DecodeState, tokens: Int32[Array, " B"]
+) -> tuple[DecodeState, Float[Array, "B V"]]:
     usable = (state.lengths < state.max_length) & (tokens >= 0) & (tokens < model.config.vocab_size)
     state, out = run_step(model, state, tokens)
     return state, jnp.where(usable[:, None], out.logits, jnp.nan)
