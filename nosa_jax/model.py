@@ -226,10 +226,9 @@ def _forward(
             return ForwardOutput(model.logits(jnp.take_along_axis(hidden, last, axis=1)), hidden, ids)
         return ForwardOutput(model.logits(hidden), hidden, ids)
 
-    rows = PartitionSpec(parallel.ROWS)
-    out = ForwardOutput(
-        None if logits == "none" else rows, rows, PartitionSpec(None, parallel.ROWS) if recorded else None
-    )
+    axes = parallel.rows_of(tokens)
+    rows, of_layers = PartitionSpec(axes), PartitionSpec(None, axes)
+    out = ForwardOutput(None if logits == "none" else rows, rows, of_layers if recorded else None)
     return parallel.run(mesh, body, model, tokens, lengths, segment_ids, forced_block_ids, out=out)
 
 

@@ -192,7 +192,12 @@ def run[R](mesh: AbstractMesh | None, body: Callable[..., R], *args: Any, out: A
     explicit = tuple(n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Explicit)
     with jax.sharding.use_abstract_mesh(mesh.update_axis_types(dict.fromkeys(explicit, AxisType.Auto))):
         results = jax.eval_shape(body, *jax.tree.map(_untyped, args))
-    place = lambda wanted, x: NamedSharding(mesh, fitting(mesh, x.shape, wanted))
+
+    def place(wanted: P, x: Any) -> NamedSharding:
+        whole = on_mesh(wanted, mesh)
+        divides = all(size % size_of(mesh, axes) == 0 for size, axes in zip(x.shape, whole, strict=False))
+        return NamedSharding(mesh, whole if divides else fitting(mesh, x.shape, wanted))
+
     placed = jax.tree.map(place, out, results, is_leaf=_is_spec)
     with jax.sharding.use_abstract_mesh(mesh):
         result: R = jax.sharding.auto_axes(body, axes=explicit, out_sharding=placed)(*args)
@@ -201,6 +206,13 @@ def run[R](mesh: AbstractMesh | None, body: Callable[..., R], *args: Any, out: A
 
 def _untyped(x: Any) -> Any:
     return jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, jax.Array) else x
+
+
+def rows_of(tokens: Array) -> Any:
+    """The axes that cut rows of tokens: by their type, if they have one on a mesh of Explicit axes, else ROWS."""
+    sharding = jax.typeof(tokens).sharding
+    explicit = not sharding.mesh.empty and AxisType.Explicit in sharding.mesh.axis_types
+    return sharding.spec[0] if explicit else ROWS
 
 
 def current() -> AbstractMesh | None:
