@@ -58,7 +58,7 @@ class Train:
     """Steps between two checkpoints; 0: only at the end."""
     keep_checkpoints: int = TrainConfig.keep_checkpoints
     """How many of the newest checkpoints stay."""
-    trainable: tuple[str, ...] = TrainConfig.trainable
+    trainable: tuple[str, ...] = ("*",)
     """Glob patterns over the names of the parameters that train; or: everything, importance."""
     loss_chunk: int | None = TrainConfig.loss_chunk
     """Positions of each row whose logits are made at a time; default: by memory."""

@@ -55,7 +55,7 @@ class TrainConfig:
     eval_batches: int = 32
     checkpoint_every: int = 250
     keep_checkpoints: int = 2
-    trainable: tuple[str, ...] = ("*",)
+    trainable: str | tuple[str, ...] = ("*",)
     loss_chunk: int | None = None
     z_loss: float = 0.0
 

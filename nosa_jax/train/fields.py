@@ -17,7 +17,7 @@ def from_fields[Config](
     """The inverse of `dataclasses.asdict` for a configuration, whose fields may be configurations too.
 
     cls: the dataclass. What is not given has its default.
-    fields: a mapping by name of field; lists stand for tuples, as JSON has no other.
+    fields: a mapping by name of field; lists stand for tuples, as JSON has no other, and tables for tuples of pairs.
     name: what messages call it.
     remedy: what they say to do about unknown fields.
 
@@ -39,7 +39,7 @@ def from_fields[Config](
     values = {
         field: from_fields(hints[field], value, name=f"{name}.{field}", remedy=remedy)
         if dataclasses.is_dataclass(hints[field])
-        else _tuples(value)
+        else _as_tuple(value)
         for field, value in fields.items()
     }
     return cls(**values)
@@ -60,6 +60,7 @@ def _has_no_default(field: Any) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
-def _tuples(value: Any) -> Any:
-    """Lists as tuples, at any depth."""
-    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+def _as_tuple(value: Any) -> Any:
+    """Lists, and mappings as their items, as tuples at any depth; anything else as it is."""
+    value = list(value.items()) if isinstance(value, Mapping) else value
+    return tuple(map(_as_tuple, value)) if isinstance(value, list | tuple) else value

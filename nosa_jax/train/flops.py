@@ -75,7 +75,7 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 def mfu(
-    tokens_per_second: float, config: ModelConfig, length: int, *, peak: float | None, devices: int = 1
+    tokens_per_second: int | float, config: ModelConfig, length: int, *, peak: float | None, devices: int = 1
 ) -> float | None:
     """Model FLOPs utilisation: the share of the devices' peak that matrices and attention take; None without a peak.
 

@@ -38,7 +38,11 @@ def as_patterns(argument: str, value: str | Sequence[str]) -> tuple[str, ...]:
         raise bad_type(argument, "must be glob patterns", f"{value!r:.60}", "Pass ('*importance*',), for example.")
     if not patterns or not all(patterns):
         raise bad_value(argument, "must hold patterns, none of them empty", repr(value), "Pass ('*',) for everything.")
-    return tuple([WORDS.get(pattern, pattern) for pattern in patterns])
+    return tuple(_in_full(pattern) for pattern in patterns)
+
+
+def _in_full(pattern: str) -> str:
+    return WORDS.get(pattern, pattern)
 
 
 def as_rules(argument: str, value: Any, low: float, high: float) -> Rules:

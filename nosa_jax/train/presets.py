@@ -30,7 +30,7 @@ from pallas_kernels.checks import require_int, require_number
 def pretrain(
     model: ModelConfig,
     *,
-    tokens: float,
+    tokens: int | float,
     batch_size: int,
     length: int = 4096,
     learning_rate: float = 3e-4,
@@ -52,7 +52,7 @@ def pretrain(
 def continued(
     model: ModelConfig,
     *,
-    tokens: float,
+    tokens: int | float,
     batch_size: int,
     length: int = 16384,
     variant: Variant = "nosa",
@@ -81,7 +81,7 @@ def continued(
 def sft(
     model: ModelConfig,
     *,
-    tokens: float,
+    tokens: int | float,
     batch_size: int,
     length: int = 16384,
     learning_rate: float = 1e-5,
@@ -105,7 +105,7 @@ def sft(
 def _run(
     model: ModelConfig,
     optimizer: OptimizerConfig,
-    tokens: float,
+    tokens: int | float,
     batch_size: int,
     length: int,
     settings: dict[str, Any],
