@@ -1,10 +1,12 @@
 """Floating-point operations of training, and how much of a card they take.
 
-from nosa_jax import presets
-from nosa_jax.train import flops_per_token, mfu, peak_flops
+    from nosa_jax import presets
+    from nosa_jax.train import flops_per_token, mfu, peak_flops
 
-flops = flops_per_token(presets.nosa_1b(), length=16384)
-share = mfu(28_000, presets.nosa_1b(), 16384, peak=peak_flops("NVIDIA H200"))
+    flops = flops_per_token(presets.nosa_1b(), length=16384)
+    share = mfu(28_000, presets.nosa_1b(), 16384, peak=peak_flops("NVIDIA H200"))
+
+What is counted is what the model needs, not what a program does: `flops_per_token` states the rule.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ class LossParts:
     @property
     def count(self) -> Int32[Array, ""]:
         """How many targets count in all."""
-        return self.counts.sum()
+        return self.counts.sum(dtype=jnp.int32)
 
     def cross_entropy(self) -> Float32[Array, ""]:
         """Mean nats per target; 0 without any."""
