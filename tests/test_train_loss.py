@@ -129,9 +129,12 @@ def test_chunks_by_memory_follow_batch_and_vocabulary():
         seen.append(hidden.shape[1])
         return jnp.zeros((*hidden.shape[:2], 2**15), jnp.float32)
 
-    loss = lambda hidden: chunked_loss(logits, hidden, jnp.zeros(hidden.shape[:2], jnp.int32))
-    jax.eval_shape(loss, jax.ShapeDtypeStruct((8, 1000, 4), jnp.float32))
-    assert max(seen) == 256 and CHUNK_LOGITS == 8 * 256 * 2**15  # 1000 in 4 chunks of 250, a multiple of 8
+    loss = lambda hidden, devices: chunked_loss(logits, hidden, jnp.zeros(hidden.shape[:2], jnp.int32), devices=devices)
+    for rows, devices in ((8, 1), (32, 4)):
+        seen.clear()
+        jax.eval_shape(partial(loss, devices=devices), jax.ShapeDtypeStruct((rows, 1000, 4), jnp.float32))
+        assert max(seen) == 256
+    assert CHUNK_LOGITS == 8 * 256 * 2**15  # 1000 in 4 chunks of 250, a multiple of 8
 
 
 @pytest.mark.parametrize(

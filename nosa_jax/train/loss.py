@@ -15,7 +15,7 @@ from nosa_jax._pytree import pytree_dataclass
 from pallas_kernels.checks import require_int, require_number
 
 CHUNK_LOGITS = 2**26
-"""How many logits `chunked_loss` makes at a time unless told: 256 MiB, over all devices of a batch that is split."""
+"""How many logits `chunked_loss` makes at a time on each device unless told: 256 MiB."""
 
 
 def next_token_loss(
@@ -75,6 +75,7 @@ def chunked_loss(
     *,
     chunk: int | None = None,
     z_loss: float = 0.0,
+    devices: int = 1,
 ) -> tuple[Float32[Array, ""], LossParts]:
     """The loss of `next_token_loss` from hidden states, without the logits of all positions at once.
 
@@ -83,19 +84,21 @@ def chunked_loss(
     targets: `targets[b, t]` is the token after `tokens[b, t]`.
     mask: targets where it is False do not count, and `hidden` may hold anything there.
     chunk: positions of every row whose logits are made together, and once more in the backward pass; None takes so
-        many that there are at most `CHUNK_LOGITS`. Where one chunk holds them all, its logits are kept.
+        many that there are at most `CHUNK_LOGITS` on a device. Where one chunk holds them all, its logits are kept.
     z_loss: weight of the mean squared logarithm of the softmax's denominator, which keeps logits from drifting.
+    devices: how many the rows are split over where B counts those of all of them; only None for `chunk` asks.
 
     Returns what is minimised (float32, 0 where nothing counts) and its sums. Chunks are cut along T, so that rows may
     lie on different devices. Gradients of the parameters in `model_logits` are summed over the chunks in float32,
     whatever their dtype.
-    Raises TypeError or ValueError for a chunk below 1 or a negative weight.
+    Raises TypeError or ValueError for a chunk or a number of devices below 1, and for a negative weight.
     """
     z_loss = require_number("z_loss", z_loss, 0.0, 1.0)
+    devices = require_int("devices", devices, 1)
     batch, length = targets.shape
     if chunk is None:
         vocab = jax.eval_shape(model_logits, hidden[:, :1]).shape[-1]
-        chunk = _even_chunk(length, CHUNK_LOGITS // (batch * vocab))
+        chunk = _even_chunk(length, CHUNK_LOGITS * devices // (batch * vocab))
     chunk = min(require_int("chunk", chunk, 1), length)
     if mask is None:
         mask = jnp.ones(targets.shape, bool)
