@@ -85,10 +85,10 @@ def changed(*path, value):
         (
             changed("optimizer", "lr", value=1),
             ValueError,
-            r"TrainConfig.optimizer: .* got \['lr'\]. There are: learning",
+            r"OptimizerConfig: .* got \['lr'\]. There are: learning",
         ),
-        (changed("model", "rope", "base", value=1), ValueError, r"TrainConfig.model.rope: .* got \['base'\]"),
-        (changed("optimizer", value=3), TypeError, "TrainConfig.optimizer: must be a table of fields, got int 3"),
+        (changed("model", "rope", "base", value=1), ValueError, r"RopeConfig: .* got \['base'\]"),
+        (changed("optimizer", value=3), TypeError, "OptimizerConfig: must be a table of fields, got int 3"),
         (changed("steps", value="many"), TypeError, "TrainConfig.steps: must be an int, got 'many'"),
         ({"steps": 3}, TypeError, r"TrainConfig: must have all fields without a default, got none for \['model'\]"),
     ],

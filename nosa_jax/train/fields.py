@@ -11,20 +11,17 @@ from nosa_jax.config import ModelConfig
 from pallas_kernels.checks import bad_type, bad_value
 
 
-def from_fields[Config](
-    cls: type[Config], fields: Any, *, name: str | None = None, remedy: str | None = None
-) -> Config:
+def from_fields[Config](cls: type[Config], fields: Any, *, remedy: str | None = None) -> Config:
     """The inverse of `dataclasses.asdict` for a configuration, whose fields may be configurations too.
 
     cls: the dataclass. What is not given has its default.
     fields: a mapping by name of field; lists stand for tuples, as JSON has no other, and tables for tuples of pairs.
-    name: what messages call it.
     remedy: what they say to do about unknown fields.
 
     Raises ValueError for fields that there are none of, TypeError for what is no mapping, for one without a field that
     has no default, and, as values out of range, what `cls` itself raises.
     """
-    name = name or cls.__name__
+    name = cls.__name__
     if not isinstance(fields, Mapping):
         raise bad_type(name, "must be a table of fields", f"{type(fields).__name__} {fields!r:.60}", "Write one.")
     known = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
@@ -37,7 +34,7 @@ def from_fields[Config](
         raise bad_type(name, "must have all fields without a default", f"none for {needed}", "Add them.")
     hints = typing.get_type_hints(cls)
     values = {
-        field: from_fields(hints[field], value, name=f"{name}.{field}", remedy=remedy)
+        field: from_fields(hints[field], value, remedy=remedy)
         if dataclasses.is_dataclass(hints[field])
         else _as_tuple(value)
         for field, value in fields.items()
