@@ -16,7 +16,7 @@ def from_fields[Config](cls: type[Config], fields: Any, *, remedy: str | None = 
 
     cls: the dataclass. What is not given has its default.
     fields: a mapping by name of field; lists stand for tuples, as JSON has no other, and tables for tuples of pairs.
-    remedy: what they say to do about unknown fields.
+    remedy: what the error says to do about unknown fields; None lists those that there are.
 
     Raises ValueError for fields that there are none of, TypeError for what is no mapping, for one without a field that
     has no default, and, as values out of range, what `cls` itself raises.
