@@ -58,6 +58,12 @@ class Train:
     """Steps between two checkpoints; 0: only at the end."""
     keep_checkpoints: int = TrainConfig.keep_checkpoints
     """How many of the newest checkpoints stay."""
+    trainable: tuple[str, ...] = ("*",)
+    """Glob patterns over the names of the parameters that train; or: everything, importance."""
+    loss_chunk: int | None = TrainConfig.loss_chunk
+    """Positions of each row whose logits are made at a time; default: by memory."""
+    z_loss: float = TrainConfig.z_loss
+    """Weight of the squared logarithm of the softmax's denominator in the loss."""
 
     learning_rate: float = OptimizerConfig.learning_rate
     """Learning rate of the stable phase of the schedule."""
@@ -77,6 +83,16 @@ class Train:
     """Matrices are pulled towards 0 by this times the learning rate."""
     clip_norm: float = OptimizerConfig.clip_norm
     """Gradients with a larger norm are scaled down to it."""
+    schedule: Literal["wsd", "cosine", "constant"] = OptimizerConfig.schedule
+    """Course of the learning rate: warmup, stable and decay; half a cosine; or no decay."""
+    moment_dtype: Literal["float32", "bfloat16"] = OptimizerConfig.moment_dtype
+    """Dtype in which Adam's moments are kept."""
+    learning_rate_multipliers: tuple[tuple[str, float], ...] = OptimizerConfig.learning_rate_multipliers
+    """Patterns over names of parameters, each with a factor of the learning rate."""
+    weight_decays: tuple[tuple[str, float], ...] = OptimizerConfig.weight_decays
+    """Patterns over names of parameters, each with the weight decay of what it matches."""
+    clip_norms: tuple[tuple[str, float], ...] = OptimizerConfig.clip_norms
+    """Patterns over names of parameters, each with the norm that their gradients are scaled down to."""
 
     def config(self) -> TrainConfig:
         """The run that the flags describe."""

@@ -11,7 +11,8 @@ Needs the extra `train`: pip install ".[train]" in a checkout.
 """
 
 from nosa_jax.environment import environment
-from nosa_jax.train.checkpoint import Checkpoints, load_model, model_config_from_dict
+from nosa_jax.train.accumulate import accumulate
+from nosa_jax.train.checkpoint import Checkpoints, load_model
 from nosa_jax.train.config import TrainConfig
 from nosa_jax.train.data import (
     Corpus,
@@ -23,37 +24,60 @@ from nosa_jax.train.data import (
     train_batches,
 )
 from nosa_jax.train.evaluation import Evaluation, evaluate
+from nosa_jax.train.fields import model_config_from_dict
+from nosa_jax.train.finite import Skipped, keep_if_finite
+from nosa_jax.train.flops import FlopsPerToken, flops_per_token, mfu, peak_flops
 from nosa_jax.train.log import read_log
 from nosa_jax.train.loop import TrainResult, train
-from nosa_jax.train.loss import bits_per_byte, length_mask, next_token_loss
-from nosa_jax.train.optim import OptimizerConfig, learning_rate_schedule, make_optimizer
+from nosa_jax.train.loss import LossParts, bits_per_byte, chunked_loss, length_mask, next_token_loss
+from nosa_jax.train.metrics import global_norm, norms_by_group
+from nosa_jax.train.optim import OptimizerConfig, as_optimizer, learning_rate_schedule, make_optimizer
+from nosa_jax.train.patterns import merge, split
+from nosa_jax.train.presets import continued, pretrain, sft
 from nosa_jax.train.step import TrainState, batch_loss, init_state, jit_train_step, train_step
 
 __all__ = [
     "Checkpoints",
     "Corpus",
     "Evaluation",
+    "FlopsPerToken",
+    "LossParts",
     "OptimizerConfig",
+    "Skipped",
     "TrainConfig",
     "TrainResult",
     "TrainState",
+    "accumulate",
+    "as_optimizer",
     "batch_loss",
     "bits_per_byte",
+    "chunked_loss",
+    "continued",
     "environment",
     "evaluate",
     "find_files",
+    "flops_per_token",
+    "global_norm",
     "heldout_batches",
     "init_state",
     "jit_train_step",
+    "keep_if_finite",
     "learning_rate_schedule",
     "length_mask",
     "load_corpus",
     "load_model",
     "make_optimizer",
+    "merge",
+    "mfu",
     "model_config_from_dict",
     "next_token_loss",
+    "norms_by_group",
+    "peak_flops",
+    "pretrain",
     "read_log",
     "read_text",
+    "sft",
+    "split",
     "stdlib_files",
     "train",
     "train_batches",

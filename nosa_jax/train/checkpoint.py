@@ -8,7 +8,6 @@ writes into a temporary folder and renames it, so a checkpoint that exists is wh
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import uuid
 import warnings
@@ -21,8 +20,9 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from nosa_jax._paths import user_path
-from nosa_jax.config import AttentionConfig, ModelConfig, RopeConfig
 from nosa_jax.model import NosaLM
+from nosa_jax.train.fields import model_config_from_dict
+from nosa_jax.train.names import by_name
 from nosa_jax.train.step import TrainState
 from pallas_kernels.checks import bad_value, require_int
 from pallas_kernels.device import default_device
@@ -89,8 +89,8 @@ class Checkpoints:
             saved = self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    model=ocp.args.StandardSave(_by_name(state.model)),
-                    optimizer=ocp.args.StandardSave(_by_name(state.opt_state)),
+                    model=ocp.args.StandardSave(by_name(state.model)),
+                    optimizer=ocp.args.StandardSave(by_name(state.opt_state)),
                     meta=ocp.args.JsonSave({**meta, "layout": LAYOUT}),
                 ),
             )
@@ -204,7 +204,7 @@ class Checkpoints:
     def _restore_item(self, item: str, like: Any, step: int) -> Any:
         wanted = {
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
-            for name, leaf in _by_name(like).items()
+            for name, leaf in by_name(like).items()
         }
         with self.reading(step):
             saved = dict(self._manager.item_metadata(step)[item])
@@ -220,7 +220,7 @@ class Checkpoints:
         with self.reading(step):
             restored = self._manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(wanted)}))
             arrays = restored[item]
-        return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in _by_name(like)])
+        return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in by_name(like)])
 
 
 def load_model(directory: str | os.PathLike[str], step: int | None = None) -> NosaLM:
@@ -235,24 +235,6 @@ def load_model(directory: str | os.PathLike[str], step: int | None = None) -> No
         return checkpoints.load_model(step)
 
 
-def model_config_from_dict(fields: dict[str, Any]) -> ModelConfig:
-    """The inverse of `dataclasses.asdict` after a trip through JSON, which turns tuples into lists.
-
-    Raises ValueError for fields that there are none of here, as those of a later version, and TypeError or LookupError
-    for what is no configuration.
-    """
-    rope: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in fields["rope"].items()
-    }
-    parts = (ModelConfig, fields), (RopeConfig, rope), (AttentionConfig, fields["attention"])
-    for cls, given in parts:
-        unknown = sorted(set(given) - {field.name for field in dataclasses.fields(cls)})
-        if unknown:
-            remedy = "A later version of nosa-jax wrote them: use that, or a later one."
-            raise bad_value(cls.__name__, "must have fields of this version only", unknown, remedy)
-    return ModelConfig(**{**fields, "rope": RopeConfig(**rope), "attention": AttentionConfig(**fields["attention"])})
-
-
 def _is_fault_of_the_system(error: BaseException) -> bool:
     """Whether reading failed for want of memory, permissions or an answer of the disk: the files may be whole."""
     if isinstance(error, OSError):
@@ -263,14 +245,6 @@ def _is_fault_of_the_system(error: BaseException) -> bool:
         return True
     # Orbax raises a plain Exception from whatever ended the reading of an array.
     return error.__cause__ is not None and _is_fault_of_the_system(error.__cause__)
-
-
-def _by_name(tree: Any) -> dict[str, Any]:
-    """Leaves by dotted name, in the order of `jax.tree.leaves`."""
-    leaves = jax.tree.leaves_with_path(tree)
-    # `.value` is where NNX keeps a parameter's array: no part of its name.
-    names = [jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value") for path, _ in leaves]
-    return dict(zip(names, (leaf for _, leaf in leaves), strict=True))
 
 
 def _describe(array: Any) -> str:

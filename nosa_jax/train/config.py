@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+import json
+import os
+import tomllib
+from typing import Any, Literal
 
+from nosa_jax._json import parse_object
+from nosa_jax._paths import replacing, user_path
 from nosa_jax.config import ModelConfig
+from nosa_jax.train.fields import from_fields
 from nosa_jax.train.optim import OptimizerConfig
-from pallas_kernels.checks import bad_type, bad_value, require_bool, require_int
+from nosa_jax.train.patterns import as_patterns
+from pallas_kernels.checks import bad_type, bad_value, require_bool, require_int, require_number
 from pallas_kernels.device import current_device
 
 
@@ -26,6 +33,10 @@ class TrainConfig:
     eval_every, checkpoint_every: steps between two of them; 0 leaves only the one at the end.
     eval_batches: held-out batches per evaluation, at most.
     keep_checkpoints: how many of the newest stay on disk.
+    trainable: glob patterns over the dotted names of parameters, e.g. `("*importance*", "*norm")`; what none matches
+        stays as it is and needs no gradients and no moments. "importance" and "everything" are short for two of them.
+    loss_chunk: positions of each row whose logits are made at a time, see `chunked_loss`; None decides by memory.
+    z_loss: weight of the squared logarithm of the softmax's denominator in what is minimised; 0 is without.
 
     Raises TypeError or ValueError when a field is out of range.
     """
@@ -44,6 +55,9 @@ class TrainConfig:
     eval_batches: int = 32
     checkpoint_every: int = 250
     keep_checkpoints: int = 2
+    trainable: str | tuple[str, ...] = ("*",)
+    loss_chunk: int | None = None
+    z_loss: float = 0.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, ModelConfig):
@@ -53,6 +67,10 @@ class TrainConfig:
         for name in ("seed", "eval_every", "checkpoint_every"):
             object.__setattr__(self, name, require_int(f"TrainConfig.{name}", getattr(self, name), 0))
         object.__setattr__(self, "remat", require_bool("TrainConfig.remat", self.remat))
+        object.__setattr__(self, "trainable", as_patterns("TrainConfig.trainable", self.trainable))
+        object.__setattr__(self, "z_loss", require_number("TrainConfig.z_loss", self.z_loss, 0.0, 1.0))
+        if self.loss_chunk is not None:
+            object.__setattr__(self, "loss_chunk", require_int("TrainConfig.loss_chunk", self.loss_chunk, 1))
         if self.batch_size % self.accumulate:
             raise bad_value(
                 "TrainConfig.accumulate", f"must divide batch_size {self.batch_size}", self.accumulate, "Change one."
@@ -67,3 +85,35 @@ class TrainConfig:
         if self.compute_dtype != "auto":
             return self.compute_dtype
         return "float32" if current_device().platform == "cpu" else "bfloat16"
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON has them, the model and the optimizer as dictionaries of their own."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> TrainConfig:
+        """The inverse of `to_dict`. What is not given has its default; `model` must be given.
+
+        Raises ValueError or TypeError for unknown fields, missing ones and values out of range, by name.
+        """
+        return from_fields(cls, fields)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a JSON file that `load` reads; one of the same name is replaced."""
+        with replacing(user_path("path", path)) as file:
+            file.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> TrainConfig:
+        """The run that a file describes: TOML where its name ends in .toml, else JSON.
+
+        Raises ValueError or TypeError for a file of another form, and as `from_dict` does.
+        """
+        path = user_path("path", path)
+        data = path.read_bytes()
+        if path.suffix != ".toml":
+            return cls.from_dict(parse_object(str(path), data))
+        try:
+            return cls.from_dict(tomllib.loads(data.decode()))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise bad_value(str(path), "must be valid TOML", f"({error})", "Correct the file.") from error

@@ -1,13 +1,21 @@
-"""Next-token cross entropy, and its unit for bytes."""
+"""Next-token cross entropy, whole or in chunks, and its unit for bytes."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Integer
+from jaxtyping import Array, Bool, Float, Float32, Int32, Integer
+
+from nosa_jax._pytree import pytree_dataclass
+from pallas_kernels.checks import require_int, require_number
+
+CHUNK_LOGITS = 2**26
+"""How many logits `chunked_loss` makes at a time on each device unless told: 256 MiB."""
 
 
 def next_token_loss(
@@ -24,6 +32,131 @@ def next_token_loss(
     count = mask.sum(dtype=jnp.int32)
     # `where` and not a product: a padded position may hold anything, NaN included.
     return jnp.where(mask, losses, 0.0).sum() / jnp.maximum(count, 1), count
+
+
+@pytree_dataclass
+class LossParts:
+    """Sums that a loss is made of, by position in the row. Those of parts of a batch, or of devices, add up.
+
+    nats: float32 [T], cross entropy of the targets that count, in nats.
+    squares: float32 [T], squared logarithms of the softmax's denominators there.
+    counts: int32 [T], how many targets count.
+    """
+
+    nats: Any
+    squares: Any
+    counts: Any
+
+    @property
+    def count(self) -> Int32[Array, ""]:
+        """How many targets count in all."""
+        return self.counts.sum(dtype=jnp.int32)
+
+    def cross_entropy(self) -> Float32[Array, ""]:
+        """Mean nats per target; 0 without any."""
+        return self.nats.sum() / jnp.maximum(self.count, 1)
+
+    def cross_entropy_by_position(self) -> Float32[Array, " T"]:
+        """Mean nats at each position of the row, NaN where no target counts."""
+        return jnp.where(self.counts > 0, self.nats / jnp.maximum(self.counts, 1), jnp.nan)
+
+    def loss(self, z_loss: float = 0.0) -> Float32[Array, ""]:
+        """Mean nats plus `z_loss` times the mean square: what is minimised."""
+        if z_loss == 0:
+            return self.cross_entropy()
+        return self.cross_entropy() + z_loss * (self.squares.sum() / jnp.maximum(self.count, 1))
+
+
+def chunked_loss(
+    model_logits: Callable[[Any], Any],
+    hidden: Float[Array, "B T H"],
+    targets: Integer[Array, "B T"],
+    mask: Bool[Array, "B T"] | None = None,
+    *,
+    chunk: int | None = None,
+    z_loss: float = 0.0,
+    devices: int = 1,
+) -> tuple[Float32[Array, ""], LossParts]:
+    """The loss of `next_token_loss` from hidden states, without the logits of all positions at once.
+
+    model_logits: from hidden states [B, c, H] to float32 logits [B, c, V]: `NosaLM.logits`, for example.
+    hidden: after the final norm, `forward(..., logits="none").hidden`.
+    targets: `targets[b, t]` is the token after `tokens[b, t]`.
+    mask: targets where it is False do not count, and `hidden` may hold anything there.
+    chunk: positions of every row whose logits are made together, and once more in the backward pass; None takes so
+        many that there are at most `CHUNK_LOGITS` on a device. Where one chunk holds them all, its logits are kept.
+    z_loss: weight of the mean squared logarithm of the softmax's denominator, which keeps logits from drifting.
+    devices: how many the rows are split over where B counts those of all of them; only None for `chunk` asks.
+
+    Returns what is minimised (float32, 0 where nothing counts) and its sums. Chunks are cut along T, so that rows may
+    lie on different devices. Gradients of the parameters in `model_logits` are summed over the chunks in float32,
+    whatever their dtype.
+    Raises TypeError or ValueError for a chunk or a number of devices below 1, and for a negative weight.
+    """
+    z_loss = require_number("z_loss", z_loss, 0.0, 1.0)
+    devices = require_int("devices", devices, 1)
+    batch, length = targets.shape
+    if chunk is None:
+        vocab = jax.eval_shape(model_logits, hidden[:, :1]).shape[-1]
+        chunk = _even_chunk(length, CHUNK_LOGITS * devices // (batch * vocab))
+    chunk = min(require_int("chunk", chunk, 1), length)
+    if mask is None:
+        mask = jnp.ones(targets.shape, bool)
+    if chunk == length:
+        losses, squares = _losses(model_logits, hidden, targets, mask)
+    else:
+        pure_logits, parameters = _as_float32(model_logits, hidden[:, :chunk])
+        one = jax.checkpoint(lambda parameters, *inputs: _losses(lambda x: pure_logits(x, parameters), *inputs))
+        inputs = [_cut(x, chunk) for x in (hidden, targets, mask)]
+        _, found = jax.lax.scan(lambda _, inputs: (None, one(parameters, *inputs)), None, inputs)
+        losses, squares = (jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :length] for x in found)
+    # Summed over rows here, not chunk by chunk: devices that share the rows then need not meet at every chunk.
+    parts = LossParts(losses.sum(0), squares.sum(0), mask.sum(0, dtype=jnp.int32))
+    return parts.loss(z_loss), parts
+
+
+def _cut(x: Array, chunk: int) -> Array:
+    """[B, T, ...] -> [chunks, B, chunk, ...], padded with zeros."""
+    chunks = -(-x.shape[1] // chunk)
+    padding = [(0, 0), (0, chunks * chunk - x.shape[1]), *[(0, 0)] * (x.ndim - 2)]
+    return jnp.moveaxis(jnp.pad(x, padding).reshape(x.shape[0], chunks, chunk, *x.shape[2:]), 1, 0)
+
+
+def _losses(
+    model_logits: Callable[[Any], Any],
+    hidden: Float[Array, "B T H"],
+    targets: Integer[Array, "B T"],
+    mask: Bool[Array, "B T"],
+) -> tuple[Float32[Array, "B T"], Float32[Array, "B T"]]:
+    """Cross entropy and squared logarithm of the denominator of each target, 0 where `mask` is False."""
+    # Zeros, and not what is there: a gradient of zero times NaN would be NaN.
+    logits = model_logits(jnp.where(mask[..., None], hidden, 0)).astype(jnp.float32)
+    denominators = jax.nn.logsumexp(logits, axis=-1)
+    losses = denominators - jnp.take_along_axis(logits, targets[..., None].astype(jnp.int32), -1)[..., 0]
+    return jnp.where(mask, losses, 0.0), jnp.where(mask, jnp.square(denominators), 0.0)
+
+
+def _as_float32(model_logits: Callable[[Any], Any], hidden: Array) -> tuple[Callable[[Any, Any], Any], list[Array]]:
+    """`model_logits` as a function of what it closes over, too, and that in float32.
+
+    The backward pass of a scan adds up the gradients of what every chunk uses, in the dtype of what is handed in. In
+    bfloat16 each of many small additions would round.
+    """
+    pure, closed_over = jax.closure_convert(model_logits, hidden)
+    dtypes = [x.dtype for x in closed_over]
+    back = lambda parameters: [x.astype(dtype) for x, dtype in zip(parameters, dtypes, strict=True)]
+    return lambda hidden, parameters: pure(hidden, *back(parameters)), [x.astype(jnp.float32) for x in closed_over]
+
+
+def _even_chunk(length: int, most: int) -> int:
+    """A chunk of at most `most` positions, so that chunks are about equally long; multiples of 8 where that allows."""
+    most = max(most, 1)
+    if length <= most:
+        return length
+    step = 8 if most >= 8 else 1
+    most -= most % step
+    even = -(-length // -(-length // most))
+    return -(-even // step) * step
 
 
 def length_mask(lengths: Integer[Array, " B"], length: int) -> Bool[Array, "B {length}"]:

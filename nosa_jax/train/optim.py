@@ -1,16 +1,25 @@
-"""AdamW with a warmup-stable-decay schedule, global-norm clipping, and weight decay on matrices alone."""
+"""AdamW with its schedule, clipping and weight decay, each by patterns over the parameters' names where wanted."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from pallas_kernels.checks import bad_value, require_int, require_number
+from nosa_jax.train.names import by_name, name_of
+from nosa_jax.train.patterns import Rules, as_rules, first_match, require_matches
+from pallas_kernels.checks import bad_type, bad_value, require_int, require_number, require_one_of
+
+Schedule = Literal["wsd", "cosine", "constant"]
+MomentDtype = Literal["float32", "bfloat16"]
+
+# A moment moves by 1 - beta of what it lacks. Where that is below half a step of bfloat16 (2**-9) it stands still; at
+# this beta the second moment is at most a tenth off.
+_BFLOAT16_BETA = 0.98
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +33,19 @@ class OptimizerConfig:
     beta1, beta2, epsilon: Adam's decay of the two moments, and its term against division by zero.
     weight_decay: pulls matrices towards 0 by this times the learning rate; see `decays`.
     clip_norm: gradients with a larger global norm are scaled down to it.
+    schedule: `wsd` (warmup, stable, decay), `cosine` (after the warmup half a cosine down to `final_learning_rate`; no
+        `decay_fraction`) or `constant` (after the warmup; no `final_learning_rate` either).
+    moment_dtype: in which Adam's two moments are kept between steps. They are computed in float32; `bfloat16` halves
+        their memory, and needs both betas at 0.98 or below.
+    learning_rate_multipliers: pairs of a glob pattern over parameters' names and a factor of the learning rate. There
+        are none unless given. A small and slow part learns with more, e.g. `(("*importance*", 50.0),)` where everything
+        trains.
+    weight_decays: pairs of a pattern and the weight decay of what it matches, instead of `weight_decay`, norms and `A`
+        included. Biases never decay.
+    clip_norms: pairs of a pattern and the norm that the gradients of what it matches are scaled down to, apart from all
+        others, which `clip_norm` is for.
 
-    Raises TypeError or ValueError when a field is out of range.
+    In pairs the first pattern that matches a name counts. Raises TypeError or ValueError when a field is out of range.
     """
 
     learning_rate: float = 3e-3
@@ -37,6 +57,11 @@ class OptimizerConfig:
     epsilon: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    schedule: Schedule = "wsd"
+    moment_dtype: MomentDtype = "float32"
+    learning_rate_multipliers: Rules = ()
+    weight_decays: Rules = ()
+    clip_norms: Rules = ()
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -52,29 +77,51 @@ class OptimizerConfig:
         ):
             number = require_number(f"OptimizerConfig.{name}", getattr(self, name), low, high)
             object.__setattr__(self, name, number)
-        if self.warmup_fraction + self.decay_fraction > 1:
+        for name, low, high in (
+            ("learning_rate_multipliers", 0.0, 1e6),
+            ("weight_decays", 0.0, 100.0),
+            ("clip_norms", 1e-6, 1e6),
+        ):
+            object.__setattr__(self, name, as_rules(f"OptimizerConfig.{name}", getattr(self, name), low, high))
+        require_one_of("OptimizerConfig.schedule", self.schedule, get_args(Schedule))
+        require_one_of("OptimizerConfig.moment_dtype", self.moment_dtype, get_args(MomentDtype))
+        if self.schedule == "wsd" and self.warmup_fraction + self.decay_fraction > 1:
             raise bad_value(
                 "OptimizerConfig.decay_fraction",
                 "must satisfy warmup_fraction + decay_fraction <= 1",
                 f"{self.warmup_fraction} + {self.decay_fraction}",
                 f"Use at most {1 - self.warmup_fraction:.3g}.",
             )
+        if self.moment_dtype == "bfloat16" and max(self.beta1, self.beta2) > _BFLOAT16_BETA:
+            raise bad_value(
+                "OptimizerConfig.moment_dtype",
+                f"must be float32 where beta1 or beta2 is above {_BFLOAT16_BETA}, as bfloat16 loses what a step adds",
+                f"bfloat16 with {self.beta1} and {self.beta2}",
+                "Lower the betas or keep float32.",
+            )
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> Callable[[Any], Any]:
-    """The learning rate of step 0 .. steps - 1 (float32): rises, stays, falls.
+    """The learning rate of step 0 .. steps - 1 (float32): rises, and then stays or falls.
 
-    Step 0 already moves; past the last step the rate stays at `final_learning_rate`.
+    Step 0 already moves; past the last step the rate stays at the final one.
     """
     require_int("steps", steps, 1)
     warmup = max(round(config.warmup_fraction * steps), 1)
     decay = max(round(config.decay_fraction * steps), 1)
+    final = config.final_learning_rate
 
     def learning_rate(step: Any) -> Any:
         step = jnp.asarray(step, jnp.float32)
         rising = jnp.minimum((step + 1) / warmup, 1.0)
-        falling = jnp.clip((steps - step) / decay, 0.0, 1.0)
-        return rising * (config.final_learning_rate + (config.learning_rate - config.final_learning_rate) * falling)
+        if config.schedule == "constant":
+            return rising * config.learning_rate
+        if config.schedule == "cosine":
+            done = jnp.clip((step + 1 - warmup) / (steps + 1 - warmup), 0.0, 1.0)
+            falling = 0.5 * (1 + jnp.cos(jnp.pi * done))
+        else:
+            falling = jnp.clip((steps - step) / decay, 0.0, 1.0)
+        return rising * (final + (config.learning_rate - final) * falling)
 
     return learning_rate
 
@@ -84,27 +131,94 @@ def decays(path: tuple[Any, ...]) -> bool:
 
     path: key path of the parameter in the model. The name tells: layers and heads add axes to norms, too.
     """
-    names = [key.name if isinstance(key, jax.tree_util.GetAttrKey) else getattr(key, "key", None) for key in path]
-    name = str([name for name in names if name != "value"][-1])
+    name = name_of(path).rpartition(".")[2]
     return not (name == "A" or name.endswith(("norm", "bias")))
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """Clip, Adam, weight decay, schedule, as one optax transformation for a run of `steps` steps.
 
-    Its state does not depend on `steps`.
+    It is for the model, or for the part of it that trains: names are those of the tree that it is initialised with.
+    Moments have the structure of that tree. The state does not depend on `steps`. Its `init` raises ValueError for a
+    pattern that matches nothing.
     """
-
-    def add_decay(updates: Any, params: Any) -> Any:
-        return jax.tree.map_with_path(
-            lambda path, update, param: update + config.weight_decay * param if decays(path) else update,
-            updates,
-            params,
-        )
-
     return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
-        optax.stateless(add_decay),
+        _clip(config),
+        _scale_by_adam(config),
+        _decay_and_multiply(config),
         optax.scale_by_learning_rate(learning_rate_schedule(config, steps)),
     )
+
+
+def as_optimizer(value: Any, steps: int) -> optax.GradientTransformation:
+    """The optax transformation of an OptimizerConfig for a run of `steps` steps; any other one is returned as it is.
+
+    Raises TypeError for anything else.
+    """
+    if isinstance(value, OptimizerConfig):
+        return make_optimizer(value, steps)
+    if not isinstance(value, optax.GradientTransformation):
+        rule = "must be an OptimizerConfig or an optax.GradientTransformation"
+        got = f"{type(value).__name__} {value!r:.60}"
+        raise bad_type("optimizer", rule, got, "Pass optax.adam(1e-3), for example.")
+    return value
+
+
+# Parts of the chain. They are functions of names rather than `optax.partition`: states keep the parameters' structure,
+# and a checkpoint its names, whatever patterns there are.
+
+
+def _clip(config: OptimizerConfig) -> optax.GradientTransformation:
+    if not config.clip_norms:
+        return optax.clip_by_global_norm(config.clip_norm)
+    limits = [config.clip_norm, *(limit for _, limit in config.clip_norms)]
+    groups = [(pattern, number) for number, (pattern, _) in enumerate(config.clip_norms, start=1)]
+
+    def update(updates: Any, params: Any) -> Any:
+        del params
+        group = lambda path: first_match(groups, name_of(path), 0)
+        squares = [jnp.zeros((), jnp.float32)] * len(limits)
+        for path, leaf in jax.tree.leaves_with_path(updates):
+            squares[group(path)] += jnp.sum(jnp.square(leaf), dtype=jnp.float32)
+        scales = [limit / jnp.maximum(jnp.sqrt(square), limit) for limit, square in zip(limits, squares, strict=True)]
+        return jax.tree.map_with_path(lambda path, leaf: leaf * scales[group(path)], updates)
+
+    return _by_names("OptimizerConfig.clip_norms", config.clip_norms, optax.stateless(update))
+
+
+def _scale_by_adam(config: OptimizerConfig) -> optax.GradientTransformation:
+    adam = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
+    if config.moment_dtype == "float32":
+        return adam
+    kept = lambda state, dtype: state._replace(mu=optax.tree.cast(state.mu, dtype), nu=optax.tree.cast(state.nu, dtype))
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        updates, state = adam.update(updates, kept(state, jnp.float32), params)
+        return updates, kept(state, config.moment_dtype)
+
+    return optax.GradientTransformation(lambda params: kept(adam.init(params), config.moment_dtype), update)
+
+
+def _decay_and_multiply(config: OptimizerConfig) -> optax.GradientTransformation:
+    def change(path: Any, update: Any, param: Any) -> Any:
+        name = name_of(path)
+        decay = first_match(config.weight_decays, name, config.weight_decay if decays(path) else 0.0)
+        if decay and not name.endswith("bias"):
+            update = update + decay * param
+        factor = first_match(config.learning_rate_multipliers, name, 1.0)
+        return update if factor == 1 else factor * update
+
+    transformation = optax.stateless(lambda updates, params: jax.tree.map_with_path(change, updates, params))
+    for field in ("weight_decays", "learning_rate_multipliers"):
+        transformation = _by_names(f"OptimizerConfig.{field}", getattr(config, field), transformation)
+    return transformation
+
+
+def _by_names(argument: str, rules: Rules, transformation: Any) -> optax.GradientTransformation:
+    """`transformation`, which refuses a tree that a pattern of `rules` matches nothing of."""
+
+    def init(params: Any) -> Any:
+        require_matches(argument, [pattern for pattern, _ in rules], by_name(params))
+        return transformation.init(params)
+
+    return optax.GradientTransformation(init, transformation.update)
