@@ -1,6 +1,6 @@
 """What is trained on: sources of text, rows and batches in a seeded order whose position can be saved.
 
-    source = text(stdlib_files(), length=512)
+    source = text(stdlib_files()[:50], length=512)
     batches = source.batches(batch_size=8, seed=0)
     batch = next(batches)          # a Batch of tokens, targets, mask and segment_ids, each [8, 512]
     state = batches.get_state()    # JSON; set_state() continues on exactly the next batch

@@ -38,10 +38,9 @@ class Row(NamedTuple):
 
     def padding(self) -> Row:
         """A row like this one without any target."""
-        segment_ids = None if self.segment_ids is None else np.full_like(self.segment_ids, -1)
-        return Row(
-            np.zeros_like(self.tokens), np.zeros_like(self.targets), np.zeros(len(self.tokens), bool), segment_ids
-        )
+        zeros = np.zeros_like(self.tokens)
+        segment_ids = None if self.segment_ids is None else zeros - 1
+        return Row(zeros, zeros, zeros.astype(bool), segment_ids)
 
     def complete(self, *, mask: bool, segment_ids: bool) -> Row:
         """This row with the arrays that are asked for, which say what their absence said."""

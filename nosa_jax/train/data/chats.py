@@ -13,7 +13,7 @@ from nosa_jax.train.data.readers import Files, require_tokens, total_bytes
 from nosa_jax.train.data.source import Cut, DocumentSource
 from nosa_jax.train.data.template import Message, read_template
 from nosa_jax.train.data.tokenize import TokenizerLike, as_utf8, progress_bar, read_vocabulary
-from pallas_kernels.checks import bad_value
+from pallas_kernels.checks import bad_value, require_one_of
 
 ROLES = ("system", "user", "assistant", "tool")
 _OTHER_NAMES = {"human": "user", "gpt": "assistant"}  # of roles, where conversations have from and value
@@ -73,7 +73,7 @@ def _messages(line: dict[str, Any], where: str) -> list[Message]:
     if not isinstance(found, list) or not found:
         rule = "must hold a list of messages under 'messages' or 'conversations'"
         raise bad_value(where, rule, f"{line!r:.80}", "Correct or drop the line.")
-    messages = []
+    messages: list[Message] = []
     for number, message in enumerate(found):
         place = f"{where}: {key}[{number}]"
         content = message.get(content_key) if isinstance(message, dict) else None
@@ -81,9 +81,9 @@ def _messages(line: dict[str, Any], where: str) -> list[Message]:
             rule = f"must be an object with text under {content_key!r}"
             raise bad_value(place, rule, f"{message!r:.80}", "Correct or drop the line.")
         role = message.get(role_key)
-        role = _OTHER_NAMES.get(role, role) if key == "conversations" and isinstance(role, str) else role
-        if role not in ROLES:
-            raise bad_value(f"{place}: {role_key}", f"must be one of {ROLES}", f"{role!r:.40}", "Rename the role.")
+        if isinstance(role, str) and key == "conversations":
+            role = _OTHER_NAMES.get(role, role)
+        require_one_of(f"{place}: {role_key}", role, ROLES, "Rename the role.")
         messages.append({"role": role, "content": content})
     return messages
 

@@ -1,4 +1,6 @@
-"""Local text as bytes, cut into windows and served in seeded batches whose position can be saved.
+"""Local text as bytes in memory, cut into windows and served in seeded batches whose position can be saved.
+
+    from nosa_jax.train import stdlib_files
 
     corpus = load_corpus(stdlib_files())
     batches = train_batches(corpus.train, batch_size=8, length=512, seed=0)

@@ -28,8 +28,8 @@ class Tokens:
 
     def __init__(
         self,
-        shards: Sequence[Integer[np.ndarray, " N"]],
-        learned: Sequence[Bool[np.ndarray, " N"]] | None = None,
+        shards: Sequence[Integer[np.ndarray, " _"]],
+        learned: Sequence[Bool[np.ndarray, " _"]] | None = None,
         *,
         end_of_document: int | None = None,
         names: Sequence[str] | None = None,
@@ -69,12 +69,12 @@ class Tokens:
         """Whether some tokens may not count as targets."""
         return self._learned is not None
 
-    def read(self, start: int, stop: int) -> Integer[np.ndarray, " N"]:
-        """The tokens from `start` to `stop`."""
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """The tokens from `start` to `stop`, at least one, ints."""
         return self._read(self._shards, start, stop)
 
-    def read_learned(self, start: int, stop: int) -> Bool[np.ndarray, " N"]:
-        """Which of the tokens from `start` to `stop` count as targets."""
+    def read_learned(self, start: int, stop: int) -> np.ndarray:
+        """Which of the tokens from `start` to `stop`, at least one, count as targets, bool."""
         return np.ones(stop - start, bool) if self._learned is None else self._read(self._learned, start, stop)
 
     def _read(self, shards: list[np.ndarray], start: int, stop: int) -> np.ndarray:

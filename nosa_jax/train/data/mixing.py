@@ -29,10 +29,8 @@ class MixtureSource(RowSource):
         self.train_tokens = sum(source.train_tokens for source in sources)
         self.heldout_tokens = sum(source.heldout_tokens for source in sources)
         samples = [source.train_rows(0)[0] for source in sources]
-        self._arrays = {
-            "mask": any(row.mask is not None for row in samples),
-            "segment_ids": any(row.segment_ids is not None for row in samples),
-        }
+        self._mask = any(row.mask is not None for row in samples)
+        self._segment_ids = any(row.segment_ids is not None for row in samples)
 
     def fingerprint(self) -> str:
         parts = [(source.fingerprint(), f"{w:.12g}") for source, w in zip(self._sources, self._weights, strict=True)]
@@ -43,13 +41,14 @@ class MixtureSource(RowSource):
         seeds = np.random.SeedSequence(seed).generate_state(len(self._sources)).tolist()
         parts = [source.train_rows(own) for source, own in zip(self._sources, seeds, strict=True)]
         mixed = import_extra("grain").MapDataset.mix(parts, weights=self._weights)
-        return mixed.map(partial(Row.complete, **self._arrays))
+        return mixed.map(partial(Row.complete, mask=self._mask, segment_ids=self._segment_ids))
 
     def heldout_rows(self) -> MixedRows:
-        return MixedRows([source.heldout_rows() for source in self._sources], **(self._arrays | {"mask": True}))
+        parts = [source.heldout_rows() for source in self._sources]
+        return MixedRows(parts, mask=True, segment_ids=self._segment_ids)
 
 
-def mixture(parts: Sequence[tuple[Any, float]]) -> MixtureSource:
+def mixture(parts: Sequence[tuple[Any, int | float]]) -> MixtureSource:
     """One source that takes its rows from several, each by its weight, in an order that is always the same.
 
     parts: pairs (source, weight), of sources that this package makes, mixtures among them. Of all rows a source gives

@@ -114,7 +114,7 @@ class PackedRows(Rows):
             read = self._tokens.read(start, read_to)
             tokens[at : at + size] = read[:size]
             targets[at : at + targeted] = read[1:]
-            mask[at : at + targeted] = self._tokens.read_learned(start + 1, read_to)
+            mask[at : at + targeted] = self._tokens.read_learned(start, read_to)[1:]
             segment_ids[at : at + size] = segment
             at += -(-size // self._block_size) * self._block_size
         return Row(tokens, targets, mask, segment_ids)
@@ -127,7 +127,7 @@ class MixedRows(Rows):
     """
 
     def __init__(self, parts: Sequence[Sequence[Row]], *, mask: bool, segment_ids: bool) -> None:
-        self._parts, self._complete = parts, {"mask": mask, "segment_ids": segment_ids}
+        self._parts, self._mask, self._segment_ids = parts, mask, segment_ids
         self._starts = [0, *np.cumsum([len(part) for part in parts]).tolist()]
 
     def __len__(self) -> int:
@@ -135,4 +135,4 @@ class MixedRows(Rows):
 
     def row(self, index: int) -> Row:
         part = bisect.bisect_right(self._starts, index) - 1
-        return self._parts[part][index - self._starts[part]].complete(**self._complete)
+        return self._parts[part][index - self._starts[part]].complete(mask=self._mask, segment_ids=self._segment_ids)

@@ -85,8 +85,7 @@ class RowSource:
         chosen = np.full((number, count, batch_size), -1)
         used = min(len(rows), chosen.size)
         chosen.ravel()[:used] = np.linspace(0, len(rows) - 1, used).round()
-        padding = rows[0].padding() if number else None
-        return (stack([rows[i] if i >= 0 else padding for i in batch]) for batch in chosen[:, index].tolist())
+        return (_batch(rows, numbers) for numbers in chosen[:, index].tolist())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +117,7 @@ class Cut:
     def source(
         self, tokens: Tokens, spans: Int64[np.ndarray, "N 2"], *, bytes_per_token: float, vocab_size: int
     ) -> DocumentSource:
-        """The source of the documents at `spans`, some of them held out. Raises ValueError without a row to train on."""
+        """The source of the documents at `spans`, some of them held out; errors as of DocumentSource."""
         train, heldout = split_spans(spans, self.heldout_fraction, self.heldout_seed)
         return DocumentSource(
             tokens, train, heldout, self, bytes_per_token=bytes_per_token, vocab_size=vocab_size, argument="files"
@@ -175,6 +174,11 @@ class DocumentSource(RowSource):
 
     def heldout_rows(self) -> Rows:
         return self._heldout
+
+
+def _batch(rows: Sequence[Row], numbers: Sequence[int]) -> Batch:
+    """The rows of these numbers; -1 is a row without any target."""
+    return stack([rows[number] if number >= 0 else rows[0].padding() for number in numbers])
 
 
 def _shard(shard: Any) -> tuple[int, int]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import datetime
 import functools
+import itertools
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,13 +53,14 @@ class ChatTemplate:
     def render(self, messages: Sequence[Message], where: str = "messages") -> str:
         """The conversation as text. where: its file and line, for messages; raises ValueError where that fails."""
         try:
-            return self._template.render(messages=messages, add_generation_prompt=False, **self._special)
+            return self._template.render(
+                messages=messages, tools=None, documents=None, add_generation_prompt=False, **self._special
+            )
         # A template is a small program: it may raise what it likes, also through the values that it is given.
         except Exception as error:
             got = f"{type(error).__name__} ({error!s:.200}) in {self.name}"
-            raise bad_value(
-                where, "must be a conversation that the template takes", got, "Correct or drop it."
-            ) from error
+            rule = "must be a conversation that the template takes"
+            raise bad_value(where, rule, got, "Correct or drop it.") from error
 
     def render_answers(self, messages: Sequence[Message], where: str = "messages") -> tuple[str, list[tuple[int, int]]]:
         """The conversation as text, and start and stop of every answer in it, with the text that ends a turn.
@@ -81,13 +81,17 @@ class ChatTemplate:
             remedy = "Use a template that writes what the assistant said unchanged."
             raise bad_value(where, f"must have its answers in what {self.name} writes", f"{text!r:.200}", remedy)
         # What comes after the last answer and after this one too, as <|im_end|>; the line end behind it is not said.
-        ends = (os.path.commonprefix([around[-1], after]) for after in around[1:])
+        ends = (_common_start(around[-1], after) for after in around[1:])
         ends = (end.rstrip() or end for end in ends)
         return text, [(start, stop + len(end)) for (start, stop), end in zip(spans, ends, strict=True)]
 
 
+def _common_start(a: str, b: str) -> str:
+    return "".join(x for x, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+
+
 def _spans(text: str, around: Sequence[str], answers: Sequence[str]) -> list[tuple[int, int]] | None:
-    """Where the answers lie in a text that consists of what is around them and of themselves, None where it does not."""
+    """Where the answers lie in a text of them and of what is around them, None where it is another one."""
     if len(around) != len(answers) + 1 or not text.startswith(around[0]):
         return None
     spans, at = [], len(around[0])
@@ -103,7 +107,10 @@ def _spans(text: str, around: Sequence[str], answers: Sequence[str]) -> list[tup
 
 @functools.cache
 def _environment() -> Any:
-    """Where templates run, with the names that those of Hugging Face folders expect."""
+    """Where templates run, with the names that those of Hugging Face folders expect.
+
+    `strftime_now` is not among them: what is trained on must not depend on the day. Templates have a date for that.
+    """
     sandbox, extensions = import_extra("jinja2.sandbox"), import_extra("jinja2.ext")
     jinja2 = import_extra("jinja2")
 
@@ -127,7 +134,6 @@ def _environment() -> Any:
     )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = fail
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     return environment
 
 
