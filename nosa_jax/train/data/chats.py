@@ -56,7 +56,7 @@ def chat(
             text, answers = written.render_answers(_up_to_last_answer(_messages(line, where), where), where)
             size += len(as_utf8(text, where))
             ids, places = vocabulary.tokenizer.encode_spans(text)
-            collector.add(ids, _within(np.asarray(places).reshape(-1, 2), answers))
+            collector.add(ids, _within(places, answers))
             bar.update(len(text))
     tokens, spans = collector.finish()
     require_tokens(tokens, "no conversation")

@@ -20,7 +20,7 @@ class Tokens:
     shards: the vectors, of any integer dtypes.
     learned: bool vectors of the same lengths: whether a token counts as a target. None where all do.
 
-    size: how many tokens there are. checksum: of all that is in them. ends: where `end_of_document` was found, counted
+    size: how many tokens there are. checksum: of their bytes. ends: where `end_of_document` was found, counted
     from the first token, int64: the place after it.
 
     Every token is looked at once, for the checksum, the largest id and the ends. Raises ValueError for negative ids.
@@ -49,8 +49,7 @@ class Tokens:
                     rule = "must hold token ids of at least 0"
                     raise bad_value(where, rule, least, "Check how they were written, and their dtype.")
                 self.vocab_size = max(self.vocab_size, most + 1)
-                # By value: the same ids in another dtype are the same tokens.
-                self.checksum = zlib.crc32(np.ascontiguousarray(part, "<i8" if most >= 2**31 else "<i4"), self.checksum)
+                self.checksum = zlib.crc32(np.ascontiguousarray(part), self.checksum)
                 if end_of_document is not None:
                     found = np.flatnonzero(part == end_of_document)
                     ends.append(found + (self._starts[number] + start + 1))
