@@ -18,7 +18,7 @@ class Extra(NamedTuple):
 EXTRAS = {
     "cuda13": Extra("NVIDIA GPUs", ("jax_cuda13_plugin",)),
     "hf": Extra("checkpoints and tokenizers", ("safetensors", "tokenizers")),
-    "train": Extra("training", ("grain", "tqdm")),
+    "train": Extra("training", ("grain", "tqdm", "jinja2")),
     "plots": Extra("figures", ("matplotlib",)),
     "cli": Extra("the command line", ("tyro",)),
 }

@@ -69,6 +69,16 @@ class FileTokenizer:
         """Token ids of `text`; with the special tokens (a leading BOS, say) that tokenizer.json asks for."""
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
+    def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+        """Token ids of each text as `encode` gives them, by all cores."""
+        found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        return [encoding.ids for encoding in found]
+
+    def encode_spans(self, text: str) -> tuple[list[int], np.ndarray]:
+        """Token ids of `text`, with none added to it, and of each where its characters start and stop, ints [N, 2]."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return encoding.ids, np.array(encoding.offsets, np.int64).reshape(-1, 2)
+
     def decode(self, ids: Ids, *, skip_special_tokens: bool = True) -> str:
         """Text of `ids`, a list or a one-dimensional array of ints.
 
@@ -91,6 +101,17 @@ class ByteTokenizer:
     def encode(self, text: str) -> list[int]:
         """The UTF-8 bytes of `text`."""
         return list(text.encode("utf-8"))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The UTF-8 bytes of each text."""
+        return [self.encode(text) for text in texts]
+
+    def encode_spans(self, text: str) -> tuple[list[int], np.ndarray]:
+        """The UTF-8 bytes of `text`, and of each where its character starts and stops, ints [N, 2]."""
+        code = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+        sizes = 1 + sum((code >= least).astype(np.int64) for least in (0x80, 0x800, 0x10000))
+        starts = np.repeat(np.arange(len(text)), sizes)
+        return self.encode(text), np.stack([starts, starts + 1], axis=1)
 
     def decode(self, ids: Ids) -> str:
         """Text of `ids`, a list or a one-dimensional array of ints; what is not UTF-8, or no byte, becomes U+FFFD."""

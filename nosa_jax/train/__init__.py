@@ -15,12 +15,21 @@ from nosa_jax.train.accumulate import accumulate
 from nosa_jax.train.checkpoint import Checkpoints, load_model
 from nosa_jax.train.config import TrainConfig
 from nosa_jax.train.data import (
+    Batch,
+    Batches,
     Corpus,
+    Source,
+    chat,
+    check_vocabulary,
     find_files,
     heldout_batches,
+    jsonl,
     load_corpus,
+    mixture,
     read_text,
     stdlib_files,
+    text,
+    tokens,
     train_batches,
 )
 from nosa_jax.train.evaluation import Evaluation, evaluate
@@ -37,6 +46,8 @@ from nosa_jax.train.presets import continued, pretrain, sft
 from nosa_jax.train.step import TrainState, batch_loss, init_state, jit_train_step, train_step
 
 __all__ = [
+    "Batch",
+    "Batches",
     "Checkpoints",
     "Corpus",
     "Evaluation",
@@ -44,6 +55,7 @@ __all__ = [
     "LossParts",
     "OptimizerConfig",
     "Skipped",
+    "Source",
     "TrainConfig",
     "TrainResult",
     "TrainState",
@@ -53,6 +65,8 @@ __all__ = [
     "bits_per_byte",
     "chunked_loss",
     "continued",
+    "chat",
+    "check_vocabulary",
     "environment",
     "evaluate",
     "find_files",
@@ -62,6 +76,7 @@ __all__ = [
     "init_state",
     "jit_train_step",
     "keep_if_finite",
+    "jsonl",
     "learning_rate_schedule",
     "length_mask",
     "load_corpus",
@@ -69,6 +84,7 @@ __all__ = [
     "make_optimizer",
     "merge",
     "mfu",
+    "mixture",
     "model_config_from_dict",
     "next_token_loss",
     "norms_by_group",
@@ -79,6 +95,8 @@ __all__ = [
     "sft",
     "split",
     "stdlib_files",
+    "text",
+    "tokens",
     "train",
     "train_batches",
     "train_step",

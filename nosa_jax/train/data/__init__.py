@@ -1,0 +1,38 @@
+"""What is trained on: sources of text, rows and batches in a seeded order whose position can be saved.
+
+    source = text(stdlib_files()[:50], length=512)
+    batches = source.batches(batch_size=8, seed=0)
+    batch = next(batches)          # a Batch of tokens, targets, mask and segment_ids, each [8, 512]
+    state = batches.get_state()    # JSON; set_state() continues on exactly the next batch
+    held_out = list(source.heldout(batch_size=8))
+
+`text`, `jsonl`, `tokens` and `chat` read files, `mixture` puts sources together, and whatever has the few methods of
+`Source` is one. A `Corpus` is text that is in memory, split; its windows come from `Corpus.source` or `train_batches`.
+"""
+
+from nosa_jax.train.data.batch import Batch, Batches, Source, check_vocabulary
+from nosa_jax.train.data.chats import chat
+from nosa_jax.train.data.corpus import Corpus, heldout_batches, load_corpus, train_batches
+from nosa_jax.train.data.files import find_files, is_binary, read_text, stdlib_files
+from nosa_jax.train.data.mixing import mixture
+from nosa_jax.train.data.readers import jsonl, text, tokens
+
+__all__ = [
+    "Batch",
+    "Batches",
+    "Corpus",
+    "Source",
+    "chat",
+    "check_vocabulary",
+    "find_files",
+    "heldout_batches",
+    "is_binary",
+    "jsonl",
+    "load_corpus",
+    "mixture",
+    "read_text",
+    "stdlib_files",
+    "text",
+    "tokens",
+    "train_batches",
+]

@@ -1,0 +1,498 @@
+"""Sources: what is read from files, the order of batches, positions, shards, mixtures, and what is refused."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nosa_jax import train
+from nosa_jax.hf import ByteTokenizer, FileTokenizer
+from nosa_jax.train import Batch, Corpus, Source, check_vocabulary, mixture
+from nosa_jax.train.data.documents import Tokens
+from nosa_jax.train.data.source import Cut
+
+TEXTS = [f"{letter}-{'xyz' * n}." for n, letter in enumerate("abcdefghij")]
+WORDS = {"<s>": 0, "</s>": 1, "?": 2, "one": 3, "two": 4, "three": 5, "<end>": 6}
+
+
+def write_lines(path, lines):
+    data = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+@pytest.fixture
+def files(tmp_path):
+    for n, text in enumerate(TEXTS):
+        (tmp_path / f"{n}.txt").write_text(text)
+    return sorted(tmp_path.glob("*.txt"))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with a tokenizer of words that puts <s> in front."""
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(WORDS, unk_token="?"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.add_special_tokens(["<s>", "</s>", "<end>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def made(count=300, size=5, length=8, first=0, *, pack=True, masked=False, heldout_fraction=0.0):
+    """A source of `count` documents of the ids from `first` on. (With few rows grain takes long to shuffle them.)"""
+    ids = first + np.arange(count * size)
+    tokens = Tokens([ids], [ids % 2 == 0] if masked else None)
+    starts = size * np.arange(count)
+    cut = Cut(length, pack, 4 if pack else 1, heldout_fraction)
+    spans = np.stack([starts, starts + size], axis=1)
+    return cut.source(tokens, spans, bytes_per_token=1.0, vocab_size=tokens.vocab_size)
+
+
+def documents(batches):
+    """The documents, or their pieces, in packed batches, as lists of ids."""
+    found = []
+    for batch in batches:
+        for tokens, segments in zip(batch.tokens, batch.segment_ids, strict=True):
+            found += [tokens[segments == n].tolist() for n in range(segments.max() + 1)]
+    return found
+
+
+def read(source):
+    """All documents, trained on or held out."""
+    epoch = itertools.islice(source.batches(1), len(source.train_rows(0).parents[0]))
+    return documents([*epoch, *source.heldout(1)])
+
+
+def assert_same(a, b):
+    for name in ("tokens", "targets", "mask", "segment_ids"):
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
+
+
+# --- what is read -------------------------------------------------------------------------------------------------
+
+
+def test_text_is_one_document_per_file(files):
+    source = train.text(files, length=64, block_size=16, heldout_fraction=0.2)
+    assert sorted(bytes(document).decode() for document in read(source)) == sorted(TEXTS)
+    held_out = documents(source.heldout(2))
+    assert 0.15 < sum(map(len, held_out)) / sum(map(len, TEXTS)) < 0.25
+    assert source.bytes_per_token == 1 and source.vocab_size == ord("z") + 1
+    assert isinstance(source, Source)
+    batch = next(source.batches(3))
+    assert isinstance(batch, Batch)
+    kinds = [(array.shape, array.dtype) for array in (batch.tokens, batch.targets, batch.mask, batch.segment_ids)]
+    assert kinds == [((3, 64), np.dtype(kind)) for kind in ("int32", "int32", "bool", "int32")]
+
+
+def test_windows_are_those_of_all_text(files):
+    source = train.text(files, length=16, pack=False, heldout_fraction=0.0)
+    rows = [next(source.batches(1, seed=seed)) for seed in range(20)]
+    text = "".join(TEXTS).encode()
+    for row in rows:
+        assert row.mask is None and row.segment_ids is None
+        assert bytes(row.tokens[0].tolist() + row.targets[0, -1:].tolist()) in text
+        np.testing.assert_array_equal(row.targets[0, :-1], row.tokens[0, 1:])
+    assert list(source.heldout(2)) == []
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_json_lines_are_one_document_each(tmp_path, name):
+    path = write_lines(tmp_path / name, [{"body": text, "n": 1} for text in TEXTS])
+    source = train.jsonl([path], length=64, block_size=16, field="body", heldout_fraction=0.0)
+    assert sorted(bytes(document).decode() for document in read(source)) == sorted(TEXTS)
+
+
+def test_json_lines_may_have_empty_lines_and_a_byte_order_mark(tmp_path):
+    (tmp_path / "a").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n\n{"text": ""}\n{"text": "two"}')
+    with pytest.warns(UserWarning, match=r"skipped 1 lines without text, the first at .*a:3"):
+        source = train.jsonl([tmp_path / "a"], length=64, heldout_fraction=0.0)
+    assert sorted(map(bytes, read(source))) == [b"one", b"two"]
+
+
+@pytest.mark.parametrize("named", [lambda folder: folder, lambda folder: folder / "tokenizer.json", FileTokenizer])
+def test_text_goes_through_a_tokenizer(tmp_path, folder, named):
+    path = write_lines(tmp_path / "a.jsonl", [{"text": "one two"}, {"text": "three four"}])
+    source = train.jsonl([path], named(folder), length=8, block_size=4, heldout_fraction=0.0)
+    assert sorted(read(source)) == [[0, 3, 4], [0, 5, 2]]
+    assert source.vocab_size == 7 and source.bytes_per_token == len("one twothree four") / 6
+    source = train.jsonl([path], named(folder), length=8, block_size=4, heldout_fraction=0.0, end_of_text=9)
+    assert sorted(read(source)) == [[0, 3, 4, 9], [0, 5, 2, 9]] and source.vocab_size == 10
+
+
+def test_the_folder_says_how_documents_end(tmp_path, folder):
+    path = write_lines(tmp_path / "a.jsonl", [{"text": "one two"}, {"text": "one </s>"}])
+    ends = lambda: sorted(
+        document[-1] for document in read(train.jsonl([path], folder, length=8, block_size=4, heldout_fraction=0.0))
+    )
+    (folder / "tokenizer_config.json").write_text('{"eos_token": {"content": "</s>"}}')
+    assert ends() == [1, 1]  # once, where it was there before
+    (folder / "config.json").write_text('{"eos_token_id": 6}')
+    assert ends() == [6, 6]
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 6]}')
+    assert ends() == [1, 1]
+
+
+def test_bytes_may_end_documents_too(files):
+    source = train.text(files, length=64, end_of_text=256, tokenizer=ByteTokenizer(), heldout_fraction=0.0)
+    assert all(document[-1] == 256 and 256 not in document[:-1] for document in read(source))
+    assert source.vocab_size == 257
+
+
+@pytest.mark.parametrize("name, dtype", [("a.npy", "int64"), ("a.bin", "uint16"), ("a.bin", "uint32")])
+def test_shards_of_tokens(tmp_path, name, dtype):
+    parts = [np.array([7, 8, 0, 9, 0, 5], dtype), np.array([300, 0], dtype)]
+    for n, part in enumerate(parts):
+        path = tmp_path / f"{n}{name}"
+        np.save(path, part) if path.suffix == ".npy" else part.tofile(path)
+    options = {"length": 8, "block_size": 2, "heldout_fraction": 0.0, "bytes_per_token": 3.5}
+    if dtype != "int64":
+        options["dtype"] = dtype
+    source = train.tokens(tmp_path.iterdir(), end_of_document=0, **options)
+    assert sorted(read(source)) == [[5], [7, 8, 0], [9, 0], [300, 0]]
+    assert source.vocab_size == 301 and source.bytes_per_token == 3.5
+    whole = train.tokens(tmp_path.iterdir(), **options)
+    assert sorted(read(whole)) == [part.tolist() for part in parts]
+    assert whole.fingerprint() != source.fingerprint()
+
+
+def test_a_corpus_is_a_source_of_the_same_windows():
+    corpus = Corpus(np.arange(1000, dtype=np.uint16), np.arange(2000, 2051), bytes_per_token=4.0)
+    source = corpus.source(16)
+    old = train.train_batches(corpus.train, batch_size=3, length=16, seed=5)
+    new = source.batches(3, seed=5)
+    for _ in range(30):
+        window, batch = next(old), next(new)
+        np.testing.assert_array_equal(batch.tokens, window[:, :-1])
+        np.testing.assert_array_equal(batch.targets, window[:, 1:])
+    assert new.get_state() == old.get_state()
+    assert (source.fingerprint(), source.bytes_per_token, source.vocab_size) == (corpus.fingerprint(), 4.0, 2051)
+    assert (source.train_tokens, source.heldout_tokens) == (1000, 51)
+    (held_out,) = source.heldout(8)
+    assert held_out.targets[held_out.mask].tolist() == list(range(2001, 2051))
+
+
+# --- batches ------------------------------------------------------------------------------------------------------
+
+
+def mixed():
+    return mixture([(made(), 2), (made(400, first=2000, pack=False), 1), (made(200, 6, first=4000, masked=True), 0.5)])
+
+
+SOURCES = {"packed": made, "windows": lambda: made(pack=False), "masked": lambda: made(masked=True), "mixture": mixed}
+
+
+@pytest.mark.parametrize("make", SOURCES.values(), ids=SOURCES)
+@settings(max_examples=10)
+@given(batch_size=st.integers(1, 5), before=st.integers(0, 20), seed=st.integers(0, 2**32 - 1))
+def test_a_position_leads_to_exactly_the_next_batch(make, batch_size, before, seed):
+    batches = make().batches(batch_size, seed)
+    for _ in range(before):
+        next(batches)
+    state = json.loads(json.dumps(batches.get_state()))
+    assert len(json.dumps(state)) < 100
+    resumed = make().batches(batch_size, seed)
+    next(resumed)
+    resumed.set_state(state)
+    for _ in range(3):
+        assert_same(next(batches), next(resumed))
+
+
+@pytest.mark.parametrize("make", SOURCES.values(), ids=SOURCES)
+@settings(max_examples=10)
+@given(rows=st.integers(1, 3), count=st.sampled_from([2, 4]), seed=st.integers(0, 9))
+def test_processes_together_see_what_one_sees(make, rows, count, seed):
+    whole = make().batches(rows * count, seed)
+    parts = [make().batches(rows, seed, shard=(index, count)) for index in range(count)]
+    for _ in range(6):
+        together, seen = next(whole), [next(part) for part in parts]
+        for name in ("tokens", "targets", "mask", "segment_ids"):
+            wanted = getattr(together, name)
+            found = [getattr(batch, name) for batch in seen]
+            if wanted is None:
+                assert found == [None] * count
+            else:
+                np.testing.assert_array_equal(np.concatenate(found), wanted)
+    # So a run goes on with another number of processes.
+    assert parts[0].get_state() == whole.get_state()
+
+
+def test_an_epoch_has_every_row_once_and_the_next_has_another_order():
+    source = made(count=20, size=7)
+    rows = 20  # a row each
+    batches = source.batches(4)
+    epochs = [[tuple(row) for _ in range(rows // 4) for row in next(batches).tokens] for _ in range(2)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) and epochs[0] != epochs[1]
+    assert len(set(epochs[0])) == rows
+    same = made(count=20, size=7).batches(4)
+    assert [tuple(row) for _ in range(rows // 4) for row in next(same).tokens] == epochs[0]
+    assert not np.array_equal(next(source.batches(8, seed=1)).tokens, next(source.batches(8, seed=2)).tokens)
+
+
+def test_weights_are_shares_of_rows_at_any_point():
+    source = mixture([(made(70), 3), (made(80, first=1000), 1)])
+    batches = source.batches(4)
+    for _ in range(100):  # beyond an epoch of either
+        origin = next(batches).tokens[:, 0] >= 1000
+        assert origin.sum() == 1
+    nested = mixture([(source, 1), (made(70, first=2000), 1)])
+    drawn = np.concatenate([next(b).tokens[:, 0] for b in [nested.batches(40)] for _ in range(10)])
+    shares = np.bincount(np.digitize(drawn, [1000, 2000])) / len(drawn)
+    np.testing.assert_allclose(shares, [0.375, 0.125, 0.5], atol=0.02)
+
+
+def test_a_mixture_has_the_arrays_of_all_its_sources():
+    batches = mixed().batches(2)
+    for _ in range(10):
+        batch = next(batches)
+        windows = (batch.tokens[:, 0] >= 2000) & (batch.tokens[:, 0] < 4000)
+        assert batch.mask[windows].all() and (batch.segment_ids[windows] == 0).all()
+    plain = mixture([(made(pack=False), 1), (made(pack=False, first=1500), 1)])
+    assert next(plain.batches(2)).mask is None
+    assert plain.vocab_size == 3000 and plain.bytes_per_token == 1 and plain.train_tokens == 3000
+
+
+def test_sources_of_a_mixture_are_shuffled_apart():
+    batches = mixture([(made(40, 8), 1), (made(40, 8, first=1000), 1)]).batches(80)
+    tokens = next(batches).tokens[:, 0]
+    assert not np.array_equal(tokens[tokens < 1000], tokens[tokens >= 1000] - 1000)
+
+
+# --- held out -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_what_is_held_out_is_the_same_every_time_and_never_trained_on(pack):
+    source = made(40, 7, 16, pack=pack, heldout_fraction=0.2)
+    found = list(source.heldout(3))
+    for batch, again in zip(found, source.heldout(3), strict=True):
+        assert batch.tokens.shape == batch.mask.shape == (3, 16)
+        assert_same(batch, again)
+    targets = np.concatenate([batch.targets[batch.mask] for batch in found])
+    assert (
+        len(targets)
+        == len(set(targets.tolist()))
+        == source.heldout_tokens - (source.heldout_tokens // 7 if pack else 1)
+    )
+    batches = source.batches(4)
+    trained = np.concatenate([next(batches).tokens.ravel() for _ in range(30)])
+    assert set(targets.tolist()).isdisjoint(trained[trained > 0].tolist())
+
+
+def test_fewer_batches_are_spread_over_what_is_held_out():
+    source = made(200, 8, 8, heldout_fraction=0.5)
+    starts = lambda **options: np.concatenate([batch.tokens[:, 0] for batch in source.heldout(4, **options)])
+    everything, some = starts(), starts(max_batches=3)
+    assert len(everything) == 100 and len(some) == 12
+    place = [everything.tolist().index(start) for start in some]
+    assert place[0] == 0 and place[-1] == 99 and max(np.diff(place)) == 9
+    assert starts(max_batches=1000).tolist() == everything.tolist()
+
+
+def test_processes_share_what_is_held_out():
+    source = made(50, 7, 8, heldout_fraction=0.3)
+    whole = list(source.heldout(4))
+    halves = [list(source.heldout(2, shard=(index, 2))) for index in (0, 1)]
+    for batch, *parts in zip(whole, *halves, strict=True):
+        np.testing.assert_array_equal(np.concatenate([part.tokens for part in parts]), batch.tokens)
+        np.testing.assert_array_equal(np.concatenate([part.mask for part in parts]), batch.mask)
+
+
+def test_a_mixture_holds_out_what_its_sources_do():
+    parts = [made(20, heldout_fraction=0.2), made(20, first=500, pack=False, heldout_fraction=0.2)]
+    found = list(mixture([(part, 1) for part in parts]).heldout(2))
+    count = lambda batches: sum(int(batch.mask.sum()) for batch in batches)
+    assert count(found) == sum(count(part.heldout(2)) for part in parts)
+    assert all(batch.segment_ids is not None for batch in found)
+
+
+# --- fingerprints -------------------------------------------------------------------------------------------------
+
+
+def test_fingerprints_tell_what_would_be_read(files):
+    base = {"length": 64, "block_size": 16, "heldout_fraction": 0.2}
+    changes = [{}, {"length": 128}, {"block_size": 32}, {"pack": False}, {"heldout_fraction": 0.4}, {"heldout_seed": 2}]
+    prints = [train.text(files, **(base | change)).fingerprint() for change in changes]
+    assert len(set(prints)) == len(changes)
+    assert train.text(reversed(files), **base).fingerprint() == prints[0]
+    files[3].write_text(TEXTS[3].replace("y", "z"))
+    assert train.text(files, **base).fingerprint() not in prints
+    shares = [mixture([(made(), 1), (made(5), weight)]).fingerprint() for weight in (1, 2)]
+    assert shares[0] != shares[1] and max(map(len, [*prints, *shares])) < 60
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------
+
+
+def test_a_vocabulary_that_is_too_small_is_refused(tmp_path, folder):
+    path = write_lines(tmp_path / "a", [{"text": "one"}])
+    source = train.jsonl([path], folder, length=64, heldout_fraction=0.0)
+    check_vocabulary(source, 7)
+    with pytest.raises(ValueError, match="source: must hold token ids below vocab_size = 6, got ids below 7"):
+        check_vocabulary(source, 6)
+    check_vocabulary(made(), 1500)
+    with pytest.raises(ValueError, match="below vocab_size = 1499"):
+        check_vocabulary(made(), 1499)
+
+
+def test_text_that_is_no_utf8_is_refused_where_it_must_be(tmp_path, folder):
+    path = tmp_path / "latin"
+    path.write_bytes("abc é".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin: must be UTF-8 for a tokenizer, got byte 0xe9 at byte 4\."):
+        train.text([path], folder)
+    assert read(train.text([path], length=64, heldout_fraction=0.0)) == [list(path.read_bytes())]
+
+
+def test_empty_and_binary_files_are_skipped(tmp_path, files):
+    (tmp_path / "empty.txt").write_bytes(b"")
+    (tmp_path / "binary.txt").write_bytes(bytes(100))
+    with pytest.warns(UserWarning) as warned:
+        source = train.text([*files, tmp_path / "empty.txt", tmp_path / "binary.txt"], length=64)
+    messages = sorted(str(warning.message) for warning in warned)
+    assert [message.partition(":")[0] for message in messages] == [
+        "skipped 1 file that is empty",
+        "skipped 1 file that is not text",
+    ]
+    assert source.fingerprint() == train.text(files, length=64).fingerprint()
+    with pytest.raises(ValueError, match="files: must hold text, got 1 that are not text and 1 that are empty"):
+        train.text([tmp_path / "empty.txt", tmp_path / "binary.txt"])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"text": "one"', r":2: must be one JSON object, got \("),
+        (b"[1]", ":2: must be one JSON object, got list"),
+        (b'{"text": 3}', ":2: must hold text under 'text', got int 3"),
+        (b'{"other": "x"}', r":2: must hold text under 'text', got fields \['other'\]"),
+        (b'{"text": "\xff"}', ":2: must be UTF-8, got byte 0xff at byte 10 of the line"),
+        (rb'{"text": "\ud800"}', r":2: must hold text without single surrogates, got U\+D800 at character 0"),
+    ],
+)
+def test_broken_lines_are_named(tmp_path, line, message):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "fine"}\n' + line + b"\n")
+    with pytest.raises(ValueError, match=r"a\.jsonl" + message):
+        train.jsonl([tmp_path / "a.jsonl"])
+
+
+def test_damaged_files_are_named(tmp_path):
+    whole = gzip.compress(b'{"text": "fine"}\n' * 1000)
+    (tmp_path / "a.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"a\.gz: must be a whole gzip file"):
+        train.jsonl([tmp_path / "a.gz"])
+    (tmp_path / "b.jsonl").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match=r"b\.jsonl: must be the file itself, got a pointer of Git LFS"):
+        train.jsonl([tmp_path / "b.jsonl"])
+    (tmp_path / "c.npy").write_bytes(b"\x93NUMPY")
+    with pytest.raises(ValueError, match=r"c\.npy: must be a whole \.npy file"):
+        train.tokens([tmp_path / "c.npy"])
+    (tmp_path / "d.bin").write_bytes(b"12345")
+    with pytest.raises(ValueError, match=r"d\.bin: must hold whole numbers of 2 bytes each, got 5 bytes"):
+        train.tokens([tmp_path / "d.bin"])
+
+
+@pytest.mark.parametrize(
+    ("array", "error", "message"),
+    [
+        (np.zeros(3), TypeError, "must hold integers, got float64"),
+        (np.zeros((2, 2), int), ValueError, r"must have one dimension, got \(2, 2\)"),
+        (np.array([3, -1, 4]), ValueError, "must hold token ids of at least 0, got -1"),
+    ],
+)
+def test_arrays_that_are_no_tokens_are_refused(tmp_path, array, error, message):
+    np.save(tmp_path / "a.npy", array)
+    with pytest.raises(error, match=rf"a\.npy: {message}"):
+        train.tokens([tmp_path / "a.npy"])
+
+
+def test_other_files_and_empty_shards(tmp_path):
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(ValueError, match=r"files: must be '.npy' or '.bin', got '.txt'"):
+        train.tokens([tmp_path / "a.txt"])
+    np.save(tmp_path / "a.npy", np.arange(100))
+    np.save(tmp_path / "b.npy", np.arange(0))
+    (tmp_path / "c.bin").write_bytes(b"")
+    with pytest.warns(UserWarning, match="skipped 2 files that are empty"):
+        assert train.tokens([tmp_path / f"{name}" for name in ("a.npy", "b.npy", "c.bin")]).vocab_size == 100
+    with pytest.raises(ValueError, match="files: must hold text, got 1 that are empty"):
+        train.tokens([tmp_path / "b.npy"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"length": 0}, "length: must be >= 1"),
+        ({"length": 100}, r"length: must be a multiple of block_size = 64 to pack, got 100\. Use 64, or pack=False"),
+        ({"block_size": 0}, "block_size: must be >= 1"),
+        ({"heldout_fraction": 1.0}, r"heldout_fraction: must lie between 0\.0 and 0\.9"),
+        ({"heldout_seed": -1}, "heldout_seed: must be >= 0"),
+        ({"end_of_text": -1}, "end_of_text: must be >= 0"),
+        ({"length": 4096, "pack": False}, r"files: must fill one window of length \+ 1 = 4097 tokens, got \d+ tokens"),
+    ],
+)
+def test_options_out_of_range_are_refused(files, options, message):
+    with pytest.raises(ValueError, match=message):
+        train.text(files, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size: must be >= 1"),
+        ({"batch_size": 1, "seed": 2**32}, "seed: must be <= 4294967295"),
+        ({"batch_size": 1, "seed": -1}, "seed: must be >= 0"),
+        ({"batch_size": 1, "shard": (2, 2)}, r"shard\[0\]: must be <= 1, got 2"),
+        ({"batch_size": 1, "shard": (-1, 2)}, r"shard\[0\]: must be >= 0"),
+        ({"batch_size": 1, "shard": (0, 0)}, r"shard\[1\]: must be >= 1"),
+    ],
+)
+def test_batches_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        made().batches(**options)
+
+
+@pytest.mark.parametrize("state", [{}, {"next_index": -1}, {"next_index": "3"}, {"next_index": True}, None])
+def test_positions_that_are_none_are_refused(without_type_checker, state):
+    with pytest.raises(ValueError, match="state: must be what get_state returned"):
+        made().batches(1).set_state(state)
+
+
+@pytest.mark.parametrize(
+    ("parts", "error", "message"),
+    [
+        ([], ValueError, "parts: must hold at least one source"),
+        ([(made(), 0)], ValueError, r"parts\[0\]\[1\]: must be positive, got 0"),
+        ([(made(), 1), (made(), -1)], ValueError, r"parts\[1\]\[1\]: must be >= 0.0 and finite, got -1"),
+        ([(made(), 1), (made(), float("nan"))], ValueError, r"parts\[1\]\[1\]: must be >= 0.0 and finite, got nan"),
+        ([(made(), 1), (made(length=16), 1)], ValueError, r"parts\[1\]\[0\]: must have rows of 8 tokens .* got 16"),
+        ([made()], TypeError, r"parts\[0\]: must be \(source, weight\)"),
+        ([("text", 1)], TypeError, r"parts\[0\]\[0\]: must be a source of this package, got str"),
+    ],
+)
+def test_mixtures_that_are_none_are_refused(without_type_checker, parts, error, message):
+    with pytest.raises(error, match=message):
+        mixture(parts)
+
+
+def test_other_arguments_of_a_wrong_kind_are_refused(without_type_checker, tmp_path, files):
+    with pytest.raises(TypeError, match="files: must be a sequence of paths"):
+        train.text(str(files[0]))
+    with pytest.raises(ValueError, match="files: must name at least one file"):
+        train.text([])
+    with pytest.raises(TypeError, match=r"tokenizer: must be a path or a tokenizer of nosa_jax\.hf, got int"):
+        train.text(files, 3)
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json"):
+        train.text(files, tmp_path / "nowhere")
+    with pytest.raises(TypeError, match=r"shard: must be \(index, count\), got 3"):
+        made().batches(1, shard=3)
+    with pytest.raises(ValueError, match=r"Corpus\.heldout: must hold token ids of at least 0, got -1"):
+        Corpus(np.arange(9), np.array([-1])).source(4)
