@@ -1,4 +1,4 @@
-"""Frozen dataclasses that are JAX pytrees."""
+"""Frozen dataclasses that are JAX pytrees, and the names of what is in a pytree."""
 
 from __future__ import annotations
 
@@ -39,3 +39,14 @@ def _short(value: Any) -> str:
     is_array = isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer)
     kind = value.sharding.memory_kind if is_array else None
     return f"{text} in {kind}" if kind is not None and kind.endswith("host") else text
+
+
+def name_of(path: tuple[Any, ...]) -> str:
+    """The dotted name of a key path of `jax.tree`, e.g. `layers.attention.importance.A`."""
+    # `.value` is where NNX keeps a parameter's array: no part of its name.
+    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+
+
+def by_name(tree: Any) -> dict[str, Any]:
+    """Leaves by dotted name, in the order of `jax.tree.leaves`."""
+    return {name_of(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32
 
@@ -37,6 +38,7 @@ from pallas_kernels.device import current_device
 from pallas_kernels.promotion import usual_promotion
 
 Logits = Literal["all", "last", "none"]
+Remat = bool | Literal["offload"]
 
 
 @pytree_dataclass
@@ -134,13 +136,22 @@ class NosaLM(nnx.Module):
         look_up = lambda table, tokens: table[tokens]
         return parallel.activations(parallel.per_row_and_head(look_up, (table, tokens), ("..", "bt"), "bt."))
 
+    def head(self) -> Float[Array, "rows columns"]:
+        """The matrix that makes logits, whole along `fsdp`: [H, V], or the embedding [V, H] where that is tied."""
+        if self.lm_head is None:
+            return parallel.gather(self.embed[...], "embed", stacked=False)
+        return parallel.gather(self.lm_head[...], "lm_head", stacked=False)
+
+    def logits_by(
+        self, head: Float[Array, "rows columns"], hidden: Float[Array, "*rest H"]
+    ) -> Float[Array, "*rest V"]:
+        """float32 logits of hidden states after the final norm, by the matrix of `head`."""
+        formula = "...h,vh->...v" if self.lm_head is None else "...h,hv->...v"
+        return jnp.einsum(formula, hidden, head, preferred_element_type=jnp.float32)
+
     def logits(self, hidden: Float[Array, "*rest H"]) -> Float[Array, "*rest V"]:
         """float32 logits of hidden states after the final norm."""
-        if self.lm_head is None:
-            table = parallel.gather(self.embed[...], "embed", stacked=False)
-            return jnp.einsum("...h,vh->...v", hidden, table, preferred_element_type=jnp.float32)
-        head = parallel.gather(self.lm_head[...], "lm_head", stacked=False)
-        return jnp.einsum("...h,hv->...v", hidden, head, preferred_element_type=jnp.float32)
+        return self.logits_by(self.head(), hidden)
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:
@@ -161,7 +172,7 @@ def forward(
     block_ids: IntegersLike | None = None,
     logits: Logits = "all",
     record: bool = False,
-    remat: bool = False,
+    remat: Remat = False,
 ) -> ForwardOutput:
     """Runs whole rows without a cache: training and evaluation. Same as `model(tokens, ...)`.
 
@@ -175,6 +186,7 @@ def forward(
     logits: "all", "last" (of each row's last token) or "none".
     record: whether the block ids come back.
     remat: recompute each layer, but not its selection, in the backward pass instead of keeping its activations.
+        "offload" does so, too, and keeps what enters each layer in host memory meanwhile.
     Differentiable once, in reverse mode, as `block_attention` is. `jax_enable_x64`, `jax_numpy_rank_promotion` and
     `jax_numpy_dtype_promotion` are supported here, in decoding and in training steps: bits stay as they are, but for
     the optimizer's own numbers, which have 64 bits where they may.
@@ -183,7 +195,7 @@ def forward(
     require_type("model", model, NosaLM, "Build one with NosaLM(...) or from_pretrained(...).")
     config = model.config
     require_one_of("logits", logits, get_args(Logits))
-    record, remat = require_bool("record", record), require_bool("remat", remat)
+    record, remat = require_bool("record", record), as_remat("remat", remat)
     tokens = layout.as_tokens(tokens, config.vocab_size)
     lengths = layout.as_lengths(lengths, tokens.shape[0], tokens.shape[1])
     if segment_ids is not None:
@@ -209,7 +221,7 @@ def _forward(
     *,
     logits: Logits,
     record: bool,
-    remat: bool,
+    remat: Remat,
 ) -> ForwardOutput:
     """`forward` of checked input."""
     mesh = parallel.mesh_of(model, tokens)
@@ -240,7 +252,7 @@ def hidden_states(
     forced_block_ids: Int32[Array, "L B K T J"] | None = None,
     *,
     record: bool = False,
-    remat: bool = False,
+    remat: Remat = False,
 ) -> tuple[Float[Array, "B T H"], Int32[Array, "L B K T J"] | None]:
     """Hidden states after the final norm, and block ids, with tokens in the order of `parallel.query_order`.
 
@@ -259,19 +271,45 @@ def hidden_states(
 
     def run_layer(x: Array, inputs: tuple[Layers, Array | None]) -> tuple[Array, Array | None]:
         layer, forced = inputs
+        x = checkpoint_name(x, _LAYER_INPUT)
         layer = parallel.gather(layer, "layers")
         x, ids = layer.block(config, x, lambda attention, x: attention(config, x, rows, forced))
         return x, ids if record else None
 
-    body = run_layer
-    if remat:
-        # The selection is kept: it is small, takes no gradient, and making it again would mean all scores again.
-        body = jax.checkpoint(run_layer, policy=jax.checkpoint_policies.save_only_these_names(SELECTION))
-    elif parallel.gathers():
-        body = jax.checkpoint(run_layer, policy=parallel.keep_all_but_gathered)
+    policy = _policy(remat)
+    body = run_layer if policy is None else jax.checkpoint(run_layer, policy=policy)
     with reverse_mode_only("forward"):
         x, recorded = jax.lax.scan(body, model.embedded(tokens), (model.layers, forced_block_ids))
     return model.final_norm(x), recorded
+
+
+_LAYER_INPUT = "layer_input"
+
+
+def _policy(remat: Remat) -> Callable[..., Any] | None:
+    """What the backward pass of a layer finds, as `jax.checkpoint` takes it; None for everything.
+
+    The selection is kept always: it is small, takes no gradient, and making it again would mean all scores again.
+    """
+    policies = jax.checkpoint_policies
+    if remat == "offload":
+        return policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[SELECTION],
+            names_which_can_be_offloaded=[_LAYER_INPUT],
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+    if remat:
+        return policies.save_only_these_names(SELECTION)
+    return parallel.keep_all_but_gathered if parallel.gathers() else None
+
+
+def as_remat(name: str, remat: Any) -> Remat:
+    """`remat` where it says what `forward` knows; raises TypeError or ValueError elsewhere."""
+    if isinstance(remat, str):
+        require_one_of(name, remat, ("offload",))
+        return "offload"
+    return require_bool(name, remat)
 
 
 # What runs where the caller is not compiled: the next call of the same shapes finds the program of the first.

@@ -26,6 +26,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from nosa_jax._pytree import name_of
 from pallas_kernels.checks import bad_value, require_int
 
 AXES = ("data", "fsdp", "tensor", "context")
@@ -97,11 +98,9 @@ def on_mesh(wanted: P, mesh: Mesh | AbstractMesh) -> P:
     return P(*(keep(axes) for axes in wanted))
 
 
-def names_of(tree: Any) -> list[str]:
-    """The dotted names of the leaves of a pytree, in their order."""
-    leaves = jax.tree.leaves_with_path(tree)
-    # `.value` is where NNX keeps a parameter's array: no part of its name.
-    return [jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value") for path, _ in leaves]
+def specs(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """`spec` for every leaf of a pytree, by its name."""
+    return jax.tree.map_with_path(lambda path, leaf: spec(name_of(path), mesh) if np.ndim(leaf) else P(), tree)
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
@@ -110,19 +109,20 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     Raises ValueError where a mesh has other axes than ours, or does not divide what it cuts; all such are listed.
     """
     require_axes(mesh)
-    leaves, structure = jax.tree.flatten(tree)
-    placed, misfits = [], []
-    for name, leaf in zip(names_of(tree), leaves, strict=True):
-        found = spec(name, mesh) if np.ndim(leaf) else P()
-        for size, axes in zip(np.shape(leaf), found, strict=False):
+    misfits = []
+
+    def place(path: Any, leaf: Any, wanted: P) -> NamedSharding:
+        for size, axes in zip(np.shape(leaf), wanted, strict=False):
             parts = size_of(mesh, axes)
             if size % parts:
                 nearest = max(n for n in range(1, parts) if size % n == 0)
-                misfits.append(f"{name}: {size} by {axes}={parts} (nearest: {nearest})")
-        placed.append(NamedSharding(mesh, found))
+                misfits.append(f"{name_of(path)}: {size} by {axes}={parts} (nearest: {nearest})")
+        return NamedSharding(mesh, wanted)
+
+    placed = jax.tree.map_with_path(place, tree, specs(tree, mesh))
     if misfits:
         raise bad_value("mesh", "must divide what it cuts", "; ".join(misfits), "Change the sizes of the mesh.")
-    return jax.tree.unflatten(structure, placed)
+    return placed
 
 
 def shard[Tree](tree: Tree, mesh: Mesh) -> Tree:
@@ -176,6 +176,15 @@ def mesh_of(*trees: Any) -> AbstractMesh | None:
         return None  # the partitioner does what it can with axes of other names
     require_axes(found)
     return found
+
+
+def concrete_mesh(tree: Any) -> Mesh | None:
+    """The mesh with its devices that arrays lie on, None where they lie on none."""
+    for leaf in jax.tree.leaves(tree):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
+            return sharding.mesh
+    return None
 
 
 def run[R](mesh: AbstractMesh | None, body: Callable[..., R], *args: Any, out: Any = None) -> R:
@@ -292,6 +301,19 @@ def _is_spec(x: Any) -> bool:
     return isinstance(x, P)
 
 
+def as_lying[Tree](tree: Tree) -> Tree:
+    """A model, a state or gradients, constrained to lie as RULES says."""
+    mesh = current()
+    if mesh is None:
+        return tree
+    constrained: Tree = jax.tree.map(
+        lambda leaf, wanted: jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, wanted)),
+        tree,
+        specs(tree, mesh),
+    )
+    return constrained
+
+
 # Weights. -------------------------------------------------------------------------------------------------------------
 
 def gather[Tree](tree: Tree, prefix: str = "", *, stacked: bool = True) -> Tree:
@@ -305,15 +327,16 @@ def gather[Tree](tree: Tree, prefix: str = "", *, stacked: bool = True) -> Tree:
     mesh = current()
     if mesh is None or not gathers():
         return tree
-    leaves, structure = jax.tree.flatten(tree)
-    whole = []
-    for name, leaf in zip(names_of(tree), leaves, strict=True):
-        lying = spec(f"{prefix}.{name}".strip("."), mesh)
+
+    def one(path: Any, leaf: Array) -> Array:
+        lying = spec(f"{prefix}.{name_of(path)}".strip("."), mesh)
         lying = P(*lying[1:]) if stacked else lying
+        if "fsdp" not in tuple(lying):
+            return leaf
         used = P(*(None if axes == "fsdp" else axes for axes in lying))
-        same = lying == used
-        whole.append(leaf if same else _gather(leaf, NamedSharding(mesh, lying), NamedSharding(mesh, used)))
-    return jax.tree.unflatten(structure, whole)
+        return _gather(leaf, NamedSharding(mesh, lying), NamedSharding(mesh, used))
+
+    return jax.tree.map_with_path(one, tree)
 
 
 def _gather(weight: Array, lying: NamedSharding, used: NamedSharding) -> Array:
@@ -385,11 +408,14 @@ def all_tokens[X](x: X) -> X:
     return pieces[:, :, np.argsort(_piece_order(size))].reshape(x.shape)
 
 
-def per_row_and_head[R](body: Callable[..., R], args: tuple[Any, ...], axes: tuple[Any, ...], out: Any) -> R:
+def per_row_and_head[R](
+    body: Callable[..., R], args: tuple[Any, ...], axes: tuple[Any, ...], out: Any, *, heads: bool = True
+) -> R:
     """`body(*args)` with every device doing its own rows, KV heads and queries; None among the arguments stays.
 
     axes: per argument, and `out` per result, the letter of each dimension: "b" rows, "k" KV heads or query heads by KV
         head, "t" queries, "." for what is whole.
+    heads: False leaves the axis `tensor` to the partitioner.
     """
     mesh = current()
     if mesh is None:
@@ -412,6 +438,7 @@ def per_row_and_head[R](body: Callable[..., R], args: tuple[Any, ...], axes: tup
         rest = iter(present)
         return body(*(None if x is None else next(rest) for x in args))
 
-    specs = tuple(wanted for _, wanted in given)
-    run = jax.shard_map(fill, mesh=mesh, in_specs=specs, out_specs=jax.tree.map(to_spec, out))
+    in_specs = tuple(wanted for _, wanted in given)
+    manual = {name for name in mesh.axis_names if heads or name != "tensor" or mesh.shape[name] == 1}
+    run = jax.shard_map(fill, mesh=mesh, in_specs=in_specs, out_specs=jax.tree.map(to_spec, out), axis_names=manual)
     return run(*(x for x, _ in given))

@@ -17,7 +17,7 @@ from nosa_jax.train import (
     learning_rate_schedule,
     make_optimizer,
 )
-from nosa_jax.train.names import by_name
+from nosa_jax._pytree import by_name
 
 # The names of a model with one of each kind of parameter.
 PARAMS = {

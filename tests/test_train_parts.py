@@ -23,7 +23,7 @@ from nosa_jax.train import (
     split,
     train_step,
 )
-from nosa_jax.train.names import by_name
+from nosa_jax._pytree import by_name
 
 MODEL = lively_model(small_config())
 TOKENS = random_tokens(2, 34)

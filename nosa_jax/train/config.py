@@ -11,10 +11,11 @@ from typing import Any, Literal
 from nosa_jax._json import parse_object
 from nosa_jax._paths import replacing, user_path
 from nosa_jax.config import ModelConfig
+from nosa_jax.model import Remat, as_remat
 from nosa_jax.train.fields import from_fields
 from nosa_jax.train.optim import OptimizerConfig
 from nosa_jax.train.patterns import as_patterns
-from pallas_kernels.checks import bad_type, bad_value, require_bool, require_int, require_number
+from pallas_kernels.checks import bad_type, bad_value, require_int, require_number
 from pallas_kernels.device import current_device
 
 
@@ -26,7 +27,8 @@ class TrainConfig:
     steps: how many the whole run takes, which is the horizon of the learning rate schedule.
     batch_size, length: windows per step and target tokens per window.
     accumulate: parts a batch is split into to save memory; divides `batch_size`.
-    remat: recompute each layer in the backward pass, slower in less memory.
+    remat: recompute each layer in the backward pass, slower in less memory; "offload" keeps what enters each layer in
+        host memory, for less still.
     compute_dtype: dtype of the forward and backward pass; "auto" is float32 on a CPU and bfloat16 elsewhere.
     seed: seed of the initial weights and of the order of the data.
     log_every: steps between two log records (the first and the last step are always logged).
@@ -47,7 +49,7 @@ class TrainConfig:
     batch_size: int = 2
     length: int = 512
     accumulate: int = 1
-    remat: bool = False
+    remat: Remat = False
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     seed: int = 0
     log_every: int = 10
@@ -66,7 +68,7 @@ class TrainConfig:
             object.__setattr__(self, name, require_int(f"TrainConfig.{name}", getattr(self, name), 1))
         for name in ("seed", "eval_every", "checkpoint_every"):
             object.__setattr__(self, name, require_int(f"TrainConfig.{name}", getattr(self, name), 0))
-        object.__setattr__(self, "remat", require_bool("TrainConfig.remat", self.remat))
+        object.__setattr__(self, "remat", as_remat("TrainConfig.remat", self.remat))
         object.__setattr__(self, "trainable", as_patterns("TrainConfig.trainable", self.trainable))
         object.__setattr__(self, "z_loss", require_number("TrainConfig.z_loss", self.z_loss, 0.0, 1.0))
         if self.loss_chunk is not None:

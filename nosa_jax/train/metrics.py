@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
-from nosa_jax.train.names import by_name
+from nosa_jax._pytree import by_name
 from nosa_jax.train.patterns import first_match
 
 # The first pattern that matches a name says which group a parameter is of.

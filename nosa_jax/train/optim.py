@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nosa_jax.train.names import by_name, name_of
+from nosa_jax._pytree import by_name, name_of
 from nosa_jax.train.patterns import Rules, as_rules, first_match, require_matches
 from pallas_kernels.checks import bad_type, bad_value, require_int, require_number, require_one_of
 

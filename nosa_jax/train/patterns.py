@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from nosa_jax.train.names import by_name, name_of
+from nosa_jax._pytree import by_name, name_of
 from pallas_kernels.checks import bad_type, bad_value, require_number
 
 # What a command line may say instead.
