@@ -2,10 +2,10 @@
 
     python -m experiments.golden_hf --output tests/golden/hf
 
-Writes what `tests/test_hf_logits.py` compares with: `weights.safetensors` (bfloat16; each model takes the tensors that it
-has), `cases.json` (by case the config.json as released checkpoints have it, and the tensors that its model lacks) and
+Writes what `tests/test_hf_logits.py` compares with: `weights.safetensors` (bfloat16, the tensors of all models),
+`cases.json` (by case the config.json as released checkpoints have it, and which tensors its model lacks) and
 `expected.npz` (the tokens, the positions kept, and by case float32 logits, inverse frequencies and attention factor).
-Needs torch, transformers and safetensors, which are no dependencies of this project, and nothing else of it.
+Needs torch and transformers, which are no dependencies of this project, and no JAX.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ def make_weights(random: np.random.Generator) -> dict[str, np.ndarray]:
         prefix = f"model.layers.{layer}."
         for name, out in (("q", 4 * dim), ("k", 2 * dim), ("v", 2 * dim), ("o", hidden)):
             into = 4 * dim if name == "o" else hidden
-            weights[f"{prefix}self_attn.{name}_proj.weight"] = normal((1.5 if name in "qk" else 1) / into**0.5, out, into)
+            weights[f"{prefix}self_attn.{name}_proj.weight"] = normal(
+                (1.5 if name in "qk" else 1) / into**0.5, out, into
+            )
             weights[f"{prefix}self_attn.{name}_proj.bias"] = normal(0.3, out)
         for name in "qk":
             weights[f"{prefix}self_attn.{name}_norm.weight"] = 1.3 + normal(0.2, dim)

@@ -47,7 +47,7 @@ def _by_kind(rope: RopeConfig, powers: np.ndarray, max_context: int) -> np.ndarr
 def _llama3(rope: RopeConfig, frequencies: np.ndarray) -> np.ndarray:
     factor, low, high = rope.factor, rope.low_freq_factor, rope.high_freq_factor
     original = rope.original_max_context
-    assert None not in (factor, low, high, original)
+    assert factor is not None and low is not None and high is not None and original is not None
     # 1 / x * c is not c / x in float32, and is what checkpoints of this kind were made with.
     wavelengths = np.float32(1.0) / frequencies * np.float32(2 * math.pi)
     turns = np.float32(1.0) / wavelengths * np.float32(original)  # in the original context

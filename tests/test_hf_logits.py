@@ -19,8 +19,9 @@ from nosa_jax.hf.config_json import parse_config
 
 GOLDEN = Path(__file__).parent / "golden" / "hf"
 CASES = json.loads((GOLDEN / "cases.json").read_text())
-# The others of an architecture differ in their RoPE alone, which has a quicker test of its own.
-RUN = but_slow(CASES, "llama-linear", "llama-yarn", "llama-yarn-in-full", "llama-longrope", "mistral")
+# The others differ from these in their RoPE alone, which has a quicker test of its own, or in nothing but a name.
+QUICK = ("llama-yarn-in-full", "llama-biased-tied", "qwen2", "qwen3-tied")
+RUN = but_slow(CASES, *(case for case in CASES if case not in QUICK))
 
 
 @functools.cache
@@ -51,7 +52,8 @@ def test_logits_are_those_of_transformers(case, folder):
     out = nosa_jax.forward(model, expected()["tokens"][None])
     theirs = expected()[f"{case}.logits"]
     assert 1.9 < theirs.std() < 2.1
-    np.testing.assert_allclose(out.logits[0, expected()["positions"]], theirs, rtol=0, atol=2e-5)
+    # Two right float32 runs differ by up to 1.5e-5; another RoPE changes logits by more than 3.
+    np.testing.assert_allclose(out.logits[0, expected()["positions"]], theirs, rtol=0, atol=3e-5)
 
 
 @pytest.mark.parametrize("case", CASES)

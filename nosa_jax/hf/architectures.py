@@ -19,8 +19,8 @@ class Extras(NamedTuple):
     qk_norm: bool = False
 
 
-# How a folder of our own type says it: keys that other readers of a Llama know as something that they do not compute.
-_OWN_KEYS = Extras("qkv_bias", "attention_out_bias", "qk_norm")  # type: ignore[arg-type]
+# How a folder of our own type says the same, in the same order; earlier versions refuse these keys where they are true.
+_OWN_KEYS = ("qkv_bias", "attention_out_bias", "qk_norm")
 
 
 class Architecture(NamedTuple):
@@ -87,7 +87,7 @@ def render_architecture(config: ModelConfig, came_as: str | None) -> dict[str, A
     for model_type in candidates:
         architecture = DENSE[model_type]
         if extras in (architecture.plain, architecture.biased):
-            raw = {"architectures": [architecture.class_name], "model_type": model_type}
+            raw: dict[str, Any] = {"architectures": [architecture.class_name], "model_type": model_type}
             if architecture.biased is not None:
                 raw["attention_bias"] = extras == architecture.biased
             if model_type != "llama":  # where an absent window is one of 4096 tokens

@@ -60,8 +60,8 @@ def from_pretrained(
 
     Raises FileNotFoundError where files are missing, ImportError without the extra `hf`, ValueError for an unreadable
     file, for a config.json that asks for other maths, and for tensors that do not fit (all of them are listed), and
-    TypeError for arguments of other types. Warns where a context is too short for anything to be sparse, of folders that
-    do not say themselves that they are sparse.
+    TypeError for arguments of other types. Warns where a context is too short for anything to be sparse, unless the
+    folder was saved as a sparse one.
     """
     folder = user_path("path", path)
     want = check_dtype(dtype)
@@ -113,7 +113,7 @@ def _warn_if_dense(config: ModelConfig) -> None:
             f"variant: nothing is sparse: {attention.variant!r} selects {attention.num_selected_blocks} blocks of "
             f"{attention.block_size} tokens, and max_position_embeddings = {config.max_context} is at most their "
             f"{reach} tokens. Lower num_selected_blocks or block_size with attention={{...}}.",
-            stacklevel=5,
+            stacklevel=6,
         )
 
 

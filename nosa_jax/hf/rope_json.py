@@ -79,9 +79,7 @@ def _parse(key: str, rope: dict[str, Any], raw: dict[str, Any], theta: float, ma
     if kind == "default":
         return RopeConfig(theta=theta)
     numbers = ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor")
-    fields: dict[str, Any] = {
-        name: as_number(f"{key}.{name}", said[name], low=0.0) for name in numbers if name in said
-    }
+    fields: dict[str, Any] = {name: as_number(f"{key}.{name}", said[name], low=0.0) for name in numbers if name in said}
     if kind != "linear":
         fields["original_max_context"] = _original(where, rope, raw, max_context)
     if kind == "yarn":

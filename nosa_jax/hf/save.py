@@ -16,8 +16,8 @@ from jax.typing import DTypeLike
 from nosa_jax._extras import import_extra
 from nosa_jax._json import parse_object
 from nosa_jax._paths import user_path
-from nosa_jax.hf.carried import carried
 from nosa_jax.hf.architectures import MODEL_TYPES
+from nosa_jax.hf.carried import carried
 from nosa_jax.hf.config_json import render_config
 from nosa_jax.hf.folder import (
     INDEX_NAME,
@@ -59,11 +59,12 @@ def save_pretrained(
     What the folder that `model` was loaded from says beyond the model (end-of-text ids and other keys of config.json,
     generation_config.json, the tokenizer's files) is written too.
 
-    `path` may be new, an empty folder, or a folder with a checkpoint that `from_pretrained` reads, whose config and safetensors are
-    then replaced while its other files (a tokenizer, say) stay; a generation_config.json goes too where the vocabulary
-    has another size. Anything else is refused. All files are written to a hidden folder first, inside `path` or, where
-    that is new, beside it, and moved at the end: a failure leaves `path` as it was (where it was killed while it moved
-    files, the next call does), and of two who write at once the last one wins whole.
+    `path` may be new, an empty folder, or a folder with a checkpoint of a type that `from_pretrained` reads, whose
+    config and safetensors are then replaced while its other files (a tokenizer, say) stay; a generation_config.json
+    goes too where the vocabulary has another size. Anything else is refused. All files are written to a hidden folder
+    first, inside `path` or, where that is new, beside it, and moved at the end: a failure leaves `path` as it was
+    (where it was killed while it moved files, the next call does), and of two who write at once the last one wins
+    whole.
 
     Raises FileExistsError for a `path` that is refused, ImportError without the extra `hf`, TypeError and ValueError
     for bad arguments. Warns where a tokenizer in `path` differs from the model's.
@@ -104,7 +105,7 @@ def _replaced_config(folder: Path) -> dict[str, Any]:
         raw = {}
     if raw.get("model_type") not in MODEL_TYPES:
         raise FileExistsError(
-            f"path: must be new, empty, or a folder with a checkpoint of Llama, Qwen2, Qwen3, Mistral or NOSA to replace, got {folder}. "
+            f"path: must be new, empty, or a folder with a Llama, Qwen, Mistral or NOSA checkpoint, got {folder}. "
             "Choose another path or empty that folder."
         )
     return raw
