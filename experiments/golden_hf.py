@@ -46,7 +46,7 @@ QWEN2 = {"rope_theta": 1000000.0, "use_sliding_window": False, "sliding_window":
 CASES: dict[str, dict[str, Any]] = {
     "llama-linear": {"rope_theta": 10000.0, "rope_scaling": {"type": "linear", "factor": 4.0}},
     "llama-llama3": {"rope_theta": 500000.0, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
-    "llama-yarn": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, **YARN, "attention_factor": 1.25}},
+    "llama-yarn": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, **YARN, "beta_fast": 8}},
     "llama-yarn-in-full": {"rope_theta": 10000.0, "rope_scaling": {"rope_type": "yarn", **YARN_IN_FULL}},
     "llama-longrope": {"rope_parameters": {"rope_type": "longrope", "rope_theta": 10000.0, **LONGROPE}},
     "llama-biased-tied": {"attention_bias": True, "tie_word_embeddings": True, "rope_theta": 10000.0},

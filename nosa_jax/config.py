@@ -217,8 +217,8 @@ class ModelConfig:
 
     max_context: the length the model was configured for; it picks the longrope factors and bounds nothing.
     qkv_bias: queries, keys and values get a bias after their projection, as in Qwen2.
-    output_bias: so does the output projection of attention, as in a Llama with `attention_bias`.
     qk_norm: each head of queries and keys is normalised (RMS, learned weights) before RoPE, as in Qwen3.
+    output_bias: the output projection of attention has a bias too, as in a Llama with `attention_bias`.
     """
 
     vocab_size: int
@@ -233,9 +233,9 @@ class ModelConfig:
     tie_embeddings: bool = False
     qkv_bias: bool = False
     qk_norm: bool = False
-    output_bias: bool = False
     rope: RopeConfig = RopeConfig()
     attention: AttentionConfig = AttentionConfig()
+    output_bias: bool = False
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
