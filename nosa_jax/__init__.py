@@ -20,7 +20,7 @@ from nosa_jax.decode import (
     prefill,
     stream,
 )
-from nosa_jax.hf import from_pretrained, save_pretrained
+from nosa_jax.hf import from_pretrained, load_importance, save_importance, save_pretrained
 from nosa_jax.locality import Selections
 from nosa_jax.model import ForwardOutput, NosaLM, cast, forward, num_parameters, with_attention
 from pallas_kernels import KernelUnsupportedError
@@ -61,6 +61,7 @@ __all__ = [
     "from_pretrained",
     "generate",
     "jit_decode_step",
+    "load_importance",
     "locality",
     "num_parameters",
     "ops",
@@ -68,6 +69,7 @@ __all__ = [
     "plots",
     "prefill",
     "presets",
+    "save_importance",
     "save_pretrained",
     "set_host_memory_limit",
     "stream",

@@ -19,6 +19,8 @@ from pallas_kernels.checks import (
 
 Variant = Literal["full", "infllmv2", "dma", "nosa"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
+RopeKind = Literal["plain", "linear", "llama3", "yarn", "longrope"]
+ROPE_KINDS: tuple[RopeKind, ...] = get_args(RopeKind)
 _POSITIVE = (1e-38, 1e38)  # what float32 holds above 0
 
 
@@ -113,28 +115,56 @@ class AttentionConfig:
         return self.variant in ("nosa", "infllmv2")
 
 
+# By kind, the fields beside theta that must be given, and those that may be. (plain passes over what longrope takes.)
+_LONGROPE = ("short_factor", "long_factor", "original_max_context")
+_ROPE_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "plain": ((), (*_LONGROPE, "attention_factor")),
+    "linear": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_context"), ()),
+    "yarn": (("factor", "original_max_context"), ("attention_factor", "beta_fast", "beta_slow", "truncate")),
+    "longrope": (_LONGROPE, ("attention_factor",)),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
-    """Rotary position embedding. Factors apply to `longrope` only, one per pair of dimensions (D/2).
+    """Rotary position embedding: pair i of the D / 2 pairs of dimensions turns by theta ** (-2 i / D) per position.
 
-    longrope takes the long factors where `ModelConfig.max_context` exceeds `original_max_context`, else the short ones,
-    for texts of any length. transformers decides by the length of each text: up to the original context it takes the
-    short ones. To compute what it does there, set max_context to original_max_context, and attention_factor to the one
-    of the longer context.
+    The kinds beside `plain` change these frequencies for contexts longer than the one that a model was trained on:
 
-    attention_factor: multiplies cos and sin; None derives it from the context lengths.
-    Raises ValueError or TypeError for numbers that are not above 0 in float32.
+    linear: all of them divided by `factor`.
+    llama3: those of wavelengths above original_max_context / low_freq_factor divided by `factor`, those of wavelengths
+        below original_max_context / high_freq_factor as they are, the ones between in between.
+    yarn: pairs that turn less than beta_slow times in original_max_context positions divided by `factor`, those that
+        turn more than beta_fast times as they are, a linear ramp over the pairs between.
+    longrope: divided by short_factor or long_factor, one number per pair (D/2): the long ones where
+        `ModelConfig.max_context` exceeds `original_max_context`, else the short ones, for texts of any length.
+        transformers decides by the length of each text: up to the original context it takes the short ones. To compute
+        what it does there, set max_context to original_max_context, and attention_factor to the one of the longer
+        context.
+
+    attention_factor: multiplies cos and sin in yarn and longrope; None derives it: 1 + log(factor) / 10 for yarn, for
+        longrope from the context lengths.
+    truncate: yarn's ramp begins and ends at whole pairs.
+    Raises ValueError or TypeError for numbers that are not above 0 in float32, for fields that a kind lacks or, but for
+    those of longrope in plain, has no use for, and for bounds of llama3 and yarn in the wrong order.
     """
 
     theta: float = 10000.0
-    kind: Literal["plain", "longrope"] = "plain"
+    kind: RopeKind = "plain"
     short_factor: tuple[float, ...] | None = None
     long_factor: tuple[float, ...] | None = None
     original_max_context: int | None = None
     attention_factor: float | None = None
+    factor: float | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
 
     def __post_init__(self) -> None:
-        require_one_of("RopeConfig.kind", self.kind, ("plain", "longrope"), "Other kinds are not built.")
+        require_one_of("RopeConfig.kind", self.kind, ROPE_KINDS, "Other kinds are not built.")
         _set(self, theta=require_number("RopeConfig.theta", self.theta, *_POSITIVE))
         for name in ("short_factor", "long_factor"):
             if getattr(self, name) is not None:
@@ -142,16 +172,36 @@ class RopeConfig:
         if self.original_max_context is not None:
             length = require_int("RopeConfig.original_max_context", self.original_max_context, 2)
             _set(self, original_max_context=length)
-        if self.attention_factor is not None:
-            factor = require_number("RopeConfig.attention_factor", self.attention_factor, *_POSITIVE)
-            _set(self, attention_factor=factor)
-        if self.kind == "longrope" and None in (self.short_factor, self.long_factor, self.original_max_context):
-            raise bad_value(
-                "RopeConfig",
-                "longrope needs short_factor, long_factor and original_max_context",
-                f"{self.short_factor}, {self.long_factor}, {self.original_max_context}",
-                "Copy them from the checkpoint's config.json.",
-            )
+        optional = ("attention_factor", "factor", "low_freq_factor", "high_freq_factor")
+        for name in ("beta_fast", "beta_slow", *(name for name in optional if getattr(self, name) is not None)):
+            _set(self, **{name: require_number(f"RopeConfig.{name}", getattr(self, name), *_POSITIVE)})
+        _set(self, truncate=require_bool("RopeConfig.truncate", self.truncate))
+        self._check_kind()
+
+    def _check_kind(self) -> None:
+        needed, optional = _ROPE_FIELDS[self.kind]
+        missing = [f"{name}=None" for name in needed if getattr(self, name) is None]
+        if missing:
+            rule = f"{self.kind} needs {', '.join(needed)}"
+            raise bad_value("RopeConfig", rule, ", ".join(missing), "Copy them from the checkpoint's config.json.")
+        for field in dataclasses.fields(self)[2:]:
+            value = getattr(self, field.name)
+            if field.name not in (*needed, *optional) and value != field.default:
+                rule = f"has no meaning for kind {self.kind!r}"
+                raise bad_value(f"RopeConfig.{field.name}", rule, f"{value!r:.60}", "Leave it out or change the kind.")
+        if self.kind == "llama3":
+            _require_order(self, "low_freq_factor", "high_freq_factor", strictly=True)
+        if self.kind == "yarn":
+            _require_order(self, "beta_slow", "beta_fast")
+            if self.theta <= 1:  # its logarithm divides
+                raise bad_value("RopeConfig.theta", "must be above 1 for kind 'yarn'", self.theta, "Use 10000.0.")
+
+
+def _require_order(rope: RopeConfig, low: str, high: str, strictly: bool = False) -> None:
+    first, second = getattr(rope, low), getattr(rope, high)
+    if first > second or (strictly and first == second):
+        rule = f"must be {'above' if strictly else 'at least'} {low}"
+        raise bad_value(f"RopeConfig.{high}", rule, f"{second} and {first}", "Swap or correct them.")
 
 
 def _factors(name: str, factors: Any) -> tuple[float, ...]:
@@ -168,6 +218,7 @@ class ModelConfig:
     max_context: the length the model was configured for; it picks the longrope factors and bounds nothing.
     qkv_bias: queries, keys and values get a bias after their projection, as in Qwen2.
     qk_norm: each head of queries and keys is normalised (RMS, learned weights) before RoPE, as in Qwen3.
+    output_bias: the output projection of attention has a bias too, as in a Llama with `attention_bias`.
     """
 
     vocab_size: int
@@ -184,13 +235,14 @@ class ModelConfig:
     qk_norm: bool = False
     rope: RopeConfig = RopeConfig()
     attention: AttentionConfig = AttentionConfig()
+    output_bias: bool = False
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
         for name, minimum in (*((size, 1) for size in sizes), ("head_dim", 2), ("max_context", 1)):
             _set(self, **{name: require_int(f"ModelConfig.{name}", getattr(self, name), minimum)})
         _set(self, rms_norm_eps=require_number("ModelConfig.rms_norm_eps", self.rms_norm_eps, 0.0, 1.0))
-        for name in ("tie_embeddings", "qkv_bias", "qk_norm"):
+        for name in ("tie_embeddings", "qkv_bias", "qk_norm", "output_bias"):
             _set(self, **{name: require_bool(f"ModelConfig.{name}", getattr(self, name))})
         require_type("ModelConfig.rope", self.rope, RopeConfig, "Pass RopeConfig(theta=10000.0), for example.")
         remedy = "Pass AttentionConfig(variant='nosa'), for example."

@@ -19,6 +19,7 @@ class Origin:
     """Kept on a model, so that saving it carries everything along; a part of its structure, no leaf.
 
     config: the keys of config.json that we do not use.
+    model_type: what config.json calls the architecture; None for a model that came from nowhere.
     files: contents of generation_config.json and of the tokenizer's files, by name.
 
     All origins are equal: models of one configuration have one tree structure and share compiled functions, wherever
@@ -27,6 +28,7 @@ class Origin:
 
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
+    model_type: str | None = None
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Origin)

@@ -131,7 +131,7 @@ CASES = {
     "heads not divisible": (small(num_heads=3), "num_heads", "multiple of num_kv_heads", "3 heads and 2"),
     "odd head_dim": (small(head_dim=7), "head_dim", "even", "7"),
     "no layers": (small(num_layers=0), "num_layers", ">= 1", "0"),
-    "unknown rope": (lambda: RopeConfig(kind="yarn"), "RopeConfig.kind", "'plain' or 'longrope'", "'yarn'"),
+    "unknown rope": (lambda: RopeConfig(kind="dynamic"), "RopeConfig.kind", "'llama3', 'yarn'", "'dynamic'"),
     "longrope without factors": (lambda: RopeConfig(kind="longrope"), "RopeConfig", "short_factor", "None"),
     "too few longrope factors": (
         small(rope=RopeConfig(kind="longrope", short_factor=(1.0,), long_factor=(1.0,), original_max_context=4)),
@@ -265,7 +265,7 @@ CASES = {
     "negative attention factor": (
         lambda: longrope(attention_factor=-1.0), "RopeConfig.attention_factor", "between", "-1.0"
     ),
-    "an array as rope kind": (lambda: RopeConfig(kind=np.zeros(2)), "RopeConfig.kind", "'plain' or 'longrope'", "0."),
+    "an array as rope kind": (lambda: RopeConfig(kind=np.zeros(2)), "RopeConfig.kind", "'llama3', 'yarn'", "0."),
     "an array as variant": (attention(variant=np.zeros(2)), "AttentionConfig.variant", "one of", "0."),
     "an array as transport": (lambda: CacheConfig(transport=np.zeros(2)), "CacheConfig.transport", "'auto'", "0."),
     "text batch": (lambda: nosa_jax.plan(small_config(), "1", 8), "batch", "whole number", "'1'"),

@@ -124,10 +124,10 @@ def test_locality_of_random_models(seed, variant):
 
 def test_biases_and_norms_of_heads():
     """Where the configuration asks for them: by hand for one token, and the same in decode as in the whole row."""
-    config = dataclasses.replace(small_config(kv_heads=2, group=3), qkv_bias=True, qk_norm=True)
+    config = dataclasses.replace(small_config(kv_heads=2, group=3), qkv_bias=True, qk_norm=True, output_bias=True)
     model = lively_model(config)
     attention, rng = model.layers.attention, np.random.default_rng(0)
-    for parameter in (attention.qkv_bias, attention.query_norm, attention.key_norm):
+    for parameter in (attention.qkv_bias, attention.query_norm, attention.key_norm, attention.output_bias):
         parameter[...] = jnp.asarray(1 + 0.5 * rng.standard_normal(parameter.shape), jnp.float32)
     assert attention.qkv_bias.shape == (2, 2, 5, 32) and attention.key_norm.shape == (2, 32)
 
@@ -140,6 +140,9 @@ def test_biases_and_norms_of_heads():
             weight = (layer.query_norm if member < 3 else layer.key_norm)[...]
             expected = expected / np.sqrt((expected**2).mean() + config.rms_norm_eps) * weight
         np.testing.assert_allclose(ours[head, member], expected, rtol=1e-5, atol=1e-5)
+
+    merged = jax.tree.map(lambda p: p[1], attention).merge(jnp.zeros((1, 1, 6, 32)))
+    np.testing.assert_array_equal(merged[0, 0], layer.output_bias[...])
 
     tokens = random_tokens(1, 60)
     out = forward(model, tokens)

@@ -43,8 +43,8 @@ class Attention(nnx.Module):
     """Parameters of all layers, stacked; the methods work on the slice of one layer that a scan hands them.
 
     qkv [L, H, K, G + 2, D]: of each KV head its query heads, its key and its value, so that a cut along K moves no
-    data. output [L, N D, H]. Where the configuration asks for them, else None: qkv_bias [L, K, G + 2, D], and
-    query_norm and key_norm [L, D], the weights of RMS norms of each head before RoPE.
+    data. output [L, N D, H]. Where the configuration asks for them, else None: qkv_bias [L, K, G + 2, D], output_bias
+    [L, H], and query_norm and key_norm [L, D], the weights of RMS norms of each head before RoPE.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
@@ -59,6 +59,7 @@ class Attention(nnx.Module):
         self.key_norm = nnx.Param(jnp.ones((layers, dim), dtype)) if config.qk_norm else None
         scale = 0.02 / (2 * layers) ** 0.5
         self.output = nnx.Param(scale * jax.random.normal(rngs.params(), (layers, heads * dim, hidden), dtype))
+        self.output_bias = nnx.Param(jnp.zeros((layers, hidden), dtype)) if config.output_bias else None
         self.importance = Importance(layers, kv_heads, dim, rngs=rngs) if config.attention.uses_importance else None
 
     def heads(self, config: ModelConfig, x: Float[Array, "*rows H"]) -> Float[Array, "*rows K G_plus_2 D"]:
@@ -94,7 +95,8 @@ class Attention(nnx.Module):
 
     def merge(self, out: Float[Array, "B T N D"]) -> Float[Array, "B T H"]:
         """The output projection of all heads."""
-        return out.reshape(*out.shape[:2], -1) @ self.output[...]
+        merged = out.reshape(*out.shape[:2], -1) @ self.output[...]
+        return merged if self.output_bias is None else merged + self.output_bias[...]
 
     def __call__(
         self,

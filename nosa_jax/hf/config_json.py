@@ -1,4 +1,4 @@
-"""config.json in Hugging Face's Llama form, both ways; our AttentionConfig travels under one key of it."""
+"""config.json of Llama, Qwen2, Qwen3 and Mistral, both ways; our AttentionConfig travels under one key of it."""
 
 from __future__ import annotations
 
@@ -9,22 +9,27 @@ from typing import Any
 from nosa_jax._json import parse_object
 from nosa_jax.config import AttentionConfig, ModelConfig, replace_attention
 from nosa_jax.hf import maths
+from nosa_jax.hf.architectures import (
+    DENSE,
+    MODEL_TYPES,
+    OWN,
+    architecture_of,
+    parse_extras,
+    render_architecture,
+)
 from nosa_jax.hf.folder import existing_folder
 from nosa_jax.hf.rope_json import ROPE_KEYS, parse_rope, render_rope
-from nosa_jax.hf.values import integer, number
+from nosa_jax.hf.values import boolean, integer, number
 from nosa_jax.origin import CONFIG_NAME
 from pallas_kernels.checks import bad_value
 
 ATTENTION_KEY = "nosa_attention"
-# A dense model is a Llama. What runs a sparse one as a Llama computes something else, so its folder has another name.
-DENSE, SPARSE = ("llama", "LlamaForCausalLM"), ("nosa_llama", "NosaForCausalLM")
-MODEL_TYPES = (DENSE[0], SPARSE[0])
 # Keys that describe the folder they stand in: the dtype of the weights, and code that lies beside them.
 _OF_THE_FOLDER = ("dtype", "torch_dtype", "auto_map")
 _FORM = (
     *("architectures", "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
     *("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings", "hidden_act"),
-    *("rms_norm_eps", "attention_bias", "mlp_bias", "tie_word_embeddings"),
+    *("rms_norm_eps", "mlp_bias", "tie_word_embeddings"),
 )
 _TEXT = {"bos_token_id": None, "eos_token_id": None}  # written where nothing better is known
 
@@ -54,13 +59,15 @@ def parse_config(raw: dict[str, Any], *, overrides: dict[str, Any], has_importan
     if raw.get("model_type") not in MODEL_TYPES:
         raise bad_value(
             CONFIG_NAME,
-            f"model_type must be {DENSE[0]!r}",
+            f"model_type must be one of {', '.join(map(repr, MODEL_TYPES))}",
             f"{raw.get('model_type')!r:.60}",
-            "Other architectures compute something else; export the checkpoint in Llama form.",
+            "Other architectures compute something else: this checkpoint cannot be loaded.",
         )
+    architecture = architecture_of(raw)
     hidden, heads = integer(raw, "hidden_size"), integer(raw, "num_attention_heads")
-    max_context = integer(raw, "max_position_embeddings", 2048)
-    if raw.get("head_dim") is None and hidden % heads:
+    max_context = integer(raw, "max_position_embeddings", architecture.max_context)
+    kv_heads = heads if "num_key_value_heads" in raw else architecture.num_kv_heads or heads
+    if raw.get("head_dim") is None and architecture.head_dim is None and hidden % heads:
         rule = "hidden_size must be a multiple of num_attention_heads where there is no head_dim"
         raise bad_value(CONFIG_NAME, rule, f"{hidden} and {heads}", "Restore the file.")
     config = ModelConfig(
@@ -69,11 +76,12 @@ def parse_config(raw: dict[str, Any], *, overrides: dict[str, Any], has_importan
         intermediate_size=integer(raw, "intermediate_size"),
         num_layers=integer(raw, "num_hidden_layers"),
         num_heads=heads,
-        num_kv_heads=integer(raw, "num_key_value_heads", heads),
-        head_dim=integer(raw, "head_dim", hidden // heads),
+        num_kv_heads=integer(raw, "num_key_value_heads", kv_heads),
+        head_dim=integer(raw, "head_dim", architecture.head_dim or hidden // heads),
         max_context=max_context,
         rms_norm_eps=number(raw, "rms_norm_eps", low=0.0) if "rms_norm_eps" in raw else 1e-6,
-        tie_embeddings=_is_true(raw, "tie_word_embeddings"),
+        tie_embeddings=boolean(raw, "tie_word_embeddings"),
+        **parse_extras(raw)._asdict(),
         rope=parse_rope(raw, max_context),
         attention=_parse_attention(raw, overrides, has_importance),
     )
@@ -84,7 +92,7 @@ def parse_config(raw: dict[str, Any], *, overrides: dict[str, Any], has_importan
 def may_lack_importance(raw: dict[str, Any]) -> bool:
     """Whether a checkpoint with this config.json, which `parse_config` takes, is whole without importance tensors."""
     stored = raw.get(ATTENTION_KEY)
-    return raw["model_type"] == DENSE[0] if stored is None else not AttentionConfig(**stored).uses_importance
+    return raw["model_type"] in DENSE if stored is None else not AttentionConfig(**stored).uses_importance
 
 
 def unused(raw: dict[str, Any]) -> dict[str, Any]:
@@ -93,21 +101,16 @@ def unused(raw: dict[str, Any]) -> dict[str, Any]:
     return {key: raw[key] for key in sorted(raw) if key not in ours and not (key in _TEXT and raw[key] is None)}
 
 
-def render_config(config: ModelConfig, dtype: str, carried: dict[str, Any] | None = None) -> dict[str, Any]:
+def render_config(
+    config: ModelConfig, dtype: str, carried: dict[str, Any] | None = None, came_as: str | None = None
+) -> dict[str, Any]:
     """The config.json of `config`; `parse_config` gives the same `config` back.
 
-    dtype: name of the weights' dtype. carried: what `unused` found elsewhere, to be written too.
-
-    Raises ValueError for a model that Llama's form cannot describe.
+    dtype: name of the weights' dtype. carried: what `unused` found elsewhere, to be written too. came_as: the
+    `model_type` that the model had where it was loaded.
     """
-    for name in ("qkv_bias", "qk_norm"):
-        if getattr(config, name):
-            remedy = "Keep such a model in checkpoints of nosa_jax.train."
-            raise bad_value(f"model.config.{name}", "must be False in a folder of Llama's form", True, remedy)
-    model_type, architecture = SPARSE if config.attention.is_sparse else DENSE
     raw: dict[str, Any] = {
-        "architectures": [architecture],
-        "model_type": model_type,
+        **render_architecture(config, came_as),
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -118,7 +121,6 @@ def render_config(config: ModelConfig, dtype: str, carried: dict[str, Any] | Non
         "max_position_embeddings": config.max_context,
         "hidden_act": "silu",
         "rms_norm_eps": config.rms_norm_eps,
-        "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": config.tie_embeddings,
         "torch_dtype": dtype,
@@ -128,19 +130,13 @@ def render_config(config: ModelConfig, dtype: str, carried: dict[str, Any] | Non
     return {**_TEXT, **(carried or {}), **raw}
 
 
-def _is_true(raw: dict[str, Any], key: str) -> bool:
-    if raw.get(key) not in (None, True, False) or type(raw.get(key)) is int:
-        raise bad_value(f"{CONFIG_NAME}: {key}", "must be true or false", f"{raw[key]!r:.60}", "Restore the file.")
-    return bool(raw.get(key))
-
-
 def _parse_attention(raw: dict[str, Any], overrides: dict[str, Any], has_importance: bool) -> AttentionConfig:
     stored = raw.get(ATTENTION_KEY)
     where = f"{CONFIG_NAME}: {ATTENTION_KEY}"
     if stored is None:
-        if raw["model_type"] == SPARSE[0] and not has_importance and "variant" not in overrides:
+        if raw["model_type"] == OWN and not has_importance and "variant" not in overrides:
             remedy = "Restore the key, or say how the model attends: from_pretrained(..., variant=...)."
-            raise bad_value(where, f"must be there in a folder of {SPARSE[0]!r} without importance", None, remedy)
+            raise bad_value(where, f"must be there in a folder of {OWN!r} without importance", None, remedy)
         stored = {"variant": "nosa" if has_importance else "full"}
     known = [field.name for field in dataclasses.fields(AttentionConfig)]
     if not isinstance(stored, dict) or set(stored) - set(known):

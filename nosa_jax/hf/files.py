@@ -36,7 +36,7 @@ class CheckpointFiles:
         self.infos: dict[str, TensorInfo] = {}
         weight_map = _weight_map(folder)
         for file in [SINGLE_NAME] if weight_map is None else sorted(set(weight_map.values())):
-            with _open(folder / file) as handle:
+            with open_safetensors(folder / file) as handle:
                 for name in list(handle.keys()):
                     # A file may hold more than the index says of it; what the index passes over is not there.
                     if weight_map is None or weight_map.get(name) == file:
@@ -51,11 +51,12 @@ class CheckpointFiles:
     def read(self, name: str) -> np.ndarray:
         """A host copy of the tensor `name`, in its stored dtype."""
         # Opened anew each time: a file kept open stays mapped, and what was read of it counts as memory in use.
-        with _open(self._folder / self.infos[name].file) as handle:
+        with open_safetensors(self._folder / self.infos[name].file) as handle:
             return handle.get_tensor(name)
 
 
-def _open(path: Path) -> Any:
+def open_safetensors(path: Path) -> Any:
+    """The open file, as safetensors has it, for numpy. Raises ValueError that names a damaged one."""
     safetensors = import_extra("safetensors")
     try:
         return safetensors.safe_open(path, framework="np")

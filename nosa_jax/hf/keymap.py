@@ -74,13 +74,22 @@ def _layer_pieces(config: ModelConfig, layer: int, importance: bool) -> Iterator
         part = (every, every, members)
         return piece(f"self_attn.{letter}_proj.weight", (width, hidden), "attention.qkv", part=part, inputs=1)
 
+    def bias_of_heads(letter: str, width: int, members: slice | int) -> Piece:
+        return piece(f"self_attn.{letter}_proj.bias", (width,), "attention.qkv_bias", part=(slice(None), members))
+
     def of_mlp(name: str, half: int) -> Piece:
         return piece(f"mlp.{name}_proj.weight", (ffn, hidden), "mlp.gate_up", part=(slice(None), half), inputs=1)
 
-    yield of_heads("q", q_width, slice(group))
-    yield of_heads("k", kv_width, group)
-    yield of_heads("v", kv_width, group + 1)
+    for letter, width, members in (("q", q_width, slice(group)), ("k", kv_width, group), ("v", kv_width, group + 1)):
+        yield of_heads(letter, width, members)
+        if config.qkv_bias:
+            yield bias_of_heads(letter, width, members)
     yield piece("self_attn.o_proj.weight", (hidden, q_width), "attention.output", inputs=1)
+    if config.output_bias:
+        yield piece("self_attn.o_proj.bias", (hidden,), "attention.output_bias")
+    if config.qk_norm:
+        yield piece("self_attn.q_norm.weight", (config.head_dim,), "attention.query_norm")
+        yield piece("self_attn.k_norm.weight", (config.head_dim,), "attention.key_norm")
     if importance:
         yield piece("self_attn.A", (kv_heads,), "attention.importance.A")
         yield piece("self_attn.delta.weight", (kv_heads, kv_width), "attention.importance.delta", inputs=2)

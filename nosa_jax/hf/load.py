@@ -44,9 +44,12 @@ def from_pretrained(
 ) -> NosaLM:
     """Loads a local checkpoint folder: config.json with model.safetensors, whole or sharded with an index.
 
+    Llama, Qwen2, Qwen3 and Mistral are read, with every RoPE of `RopeConfig`, and what `save_pretrained` writes. Layers
+    with a sliding window shorter than the context are refused.
+
     dtype: of the weights: float32, bfloat16 or float16. Importance (A and delta) is float32 always.
     variant: None takes what config.json says under `nosa_attention`; without that key it is `nosa` if the checkpoint
-        has importance tensors, else `full`. A plain Llama or `infllmv2` checkpoint asked for as `nosa` or `dma` starts
+        has importance tensors, else `full`. A dense or `infllmv2` checkpoint asked for as `nosa` or `dma` starts
         with A = 0 and a small random delta that is the same every time. `full` and `infllmv2` ignore stored importance.
     attention: fields of AttentionConfig to change, e.g. `{"num_selected_blocks": 32}`. The released NOSA checkpoints
         do not store theirs: the defaults of AttentionConfig are theirs.
@@ -57,7 +60,8 @@ def from_pretrained(
 
     Raises FileNotFoundError where files are missing, ImportError without the extra `hf`, ValueError for an unreadable
     file, for a config.json that asks for other maths, and for tensors that do not fit (all of them are listed), and
-    TypeError for arguments of other types. Warns where a Llama asked for as sparse is too short to be it.
+    TypeError for arguments of other types. Warns where a context is too short for anything to be sparse, unless the
+    folder was saved as a sparse one.
     """
     folder = user_path("path", path)
     want = check_dtype(dtype)
@@ -80,7 +84,7 @@ def _load(folder: Path, dtype: np.dtype, overrides: dict[str, Any]) -> NosaLM:
         rule = f"must fit the {len(files.infos)} tensors of {folder}"
         remedy = "Check that config.json and the weights belong together."
         raise bad_value("config.json: num_hidden_layers", rule, config.num_layers, remedy)
-    if ATTENTION_KEY not in raw and "variant" in overrides:
+    if (raw.get(ATTENTION_KEY) or {"variant": "full"}).get("variant") == "full":
         _warn_if_dense(config)
     fresh = config.attention.uses_importance and not has_importance and may_lack_importance(raw)
     pieces = model_pieces(config, importance=config.attention.uses_importance and not fresh)
@@ -97,7 +101,7 @@ def _load(folder: Path, dtype: np.dtype, overrides: dict[str, Any]) -> NosaLM:
         model.layers.attention.importance = Importance(
             config.num_layers, config.num_kv_heads, config.head_dim, rngs=nnx.Rngs(0)
         )
-    model.origin = Origin(unused(raw), read_texts(folder))
+    model.origin = Origin(unused(raw), read_texts(folder), raw["model_type"])
     return model
 
 
@@ -109,7 +113,7 @@ def _warn_if_dense(config: ModelConfig) -> None:
             f"variant: nothing is sparse: {attention.variant!r} selects {attention.num_selected_blocks} blocks of "
             f"{attention.block_size} tokens, and max_position_embeddings = {config.max_context} is at most their "
             f"{reach} tokens. Lower num_selected_blocks or block_size with attention={{...}}.",
-            stacklevel=5,
+            stacklevel=6,
         )
 
 

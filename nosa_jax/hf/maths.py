@@ -1,4 +1,4 @@
-"""Keys of config.json by which other architectures compute something else, and the values that leave it a Llama.
+"""Keys of config.json by which other architectures compute something else, and the values that leave the model ours.
 
 A reader that passes over such a key runs another model without a word. Absent and null are always neutral.
 """
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from nosa_jax.config import ModelConfig
+from nosa_jax.hf.architectures import keys_of_extras
 from pallas_kernels.checks import bad_value
 
 # By key, the neutral values; False stands for 0 too, as in JSON files both are found.
@@ -45,12 +46,10 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "pruned_heads", "num_nextn_predict_layers"), (False,)),
     **dict.fromkeys(("quantization_config", "compression_config"), (None,)),
 }
+_SLIDING = "sliding_attention"
 # By key, whether its value is neutral in a model of this form.
 _BY_MODEL: dict[str, Callable[[Any, ModelConfig, dict[str, Any]], bool]] = {
-    "sliding_window": lambda value, config, raw: value == 0 or raw.get("use_sliding_window") is False,
-    "use_sliding_window": lambda value, config, raw: value is False or not raw.get("sliding_window"),
-    "max_window_layers": lambda value, config, raw: True,
-    "layer_types": lambda value, config, raw: set(value) <= {"full_attention"},
+    "layer_types": lambda value, config, raw: set(value) <= {"full_attention", _is_wide(raw, config) and _SLIDING},
     "no_rope_layers": lambda value, config, raw: all(value),  # Llama 4 marks the layers that do have RoPE with 1
     "rotary_dim": lambda value, config, raw: value == config.head_dim,
     "dim_model_base": lambda value, config, raw: value == config.hidden_size,
@@ -58,18 +57,51 @@ _BY_MODEL: dict[str, Callable[[Any, ModelConfig, dict[str, Any]], bool]] = {
     "attention_multiplier": lambda value, config, raw: math.isclose(value, config.head_dim**-0.5),
     "query_pre_attn_scalar": lambda value, config, raw: value == config.head_dim,
 }
-KEYS = frozenset(_NEUTRAL) | frozenset(_BY_MODEL)
+_WINDOW_KEYS = ("sliding_window", "use_sliding_window", "max_window_layers")
+KEYS = frozenset(_NEUTRAL) | frozenset(_BY_MODEL) | frozenset(_WINDOW_KEYS)
 
 
 def refuse_other_maths(raw: dict[str, Any], config: ModelConfig) -> None:
-    """Raises ValueError that names every key of `raw` under which a model of the sizes of `config` is no Llama."""
-    keys = [key for key in (*_NEUTRAL, *_BY_MODEL) if raw.get(key) is not None and not _is_neutral(raw, key, config)]
+    """Raises ValueError that names every key of `raw` under which a model of the sizes of `config` is not ours."""
+    said = [key for key in (*_NEUTRAL, *_BY_MODEL) if raw.get(key) is not None]
+    understood = keys_of_extras(raw["model_type"])
+    keys = [key for key in said if key not in understood and not _is_neutral(raw, key, config)]
     if keys:
         known = [f"{key}={_NEUTRAL[key][0]!r}" for key in keys if key in _NEUTRAL]
-        rule = "must describe a plain Llama" + (f" ({', '.join(known)})" if known else "")
+        rule = f"must describe a plain {raw['model_type']}" + (f" ({', '.join(known)})" if known else "")
         got = ", ".join(f"{key}={raw[key]!r:.60}" for key in keys)
-        remedy = "This checkpoint cannot be loaded; where the weights are a plain Llama's, remove the key."
+        remedy = "This checkpoint cannot be loaded; where the weights are such a model's, remove the key."
         raise bad_value("config.json", rule, got, remedy)
+    if _has_window(raw, config) and not _is_wide(raw, config):
+        got = f"sliding_window={_window(raw)!r:.60} in a context of {config.max_context}"
+        remedy = (
+            "Layers that see a window are not built. For texts no longer than the window set max_position_embeddings "
+            "to it; sliding_window=null would show the layers more than they were trained with."
+        )
+        raise bad_value("config.json", "every layer must see the whole context", got, remedy)
+
+
+def _window(raw: dict[str, Any]) -> Any:
+    return raw.get("sliding_window", 4096 if raw["model_type"] in ("mistral", "qwen2", "qwen3") else None)
+
+
+def _is_wide(raw: dict[str, Any], config: ModelConfig) -> bool:
+    """Whether there is a window that hides nothing of the context."""
+    return type(_window(raw)) is int and _window(raw) >= config.max_context
+
+
+def _has_window(raw: dict[str, Any], config: ModelConfig) -> bool:
+    """Whether a layer of it has a sliding window, as transformers decides it; where it passes over a key, as meant."""
+    if not _window(raw):
+        return False
+    if raw["model_type"] == "mistral":  # all layers, whatever the other keys say
+        return True
+    if raw["model_type"] in ("qwen2", "qwen3"):
+        if not raw.get("use_sliding_window") or raw.get("layer_types") is not None:  # of which none has a window
+            return False
+        first = raw.get("max_window_layers", 28)
+        return type(first) is not int or first < config.num_layers
+    return raw.get("use_sliding_window") is not False
 
 
 def _is_neutral(raw: dict[str, Any], key: str, config: ModelConfig) -> bool:

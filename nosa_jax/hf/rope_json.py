@@ -8,14 +8,28 @@ from typing import Any
 from nosa_jax.config import RopeConfig
 from nosa_jax.hf.values import as_number, integer
 from nosa_jax.origin import CONFIG_NAME
+from nosa_jax.rope import yarn_attention_factor
 from pallas_kernels.checks import bad_value
 
 # Keys of config.json itself that belong here; `rope_parameters` is the form of transformers 5.
-ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings")
+_ORIGINAL = "original_max_position_embeddings"
+ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", _ORIGINAL)
 _PLAIN = ("default", "plain", None)
-_KINDS = ("rope_type", "type")
-_OF_ALL = (*_KINDS, "rope_theta", "partial_rotary_factor")
-_OF_LONGROPE = ("factor", "short_factor", "long_factor", "original_max_position_embeddings", "attention_factor")
+_NAMES = ("rope_type", "type")
+_OF_ALL = (*_NAMES, "rope_theta", "partial_rotary_factor", _ORIGINAL)
+# By kind, the settings that it needs and those that it may have beside those of all.
+_SETTINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ()),
+    "yarn": (
+        ("factor",),
+        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    ),
+    "longrope": (("short_factor", "long_factor"), ("factor", "attention_factor")),
+}
+# Those that would change the maths of plain rope if it had them; of 1 they would not.
+_STRETCHING = ("factor", "short_factor", "long_factor", "attention_factor")
 _REMEDY = "Other kinds are not implemented; this checkpoint cannot be loaded."
 
 
@@ -42,55 +56,90 @@ def parse_rope(raw: dict[str, Any], max_context: int) -> RopeConfig:
 
 def _parse(key: str, rope: dict[str, Any], raw: dict[str, Any], theta: float, max_context: int) -> RopeConfig:
     where = f"{CONFIG_NAME}: {key}"
-    kinds = [rope[name] for name in _KINDS if rope.get(name) is not None] or [None]
-    if any(kind not in (*_PLAIN, "longrope") for kind in kinds):
-        raise bad_value(where, "the rope type must be 'default' or 'longrope'", f"{kinds[0]!r:.60}", _REMEDY)
-    if len({"longrope" if kind == "longrope" else "default" for kind in kinds}) > 1:
-        raise bad_value(where, "rope_type and type must say the same", kinds, "Remove the one that is wrong.")
+    kind = _kind(where, rope)
     if rope.get("rope_theta") is not None and as_number(f"{key}.rope_theta", rope["rope_theta"], low=0.0) != theta:
         raise bad_value(where, "rope_theta must be the same everywhere", rope["rope_theta"], "Correct it.")
-    long = kinds[0] == "longrope"
-    unknown = sorted(name for name in rope if name not in (*_OF_ALL, *_OF_LONGROPE))
-    if unknown or rope.get("partial_rotary_factor") not in (1, None):
-        allowed = sorted({*_OF_ALL, *_OF_LONGROPE})
-        rule = f"rope settings must be among {allowed} with partial_rotary_factor 1"
-        raise bad_value(where, rule, f"{rope!r:.200}", _REMEDY)
-    if not long:
+    needed, optional = _SETTINGS[kind]
+    said = {name: value for name, value in rope.items() if value is not None or name == "truncate"}
+    allowed = {*_OF_ALL, *needed, *optional}
+    if kind == "default":
         # A length of training changes nothing by itself; a factor does, and nobody says how.
-        stretching = [name for name in _OF_LONGROPE[:3] + _OF_LONGROPE[4:] if rope.get(name) not in (1, None)]
+        named = any(rope.get(name) is not None for name in _NAMES)
+        stretching = [name for name in _STRETCHING if said.get(name) not in (1, None)]
         if stretching:
-            rule = f"a rope type must stand beside {stretching}" if kinds[0] is None else "plain rope has no factors"
+            rule = "plain rope has no factors" if named else f"a rope type must stand beside {stretching}"
             raise bad_value(where, rule, f"{rope!r:.200}", _REMEDY)
-        return RopeConfig(theta=theta)
-    missing = [name for name in ("short_factor", "long_factor") if not rope.get(name)]
+        allowed |= {*_STRETCHING}
+    if not said.keys() <= allowed or said.get("partial_rotary_factor") not in (1, None):
+        rule = f"settings of a {kind} rope must be among {sorted(allowed)} with partial_rotary_factor 1"
+        raise bad_value(where, rule, f"{rope!r:.200}", _REMEDY)
+    missing = [name for name in needed if name not in (rope if kind == "yarn" else said)]
     if missing:
-        raise bad_value(where, f"longrope needs {missing}", f"keys {sorted(rope)}", "Restore the file.")
-    original, factor = _original(where, rope, raw, max_context), rope.get("factor")
-    factor = None if factor is None else as_number(f"{key}.factor", factor, low=0.0)
-    attention_factor = rope.get("attention_factor")
-    if attention_factor is not None:
-        attention_factor = as_number(f"{key}.attention_factor", attention_factor, low=0.0)
-    elif factor not in (None, max_context / original) and raw.get("original_max_position_embeddings") is None:
+        raise bad_value(where, f"{kind} needs {missing}", f"keys {sorted(rope)}", "Restore the file.")
+    if kind == "default":
+        return RopeConfig(theta=theta)
+    numbers = ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor")
+    fields: dict[str, Any] = {name: as_number(f"{key}.{name}", said[name], low=0.0) for name in numbers if name in said}
+    if kind != "linear":
+        fields["original_max_context"] = _original(where, rope, raw, max_context)
+    if kind == "yarn":
+        _finish_yarn(key, said, fields, max_context)
+    if kind == "longrope":
+        _finish_longrope(key, said, fields, max_context, has_own_ratio=raw.get(_ORIGINAL) is not None)
+    try:
+        return RopeConfig(theta=theta, kind=kind, **fields)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _kind(where: str, rope: dict[str, Any]) -> Any:
+    kinds = [rope[name] for name in _NAMES if rope.get(name) is not None] or [None]
+    kinds = ["default" if kind in _PLAIN else kind for kind in kinds]
+    if any(kind not in [*_SETTINGS] for kind in kinds):
+        odd = next(kind for kind in kinds if kind not in [*_SETTINGS])
+        raise bad_value(where, f"the rope type must be one of {[*_SETTINGS]}", f"{odd!r:.60}", _REMEDY)
+    if len(set(kinds)) > 1:
+        raise bad_value(where, "rope_type and type must say the same", kinds, "Remove the one that is wrong.")
+    return kinds[0]
+
+
+def _finish_yarn(key: str, said: dict[str, Any], fields: dict[str, Any], max_context: int) -> None:
+    """Adds to the fields of a RopeConfig what is not simply a number of that name."""
+    if "factor" not in fields:  # null
+        fields["factor"] = max_context / fields["original_max_context"]
+    scales = [
+        as_number(f"{key}.{name}", said[name], low=-1e30) if name in said else 0.0
+        for name in ("mscale", "mscale_all_dim")
+    ]
+    if "attention_factor" not in fields and all(scales):  # one without the other says nothing
+        whole, part = (yarn_attention_factor(fields["factor"], scale) for scale in scales)
+        fields["attention_factor"] = as_number(f"{key}.mscale / mscale_all_dim", whole / part, low=0.0)
+    if "truncate" in said:
+        if type(said["truncate"]) is not bool:  # as null it would be false, absent it is true
+            got = f"{said['truncate']!r:.60}"
+            raise bad_value(f"{CONFIG_NAME}: {key}.truncate", "rope: must be true or false", got, "Correct it.")
+        fields["truncate"] = said["truncate"]
+
+
+def _finish_longrope(
+    key: str, said: dict[str, Any], fields: dict[str, Any], max_context: int, *, has_own_ratio: bool
+) -> None:
+    """The same; has_own_ratio: whether the original context stands beside the settings, where it beats `factor`."""
+    for name in ("short_factor", "long_factor"):
+        fields[name] = _factors(key, name, said)
+    factor, original = fields.pop("factor", None), fields["original_max_context"]
+    if "attention_factor" not in fields and factor not in (None, max_context / original) and not has_own_ratio:
         # A stated stretch beats the ratio of the two lengths, which is what None stands for.
-        attention_factor = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
-    return RopeConfig(
-        theta=theta,
-        kind="longrope",
-        short_factor=_factors(key, "short_factor", rope),
-        long_factor=_factors(key, "long_factor", rope),
-        original_max_context=original,
-        attention_factor=attention_factor,
-    )
+        fields["attention_factor"] = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
 
 
 def _original(where: str, rope: dict[str, Any], raw: dict[str, Any], max_context: int) -> int:
-    name = "original_max_position_embeddings"
-    given = {integer(source, name) for source in (rope, raw) if source.get(name) is not None}
+    given = {integer(source, _ORIGINAL) for source in (rope, raw) if source.get(_ORIGINAL) is not None}
     if len(given) > 1:
-        raise bad_value(where, f"{name} must be the same here and beside it", sorted(given), "Correct it (rope).")
+        raise bad_value(where, f"{_ORIGINAL} must be the same here and beside it", sorted(given), "Correct it (rope).")
     original = given.pop() if given else max_context
     if original < 2:
-        raise bad_value(where, f"longrope needs a {name} of at least 2", original, "Restore the file.")
+        raise bad_value(where, f"rope needs a {_ORIGINAL} of at least 2", original, "Restore the file.")
     return original
 
 
@@ -102,17 +151,17 @@ def _factors(key: str, name: str, rope: dict[str, Any]) -> tuple[float, ...]:
 
 def render_rope(rope: RopeConfig) -> dict[str, Any]:
     """The keys of config.json that `parse_rope` reads as `rope`."""
-    raw: dict[str, Any] = {"rope_theta": rope.theta, "rope_scaling": None}
-    if rope.kind == "longrope":
-        assert rope.short_factor is not None and rope.long_factor is not None
-        raw["rope_scaling"] = {
-            "rope_type": "longrope",
-            "short_factor": list(rope.short_factor),
-            "long_factor": list(rope.long_factor),
-            "original_max_position_embeddings": rope.original_max_context,
-        }
-        if rope.attention_factor is not None:
-            raw["rope_scaling"]["attention_factor"] = rope.attention_factor
-        # Transformers before 5 looks for it here only.
-        raw["original_max_position_embeddings"] = rope.original_max_context
+    if rope.kind == "plain":
+        return {"rope_theta": rope.theta, "rope_scaling": None}
+    needed, optional = _SETTINGS[rope.kind]
+    scaling: dict[str, Any] = {"rope_type": rope.kind}
+    for name in (*needed, *optional):
+        value = getattr(rope, name, None)
+        if value is not None:
+            scaling[name] = list(value) if isinstance(value, tuple) else value
+    raw = {"rope_theta": rope.theta, "rope_scaling": scaling}
+    if rope.original_max_context is not None:
+        scaling[_ORIGINAL] = rope.original_max_context
+    if rope.kind == "longrope":  # transformers before 5 looks for it here only
+        raw[_ORIGINAL] = rope.original_max_context
     return raw

@@ -16,8 +16,9 @@ from jax.typing import DTypeLike
 from nosa_jax._extras import import_extra
 from nosa_jax._json import parse_object
 from nosa_jax._paths import user_path
+from nosa_jax.hf.architectures import MODEL_TYPES
 from nosa_jax.hf.carried import carried
-from nosa_jax.hf.config_json import MODEL_TYPES, render_config
+from nosa_jax.hf.config_json import render_config
 from nosa_jax.hf.folder import (
     INDEX_NAME,
     PARTIAL,
@@ -51,17 +52,19 @@ def save_pretrained(
     tokenizer: is written as tokenizer.json, so that the folder says what its tokens are. Files of another tokenizer are
         not carried along and do not stay, nor do end-of-text ids that were ids of another one.
 
-    A `full` model is a Llama to every library. The others are of the type `nosa_llama`, which libraries that do not
-    know it refuse: as a Llama they would compute something else.
+    A `full` model goes out as the architecture that it was loaded as, a new one as the one that its biases and norms
+    make it (Llama, Qwen2 or Qwen3). The others, and a `full` one that is none of these, are of the type `nosa_llama`,
+    which libraries that do not know it refuse: as a Llama they would compute something else.
 
     What the folder that `model` was loaded from says beyond the model (end-of-text ids and other keys of config.json,
     generation_config.json, the tokenizer's files) is written too.
 
-    `path` may be new, an empty folder, or a folder with a Llama or NOSA checkpoint, whose config and safetensors are
-    then replaced while its other files (a tokenizer, say) stay; a generation_config.json goes too where the vocabulary
-    has another size. Anything else is refused. All files are written to a hidden folder first, inside `path` or, where
-    that is new, beside it, and moved at the end: a failure leaves `path` as it was (where it was killed while it moved
-    files, the next call does), and of two who write at once the last one wins whole.
+    `path` may be new, an empty folder, or a folder with a checkpoint of a type that `from_pretrained` reads, whose
+    config and safetensors are then replaced while its other files (a tokenizer, say) stay; a generation_config.json
+    goes too where the vocabulary has another size. Anything else is refused. All files are written to a hidden folder
+    first, inside `path` or, where that is new, beside it, and moved at the end: a failure leaves `path` as it was
+    (where it was killed while it moved files, the next call does), and of two who write at once the last one wins
+    whole.
 
     Raises FileExistsError for a `path` that is refused, ImportError without the extra `hf`, TypeError and ValueError
     for bad arguments. Warns where a tokenizer in `path` differs from the model's.
@@ -75,7 +78,7 @@ def save_pretrained(
     folder = user_path("path", path).resolve()
     replaced = _replaced_config(folder)
     beside, leaving = carried(model, folder, replaced, tokenizer)
-    config = render_config(model.config, weights_dtype.name, dict(beside.config))
+    config = render_config(model.config, weights_dtype.name, dict(beside.config), model.origin.model_type)
     with partial_folder(folder) as partial:
         _write(model, partial, weights_dtype, max_shard_bytes, config)
         for name, data in beside.files.items():
@@ -102,7 +105,7 @@ def _replaced_config(folder: Path) -> dict[str, Any]:
         raw = {}
     if raw.get("model_type") not in MODEL_TYPES:
         raise FileExistsError(
-            f"path: must be new, empty, or a folder with a Llama or NOSA checkpoint to replace, got {folder}. "
+            f"path: must be new, empty, or a folder with a Llama, Qwen, Mistral or NOSA checkpoint, got {folder}. "
             "Choose another path or empty that folder."
         )
     return raw

@@ -1,4 +1,4 @@
-"""Numbers of a config.json, checked one by one: the error names the key and says what it should have been."""
+"""Values of a config.json, checked one by one: the error names the key and says what it should have been."""
 
 from __future__ import annotations
 
@@ -24,6 +24,14 @@ def integer(raw: dict[str, Any], key: str, default: int | None = None, *, low: i
         rule = f"must be a whole number from {low} to 2**31 - 1"
         raise bad_value(f"{CONFIG_NAME}: {key}", rule, f"{value!r:.30}", _REMEDY)
     return value
+
+
+def boolean(raw: dict[str, Any], key: str) -> bool:
+    """`raw[key]`, False where it is absent or null. Raises ValueError."""
+    value = raw.get(key)
+    if value is not None and type(value) is not bool:
+        raise bad_value(f"{CONFIG_NAME}: {key}", "must be true or false", f"{value!r:.60}", "Restore the file.")
+    return bool(value)
 
 
 def number(raw: dict[str, Any], key: str, *, low: float) -> float:
