@@ -142,9 +142,7 @@ class NosaLM(nnx.Module):
             return parallel.gather(self.embed[...], "embed", stacked=False)
         return parallel.gather(self.lm_head[...], "lm_head", stacked=False)
 
-    def logits_by(
-        self, head: Float[Array, "rows columns"], hidden: Float[Array, "*rest H"]
-    ) -> Float[Array, "*rest V"]:
+    def logits_by(self, head: Float[Array, "rows columns"], hidden: Float[Array, "*rest H"]) -> Float[Array, "*rest V"]:
         """float32 logits of hidden states after the final norm, by the matrix of `head`."""
         formula = "...h,vh->...v" if self.lm_head is None else "...h,hv->...v"
         return jnp.einsum(formula, hidden, head, preferred_element_type=jnp.float32)
@@ -230,7 +228,7 @@ def _forward(
     def body(model: NosaLM, tokens: Array, *rest: Any) -> ForwardOutput:
         hidden, ids = hidden_states(model, tokens, *rest, record=recorded, remat=remat)
         hidden = parallel.in_row_order(hidden, axis=1)
-        ids = parallel.in_row_order(ids, axis=3) if recorded else None
+        ids = None if ids is None else parallel.in_row_order(ids, axis=3)
         if logits == "none":
             return ForwardOutput(None, hidden, ids)
         if logits == "last":

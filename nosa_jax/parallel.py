@@ -81,21 +81,16 @@ def make_mesh(
 
 
 def spec(name: str, mesh: Mesh | AbstractMesh) -> P:
-    """How the parameter of a dotted name, or its moments in an optimizer's state, lie on a mesh."""
-    for last, found in RULES:
-        if name == last or name.endswith(f".{last}"):
-            return on_mesh(found, mesh)
-    return P()
+    """How the parameter of a dotted name, or its moments in an optimizer's state, lie on a mesh.
 
-
-def on_mesh(wanted: P, mesh: Mesh | AbstractMesh) -> P:
-    """A PartitionSpec without the axes that a mesh does not have."""
-
-    def keep(axes: Any) -> Any:
-        names = tuple(name for name in (axes if isinstance(axes, tuple) else (axes,)) if name in mesh.shape)
-        return names[0] if len(names) == 1 else names or None
-
-    return P(*(keep(axes) for axes in wanted))
+    As JAX writes it: without axes of one device and without None at the end, so that what comes out of a program is of
+    the type of what went in.
+    """
+    rule = next((found for last, found in RULES if name == last or name.endswith(f".{last}")), P())
+    axes = [name if mesh.shape.get(name, 1) > 1 else None for name in rule]
+    while axes and axes[-1] is None:
+        axes.pop()
+    return P(*axes)
 
 
 def specs(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
@@ -203,9 +198,10 @@ def run[R](mesh: AbstractMesh | None, body: Callable[..., R], *args: Any, out: A
         results = jax.eval_shape(body, *jax.tree.map(_untyped, args))
 
     def place(wanted: P, x: Any) -> NamedSharding:
-        whole = on_mesh(wanted, mesh)
-        divides = all(size % size_of(mesh, axes) == 0 for size, axes in zip(x.shape, whole, strict=False))
-        return NamedSharding(mesh, whole if divides else fitting(mesh, x.shape, wanted))
+        names = {name for axes in wanted for name in (axes if isinstance(axes, tuple) else (axes,))}
+        divides = all(size % size_of(mesh, axes) == 0 for size, axes in zip(x.shape, wanted, strict=False))
+        fits = divides and names <= {None, *mesh.axis_names}
+        return NamedSharding(mesh, wanted if fits else fitting(mesh, x.shape, wanted))
 
     placed = jax.tree.map(place, out, results, is_leaf=_is_spec)
     with jax.sharding.use_abstract_mesh(mesh):
@@ -276,7 +272,7 @@ def by_rows[R](
     with jax.sharding.use_abstract_mesh(mesh):
         if AxisType.Explicit in mesh.axis_types:
             args = jax.tree.map(_resharded, cut(specs), args, is_leaf=_is_spec)
-        # Loops begin with what is the same everywhere and go on with what is not; nothing here needs to tell them apart.
+        # Loops begin with what is the same everywhere and go on with what is not: nothing here needs to be told.
         return jax.shard_map(body, mesh=mesh, in_specs=cut(specs), out_specs=cut(out), check_vma=False)(*args)
 
 
@@ -315,6 +311,7 @@ def as_lying[Tree](tree: Tree) -> Tree:
 
 
 # Weights. -------------------------------------------------------------------------------------------------------------
+
 
 def gather[Tree](tree: Tree, prefix: str = "", *, stacked: bool = True) -> Tree:
     """Parameters as products want them: whole along `fsdp`.
@@ -398,7 +395,7 @@ def _piece_order(size: int) -> np.ndarray:
     return np.array([piece for c in range(size) for piece in (c, _PIECES * size - 1 - c)])
 
 
-def all_tokens[X](x: X) -> X:
+def all_tokens(x: Any) -> Any:
     """Inside `per_row_and_head`: [B, K, t, ...] of this device to that of all tokens of the rows, in their order."""
     if x is None or "context" not in jax.typeof(x).manual_axis_type.varying:
         return x

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from nosa_jax._pytree import by_name
 from nosa_jax.train import (
     OptimizerConfig,
     Skipped,
@@ -17,7 +18,6 @@ from nosa_jax.train import (
     learning_rate_schedule,
     make_optimizer,
 )
-from nosa_jax._pytree import by_name
 
 # The names of a model with one of each kind of parameter.
 PARAMS = {

@@ -9,6 +9,7 @@ import optax
 import pytest
 from support import but_slow, lively_model, random_tokens, small_config
 
+from nosa_jax._pytree import by_name
 from nosa_jax.model import cast, forward
 from nosa_jax.train import (
     OptimizerConfig,
@@ -23,7 +24,6 @@ from nosa_jax.train import (
     split,
     train_step,
 )
-from nosa_jax._pytree import by_name
 
 MODEL = lively_model(small_config())
 TOKENS = random_tokens(2, 34)

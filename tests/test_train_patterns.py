@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from support import small_config
 
 from nosa_jax import NosaLM
+from nosa_jax._pytree import by_name
 from nosa_jax.train import TrainConfig, global_norm, make_optimizer, merge, norms_by_group, split
 from nosa_jax.train.metrics import GROUPS
-from nosa_jax._pytree import by_name
 from nosa_jax.train.optim import OptimizerConfig
 from nosa_jax.train.patterns import as_rules, first_match, matches
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -117,10 +117,12 @@ class Attention(nnx.Module):
         if block_ids is None:
             block_ids = select_in_rows(attention, q, k, importance, layout)
         block_ids = checkpoint_name(block_ids, SELECTION)
-        attend = lambda q, k, v, importance, block_ids, positions, first_block: block_attention(
-            q, *map(parallel.all_tokens, (k, v)), parallel.all_tokens(importance), block_ids, positions, first_block,
-            block_size=attention.block_size,
-        )[0]  # fmt: skip
+
+        def attend(q: Any, k: Any, v: Any, bias: Any, block_ids: Any, positions: Any, first_block: Any) -> Array:
+            k, v, bias = map(parallel.all_tokens, (k, v, bias))
+            size = attention.block_size
+            return block_attention(q, k, v, bias, block_ids, positions, first_block, block_size=size)[0]
+
         out = parallel.per_row_and_head(
             attend,
             (q, k, v, importance, block_ids, layout.positions, layout.first_block),

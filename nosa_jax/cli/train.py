@@ -14,6 +14,7 @@ from nosa_jax.cli.terminal import facts, heading, working
 from nosa_jax.config import Variant
 from nosa_jax.hf import ByteTokenizer
 from nosa_jax.hf.save import check_folder
+from nosa_jax.model import Remat
 from nosa_jax.train import Corpus, OptimizerConfig, TrainConfig
 
 
@@ -42,7 +43,7 @@ class Train:
     """Tokens per window."""
     accumulate: int = TrainConfig.accumulate
     """Parts that a batch is split into to save memory."""
-    remat: bool = TrainConfig.remat
+    remat: Remat = TrainConfig.remat
     """Recompute each layer in the backward pass: slower, in less memory."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = TrainConfig.compute_dtype
     """Dtype of the forward and backward pass; auto: float32 on a CPU, bfloat16 elsewhere."""

@@ -20,9 +20,9 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from nosa_jax._paths import user_path
+from nosa_jax._pytree import by_name
 from nosa_jax.model import NosaLM
 from nosa_jax.train.fields import model_config_from_dict
-from nosa_jax._pytree import by_name
 from nosa_jax.train.step import TrainState
 from pallas_kernels.checks import bad_value, require_int
 from pallas_kernels.device import default_device
