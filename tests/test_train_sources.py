@@ -131,15 +131,13 @@ def test_text_goes_through_a_tokenizer(tmp_path, folder, named):
 
 def test_the_folder_says_how_documents_end(tmp_path, folder):
     path = write_lines(tmp_path / "a.jsonl", [{"text": "one two"}, {"text": "one </s>"}])
-    ends = lambda: sorted(
-        document[-1] for document in read(train.jsonl([path], folder, length=8, block_size=4, heldout_fraction=0.0))
-    )
+    found = lambda: sorted(read(train.jsonl([path], folder, length=8, block_size=4, heldout_fraction=0.0)))
     (folder / "tokenizer_config.json").write_text('{"eos_token": {"content": "</s>"}}')
-    assert ends() == [1, 1]  # once, where it was there before
+    assert found() == [[0, 3, 1], [0, 3, 4, 1]]  # once, where it was there before
     (folder / "config.json").write_text('{"eos_token_id": 6}')
-    assert ends() == [6, 6]
+    assert found() == [[0, 3, 1, 6], [0, 3, 4, 6]]
     (folder / "generation_config.json").write_text('{"eos_token_id": [1, 6]}')
-    assert ends() == [1, 1]
+    assert found() == [[0, 3, 1], [0, 3, 4, 1]]
 
 
 def test_bytes_may_end_documents_too(files):
