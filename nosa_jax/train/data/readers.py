@@ -54,7 +54,8 @@ def text(
     progress: whether a bar is shown on a terminal where reading takes long.
 
     All text is encoded once, now, and stays in memory, in one byte per token for bytes and in two or four for a
-    tokenizer. A tokenizer adds the tokens that its file asks for (a leading BOS, say).
+    tokenizer. A tokenizer adds the tokens that its file asks for (a leading BOS, say) and takes a document whole: cut
+    files of many gigabytes into parts.
 
     Packed rows hold every token once. A document longer than a row is cut into pieces; each piece starts on a multiple
     of `block_size`; no target lies in another document. Windows hold all targets but the rest that fills no window, and
