@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Integer
 
-from nosa_jax.train.data import heldout_batches
-from nosa_jax.train.loss import bits_per_byte
-from nosa_jax.train.step import batch_loss
+from nosa_jax.model import cast
+from nosa_jax.train.data import Batch, heldout_batches
+from nosa_jax.train.loss import LossParts, bits_per_byte
+from nosa_jax.train.step import batch_loss, token_loss
 
 _batch_loss = jax.jit(batch_loss, static_argnames="compute_dtype")
 
@@ -54,3 +57,22 @@ def evaluate(
         predicted += batch[:, 1:].size
     loss = float(jnp.stack(losses).mean())  # all batches have one size
     return Evaluation(loss, bits_per_byte(loss, bytes_per_token), predicted)
+
+
+def evaluate_batches(
+    model: Any, batches: Iterable[Batch], *, bytes_per_token: float = 1.0, compute_dtype: Any = "float32"
+) -> Evaluation | None:
+    """Mean loss over the targets of batches; None where there are none."""
+    total = None
+    for batch in batches:
+        parts = _batch_parts(model, batch, compute_dtype=compute_dtype)
+        total = parts if total is None else jax.tree.map(jnp.add, total, parts)
+    if total is None:
+        return None
+    loss = float(total.cross_entropy())
+    return Evaluation(loss, bits_per_byte(loss, bytes_per_token), int(total.count))
+
+
+@partial(jax.jit, static_argnames="compute_dtype")
+def _batch_parts(model: Any, batch: Batch, *, compute_dtype: Any) -> LossParts:
+    return token_loss(cast(model, compute_dtype), batch)[1]
