@@ -27,6 +27,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from nosa_jax._pytree import name_of
+from nosa_jax.processes import initialize as initialize
 from pallas_kernels.checks import bad_value, require_int
 
 AXES = ("data", "fsdp", "tensor", "context")
@@ -132,6 +133,11 @@ def shard[Tree](tree: Tree, mesh: Mesh) -> Tree:
         return jax.device_put(leaf, sharding)
 
     return jax.tree.map(put, tree, shardings(tree, mesh))
+
+
+def from_host(array: np.ndarray, sharding: NamedSharding) -> Array:
+    """An array that every process holds whole, on the devices of a mesh, each with its part of it."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def size_of(mesh: Mesh | AbstractMesh, axes: Any) -> int:

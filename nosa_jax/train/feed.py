@@ -68,7 +68,8 @@ class Feed:
 
 def _rows_here(sharding: NamedSharding, shape: tuple[int, int]) -> tuple[int, int]:
     """The first row that this process's devices hold, and how many; all rows where these are in several places."""
-    slices = [index[0].indices(shape[0])[:2] for index in sharding.addressable_devices_indices_map(shape).values()]
+    indices: Any = sharding.addressable_devices_indices_map(shape).values()
+    slices = [index[0].indices(shape[0])[:2] for index in indices]
     first, stop = min(start for start, _ in slices), max(stop for _, stop in slices)
     held = len({row for start, end in slices for row in range(start, end)})
     if held == stop - first and shape[0] % held == 0 and first % held == 0:

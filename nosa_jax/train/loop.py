@@ -18,12 +18,11 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from nosa_jax import parallel
+from nosa_jax import parallel, processes
 from nosa_jax._extras import import_extra
 from nosa_jax._paths import only_run, replacing, user_path
 from nosa_jax.environment import environment
 from nosa_jax.model import NosaLM, num_parameters
-from nosa_jax.train import processes
 from nosa_jax.train._interrupt import interrupt_flag
 from nosa_jax.train._progress import Progress
 from nosa_jax.train.checkpoint import Checkpoints
