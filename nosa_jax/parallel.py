@@ -69,14 +69,15 @@ def make_mesh(
     devices = jax.devices() if devices is None else list(devices)
     open_axes = [name for name, size in sizes.items() if size == -1]
     known = math.prod(size for size in sizes.values() if size != -1)
+    written = ", ".join(f"{name}={size}" for name, size in sizes.items())
     if 0 in sizes.values() or len(open_axes) > 1:
-        raise bad_value("data, fsdp, tensor, context", "must be positive, at most one of them -1", sizes, "Change it.")
+        raise bad_value("mesh", "sizes must be positive, at most one of them -1", written, "Change them.")
     if open_axes and len(devices) % known == 0:
         sizes[open_axes[0]] = len(devices) // known
     if math.prod(sizes.values()) != len(devices):
-        rule = f"must multiply to the number of devices, {len(devices)}"
+        rule = f"sizes must multiply to the number of devices, {len(devices)}"
         remedy = "Change a size, give one as -1, or pass devices=jax.devices()[:n]."
-        raise bad_value("data, fsdp, tensor, context", rule, sizes, remedy)
+        raise bad_value("mesh", rule, written, remedy)
     kind = AxisType.Explicit if explicit else AxisType.Auto
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(kind,) * len(AXES), devices=devices)
 

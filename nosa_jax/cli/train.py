@@ -213,6 +213,6 @@ def as_sizes(mesh: str) -> dict[str, int]:
         whole = size.strip().removeprefix("-").isdecimal()
         if name not in parallel.AXES or not equals or not whole or name in sizes:
             rule = f"must be sizes of axes among {', '.join(parallel.AXES)}, each once"
-            raise bad_value("--mesh", rule, repr(mesh), "Write --mesh data=2,fsdp=4, for example.")
+            raise bad_value("--mesh", rule, repr(mesh), "Write --mesh fsdp=4,tensor=2, for example.")
         sizes[name] = int(size)
     return sizes
