@@ -19,7 +19,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
+from jax.sharding import Mesh
 
+from nosa_jax import parallel
 from nosa_jax._paths import user_path
 from nosa_jax._pytree import by_name
 from nosa_jax.model import NosaLM
@@ -156,13 +158,17 @@ class Checkpoints:
             skipped=Skipped(*(jax.device_put(np.int32(skipped[name]), place) for name in ("total", "in_a_row"))),
         )
 
-    def load_model(self, step: int | None = None) -> NosaLM:
-        """The model saved at `step` (None: the newest), without the optimizer; errors as in `restore`."""
+    def load_model(self, step: int | None = None, mesh: Mesh | None = None) -> NosaLM:
+        """The model saved at `step` (None: the newest), without the optimizer; errors as in `restore`.
+
+        mesh: devices to share it; None puts it onto the default device. Whatever it was saved from may be neither.
+        """
         step = self.existing(step)
         meta = self._meta(step)
         with self.reading(step, *_NOT_AS_SAVED):
             config = model_config_from_dict(meta["config"]["model"])
-        return self._restore_item("model", jax.eval_shape(lambda: NosaLM(config, rngs=nnx.Rngs(0))), step)
+        like = jax.eval_shape(lambda: NosaLM(config, rngs=nnx.Rngs(0)))
+        return self._restore_item("model", like if mesh is None else parallel.shard(like, mesh), step)
 
     def restore_newest(self, like: TrainState, resume: Callable[[dict[str, Any]], None]) -> TrainState:
         """The state of the newest checkpoint that is whole, to go on from there.
@@ -219,8 +225,10 @@ class Checkpoints:
         return steps[-1] if step is None else step
 
     def _restore_item(self, item: str, like: Any, step: int) -> Any:
+        # The devices that it was saved from may not be here: what has no place yet goes to the default device.
+        here = jax.sharding.SingleDeviceSharding(default_device())
         wanted = {
-            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or here)
             for name, leaf in by_name(like).items()
         }
         with self.reading(step):
@@ -244,8 +252,8 @@ class Checkpoints:
 _copy = jax.jit(lambda state: jax.tree.map(jax.numpy.copy, state))
 
 
-def load_model(directory: str | os.PathLike[str], step: int | None = None) -> NosaLM:
-    """The float32 model of a training run, from its newest checkpoint or that of `step`.
+def load_model(directory: str | os.PathLike[str], step: int | None = None, mesh: Mesh | None = None) -> NosaLM:
+    """The float32 model of a training run, from its newest checkpoint or that of `step`; on a mesh where one is given.
 
     Raises ValueError when `directory` holds no such checkpoint, or a damaged one.
     """
@@ -253,7 +261,7 @@ def load_model(directory: str | os.PathLike[str], step: int | None = None) -> No
     if not folder.is_dir():
         raise bad_value("directory", "must exist", folder, "Check the path.")
     with Checkpoints(folder) as checkpoints:
-        return checkpoints.load_model(step)
+        return checkpoints.load_model(step, mesh)
 
 
 def _is_fault_of_the_system(error: BaseException) -> bool:
