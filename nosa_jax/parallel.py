@@ -412,14 +412,13 @@ def all_tokens(x: Any) -> Any:
     return pieces[:, :, np.argsort(_piece_order(size))].reshape(x.shape)
 
 
-def per_row_and_head[R](
-    body: Callable[..., R], args: tuple[Any, ...], axes: tuple[Any, ...], out: Any, *, heads: bool = True
-) -> R:
-    """`body(*args)` with every device doing its own rows, KV heads and queries; None among the arguments stays.
+def per_row_and_head[R](body: Callable[..., R], args: tuple[Any, ...], axes: tuple[Any, ...], out: Any) -> R:
+    """`body(*args)` with every device doing its own rows, KV heads, queries and part of the vocabulary.
+
+    None among the arguments stays.
 
     axes: per argument, and `out` per result, the letter of each dimension: "b" rows, "k" KV heads or query heads by KV
-        head, "t" queries, "." for what is whole.
-    heads: False leaves the axis `tensor` to the partitioner.
+        head, "t" queries, "v" the vocabulary, "." for what is whole.
     """
     mesh = current()
     if mesh is None:
@@ -433,6 +432,7 @@ def per_row_and_head[R](
         "b": fitting(mesh, (shapes.get("b", 1),), P(ROWS))[0],
         "k": fitting(mesh, (shapes.get("k", 1),), P("tensor"))[0],
         "t": "context" if context_size(shapes.get("t", 1)) > 1 else None,
+        "v": fitting(mesh, (shapes.get("v", 1),), P("tensor"))[0],
         ".": None,
     }
     to_spec = lambda letters: P(*(cut[letter] for letter in letters))
@@ -443,6 +443,5 @@ def per_row_and_head[R](
         return body(*(None if x is None else next(rest) for x in args))
 
     in_specs = tuple(wanted for _, wanted in given)
-    manual = {name for name in mesh.axis_names if heads or name != "tensor" or mesh.shape[name] == 1}
-    run = jax.shard_map(fill, mesh=mesh, in_specs=in_specs, out_specs=jax.tree.map(to_spec, out), axis_names=manual)
+    run = jax.shard_map(fill, mesh=mesh, in_specs=in_specs, out_specs=jax.tree.map(to_spec, out))
     return run(*(x for x, _ in given))

@@ -32,7 +32,7 @@ from nosa_jax.train.optim import OptimizerConfig, as_optimizer, learning_rate_sc
 from nosa_jax.train.patterns import merge, split
 from pallas_kernels.checks import require_shape
 from pallas_kernels.promotion import usual_promotion
-from pallas_kernels.varying import axes_of, varying
+from pallas_kernels.varying import alike, axes_of
 
 # From a model in the dtype of computation and a batch to what is minimised: a float32 scalar, or one and LossParts.
 Loss = Callable[[Any, Batch], Any]
@@ -90,7 +90,8 @@ def token_loss(
 
     model: computes in the dtype of its parameters.
     batch: rows of tokens; see `Batch`.
-    chunk, z_loss: see `chunked_loss`. Each device makes the logits of its own rows and positions, `chunk` at a time.
+    chunk, z_loss: see `chunked_loss`. Each device makes the logits of its own rows, positions and part of the
+        vocabulary, `chunk` positions at a time.
     remat: see `forward`.
     """
     require_shape("batch.tokens", batch.tokens, (None, None), "[B, T]")
@@ -99,9 +100,10 @@ def token_loss(
             require_shape(f"batch.{name}", getattr(batch, name), batch.tokens.shape, "[B, T]")
 
     def of_device(head: Any, hidden: Any, targets: Any, mask: Any) -> LossParts:
-        head = varying(head, axes_of(hidden))  # once: its gradients are then summed over devices once, not per chunk
+        cut = "tensor" if "tensor" in axes_of(head) else None
+        head, hidden = alike((head, hidden))  # once: gradients are then summed over devices once, not chunk by chunk
         logits = partial(model.logits_by, head)
-        parts = chunked_loss(logits, hidden, targets, mask, chunk=chunk, z_loss=z_loss)[1]
+        parts = chunked_loss(logits, hidden, targets, mask, chunk=chunk, z_loss=z_loss, vocab_axis=cut)[1]
         return jax.tree.map(lambda x: x[None], parts)
 
     def body(model: Any, batch: Batch) -> tuple[Any, LossParts]:
@@ -110,9 +112,8 @@ def token_loss(
         parts = parallel.per_row_and_head(
             of_device,
             (model.head(), hidden, targets, mask),
-            ("..", "bt.", "bt", "bt"),
+            (".." if model.lm_head is None else ".v", "bt.", "bt", "bt"),
             LossParts("bt", "bt", "bt"),
-            heads=False,
         )
         parts = jax.tree.map(lambda x: parallel.in_row_order(x.sum(0, dtype=x.dtype), 0), parts)
         return parts.loss(z_loss), parts
