@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -185,8 +186,8 @@ def concrete_mesh(tree: Any) -> Mesh | None:
 def run[R](mesh: AbstractMesh | None, body: Callable[..., R], *args: Any, out: Any = None) -> R:
     """`body(*args)` where `current()` is `mesh`, with all its axes automatic.
 
-    out: like what comes out, with a PartitionSpec for each array, of which what does not fit is left away: on
-        Explicit axes it is part of the results' types.
+    out: like what comes out, with a PartitionSpec for each array or for a pytree of them, of which what does not fit
+        is left away: on Explicit axes it is part of the results' types.
     """
     if mesh is None:
         return body(*args)
@@ -203,7 +204,8 @@ def run[R](mesh: AbstractMesh | None, body: Callable[..., R], *args: Any, out: A
         fits = divides and names <= {None, *mesh.axis_names}
         return NamedSharding(mesh, wanted if fits else fitting(mesh, x.shape, wanted))
 
-    placed = jax.tree.map(place, out, results, is_leaf=_is_spec)
+    of_part = lambda wanted, part: jax.tree.map(partial(place, wanted), part)
+    placed = jax.tree.map(of_part, out, results, is_leaf=_is_spec)
     with jax.sharding.use_abstract_mesh(mesh):
         result: R = jax.sharding.auto_axes(body, axes=explicit, out_sharding=placed)(*args)
         return result
