@@ -356,7 +356,8 @@ def gathers() -> bool:
 
 def keep_all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
     """A policy for `jax.checkpoint`: the backward pass gathers weights again, and makes nothing else again."""
-    return primitive.name not in ("linear_call", "sharding_constraint")
+    # A reshaped weight is one, too, and must not be kept; to reshape again costs nothing.
+    return primitive.name not in ("linear_call", "sharding_constraint", "reshape")
 
 
 # Rows, heads and queries. ---------------------------------------------------------------------------------------------
