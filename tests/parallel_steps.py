@@ -1,36 +1,21 @@
-"""A program with eight devices of the CPU's own, whose findings other tests judge.
+"""Steps of training on eight devices against one: gradients, loss curves, and what the devices tell each other.
 
-    python parallel_checks.py steps data fsdp
-
-runs these cases of a group and prints a JSON object, {case: what was found}. Starting and compiling is what costs: a
-group shares one process, what it computes on one device is computed once, and models are tiny.
+A program, see `eight_devices`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import json
 import re
-import sys
-import traceback
-from collections.abc import Callable
 from typing import Any
 
 import jax
-
-if __name__ == "__main__":
-    jax.config.update("jax_num_cpu_devices", 8)
-    jax.config.update("jax_default_matmul_precision", "highest")
-
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from eight_devices import mesh_of, relative_errors, report
 from support import SMALL, lively_model, random_tokens
 
 import nosa_jax
-from nosa_jax import CacheConfig, ModelConfig, parallel, train
-from nosa_jax._pytree import by_name
+from nosa_jax import ModelConfig, parallel, train
 
 ROWS, LENGTH = 8, 256  # 16 blocks, of which SMALL selects 8
 OPTIMIZER = train.OptimizerConfig(learning_rate=3e-3, clip_norm=1e6)
@@ -55,7 +40,7 @@ class Step:
 
     axes: sizes of the mesh. explicit: its axes are Explicit. options: of `train_step`. config: what differs from CONFIG.
     batch: "windows", "packed" (documents and padding) or "masked". way: "step", or "grad" for `jax.grad` of
-    `token_loss`. slow: for `make test-all` alone.
+    `token_loss`.
     """
 
     axes: dict[str, int]
@@ -65,56 +50,66 @@ class Step:
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     batch: str = "windows"
     way: str = "step"
-    slow: bool = True
 
 
 ALL = {"data": 2, "tensor": 2, "context": 2}
-STEPS = {
-    "data": Step({"data": 8}, slow=False),
-    "fsdp": Step({"fsdp": 8}, slow=False),
-    "tensor": Step({"tensor": 2}, slow=False),
-    "context": Step({"context": 2}, slow=False),
+REST = {"fsdp": 2, "tensor": 2, "context": 2}
+UNTIED = {"tie_embeddings": False}
+
+FEW = {"fsdp": Step({"fsdp": 8}), "tensor context": Step({"tensor": 2, "context": 2})}
+AXES = {
+    "data": Step({"data": 8}),
     **{f"data {variant}": Step({"data": 8}, variant) for variant in ("full", "infllmv2", "dma")},
-    "context 4": Step({"context": 4}),
+    "fsdp": Step({"fsdp": 8}),
+    "tensor": Step({"tensor": 2}),
+    "tensor untied": Step({"tensor": 2}, config=UNTIED),
+    "context": Step({"context": 2}),
+}
+PAIRS = {
+    "context of 4": Step({"context": 4}),
     "data fsdp": Step({"data": 2, "fsdp": 4}),
     "data tensor": Step({"data": 4, "tensor": 2}),
     "data context": Step({"data": 2, "context": 4}),
     "fsdp tensor": Step({"fsdp": 4, "tensor": 2}),
     "fsdp context": Step({"fsdp": 4, "context": 2}),
-    "tensor context": Step({"tensor": 2, "context": 4}),
-    "fsdp tensor context": Step({"fsdp": 2, "tensor": 2, "context": 2}),
     "all": Step(ALL),
+    "all but data": Step(REST),
+    "gradients alone": Step(ALL, way="grad"),
+}
+EXPLICIT = {
+    "data": Step({"data": 8}, explicit=True),
+    "fsdp": Step({"fsdp": 8}, explicit=True),
+    "tensor": Step({"tensor": 2}, explicit=True),
+    "context": Step({"context": 4}, explicit=True),
+    "all": Step(ALL, explicit=True),
+    "all but data": Step(REST, explicit=True),
+    "gradients alone": Step(ALL, explicit=True, way="grad"),
+}
+VARIANTS = {
     **{f"all {variant}": Step(ALL, variant) for variant in ("full", "infllmv2", "dma")},
-    "explicit data": Step({"data": 8}, explicit=True),
-    "explicit fsdp": Step({"fsdp": 8}, explicit=True),
-    "explicit tensor": Step({"tensor": 2}, explicit=True),
-    "explicit context": Step({"context": 4}, explicit=True),
-    "explicit all": Step(ALL, explicit=True),
-    "explicit fsdp tensor context full": Step({"fsdp": 2, "tensor": 2, "context": 2}, "full", explicit=True),
-    "grad all": Step(ALL, way="grad"),
-    "grad explicit all": Step(ALL, explicit=True, way="grad"),
+    **{f"all but data {variant}": Step(REST, variant) for variant in ("full", "infllmv2", "dma")},
+    "explicit full": Step(REST, "full", explicit=True),
+}
+BATCHES = {
     "packed": Step(ALL, batch="packed"),
     "packed full": Step({"fsdp": 4, "context": 2}, "full", batch="packed"),
-    "packed explicit": Step({"fsdp": 2, "tensor": 2, "context": 2}, explicit=True, batch="packed"),
+    "packed explicit": Step(REST, batch="packed", explicit=True),
     "masked": Step({"data": 4, "context": 2}, batch="masked"),
     "accumulate": Step({"data": 2, "fsdp": 2, "context": 2}, batch="masked", options={"accumulate": 2}),
-    "accumulate more than rows of a device": Step({"data": 8}, batch="masked", options={"accumulate": 2}),
-    "remat": Step({"fsdp": 2, "tensor": 2, "context": 2}, options={"remat": True}),
+    "accumulate, explicit": Step({"data": 4}, batch="masked", options={"accumulate": 2}, explicit=True),
+    "accumulate, one row a device": Step({"data": 8}, batch="masked", options={"accumulate": 2}),
+}
+OPTIONS = {
+    "remat": Step(REST, options={"remat": True}),
     "remat explicit": Step({"fsdp": 4}, options={"remat": True}, explicit=True),
     "offload": Step({"fsdp": 4, "tensor": 2}, options={"remat": "offload"}),
     "loss_chunk": Step({"data": 2, "fsdp": 2, "context": 2}, options={"loss_chunk": 50, "z_loss": 1e-3}),
-    "loss_chunk tensor": Step({"tensor": 2}, options={"loss_chunk": 100}, config={"tie_embeddings": False}),
+    "loss_chunk untied": Step({"data": 2, "tensor": 2}, options={"loss_chunk": 100}, config=UNTIED),
     "trainable": Step(ALL, options={"trainable": "importance"}),
-    "untied": Step({"fsdp": 2, "tensor": 2, "context": 2}, config={"tie_embeddings": False}),
-    "biases and norms": Step(
-        {"fsdp": 2, "tensor": 2, "context": 2}, config={"qkv_bias": True, "qk_norm": True, "output_bias": True}
-    ),
+    "untied": Step(REST, config=UNTIED),
+    "biases and norms": Step(REST, config={"qkv_bias": True, "qk_norm": True, "output_bias": True}),
     "norms": Step({"fsdp": 4, "tensor": 2}, options={"norms": True}),
 }
-
-
-def mesh_of(axes: dict[str, int], explicit: bool = False) -> Any:
-    return parallel.make_mesh(**axes, devices=jax.devices()[: int(np.prod(list(axes.values())))], explicit=explicit)
 
 
 def made_model(variant: str, **config: Any) -> nosa_jax.NosaLM:
@@ -147,14 +142,6 @@ def made_batch(kind: str) -> Any:
     mask = (segments >= 0) & (np.roll(segments, -1, 1) == segments)
     mask[:, -1] = False
     return train.Batch(tokens, targets, mask, segments)
-
-
-def relative_errors(ours: Any, theirs: Any) -> dict[str, float]:
-    """By name, the norm of the difference by the norm of what is right."""
-    ours, theirs = by_name(ours), by_name(theirs)
-    assert ours.keys() == theirs.keys()
-    norm = lambda x: float(np.linalg.norm(np.asarray(x, np.float64)))
-    return {name: norm(np.asarray(ours[name]) - np.asarray(theirs[name])) / norm(theirs[name]) for name in theirs}
 
 
 _COLLECTIVE = re.compile(
@@ -210,21 +197,19 @@ def _same_places(ours: Any, theirs: Any) -> bool:
     return all(jax.tree.leaves(jax.tree.map(same, ours, theirs)))
 
 
-@functools.cache
-def alone(key: str) -> tuple[Any, Any]:
-    """What one device finds, of any case with this repr but for its mesh."""
-    case = next(case for case in STEPS.values() if _computes(case) == key)
-    grads, metrics, _ = run_step(case, None)
-    return grads, metrics
+_ALONE: dict[str, tuple[Any, Any]] = {}
 
 
-def _computes(case: Step) -> str:
-    # One device takes what a mesh may not: how a step is cut into parts does not change what it is.
-    return repr((case.variant, case.options, case.config, case.batch, case.way))
+def alone(case: Step) -> tuple[Any, Any]:
+    """Gradients and numbers of one device; computed once for all meshes."""
+    same = dataclasses.replace(case, axes={}, explicit=False)
+    if repr(same) not in _ALONE:
+        _ALONE[repr(same)] = run_step(same, None)[:2]
+    return _ALONE[repr(same)]
 
 
 def check_step(case: Step) -> dict[str, Any]:
-    true_grads, true_metrics = alone(_computes(case))
+    true_grads, true_metrics = alone(case)
     grads, metrics, (program, same_places) = run_step(case, mesh_of(case.axes, case.explicit))
     return {
         "gradients": relative_errors(grads, true_grads),
@@ -234,19 +219,16 @@ def check_step(case: Step) -> dict[str, Any]:
     }
 
 
-GROUPS: dict[str, tuple[dict[str, Any], Callable[[Any], Any]]] = {"steps": (STEPS, check_step)}
-
-
-def main(group: str, *names: str) -> None:
-    cases, check = GROUPS[group]
-    found = {}
-    for name in names:
-        try:
-            found[name] = check(cases[name])
-        except Exception:
-            found[name] = {"error": traceback.format_exc()}
-    print(json.dumps(found))
+GROUPS = {
+    "few": (FEW, check_step),
+    "axes": (AXES, check_step),
+    "pairs": (PAIRS, check_step),
+    "explicit": (EXPLICIT, check_step),
+    "variants": (VARIANTS, check_step),
+    "batches": (BATCHES, check_step),
+    "options": (OPTIONS, check_step),
+}
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    report(GROUPS)
