@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -192,8 +193,8 @@ def concrete_mesh(tree: Any) -> Mesh | None:
 def run[R](mesh: AbstractMesh | None, body: Callable[..., R], *args: Any, out: Any = None) -> R:
     """`body(*args)` where `current()` is `mesh`, with all its axes automatic.
 
-    out: like what comes out, with a PartitionSpec for each array or pytree of them, of which what does not fit is left
-        away: on Explicit axes it is part of the results' types.
+    out: like what comes out, with a PartitionSpec for each array or for a pytree of them, of which what does not fit
+        is left away: on Explicit axes it is part of the results' types.
     """
     if mesh is None:
         return body(*args)
@@ -210,7 +211,8 @@ def run[R](mesh: AbstractMesh | None, body: Callable[..., R], *args: Any, out: A
         fits = divides and names <= {None, *mesh.axis_names}
         return NamedSharding(mesh, wanted if fits else fitting(mesh, x.shape, wanted))
 
-    placed = jax.tree.map(lambda s, part: jax.tree.map(lambda x: place(s, x), part), out, results, is_leaf=_is_spec)
+    of_part = lambda wanted, part: jax.tree.map(partial(place, wanted), part)
+    placed = jax.tree.map(of_part, out, results, is_leaf=_is_spec)
     with jax.sharding.use_abstract_mesh(mesh):
         result: R = jax.sharding.auto_axes(body, axes=explicit, out_sharding=placed)(*args)
         return result
@@ -361,7 +363,8 @@ def gathers() -> bool:
 
 def keep_all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
     """A policy for `jax.checkpoint`: the backward pass gathers weights again, and makes nothing else again."""
-    return primitive.name not in ("linear_call", "sharding_constraint")
+    # A reshaped weight is one, too, and must not be kept; to reshape again costs nothing.
+    return primitive.name not in ("linear_call", "sharding_constraint", "reshape")
 
 
 # Rows, heads and queries. ---------------------------------------------------------------------------------------------
