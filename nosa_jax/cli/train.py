@@ -33,6 +33,8 @@ class Train:
     """How the model selects blocks."""
     init: Path | None = None
     """Hugging Face folder to start from, whose shape and tokenizer are taken; default: fresh weights of --preset."""
+    stage: Literal["pretrain", "continued", "sft"] | None = None
+    """Settings of a stage of the paper's pipeline, instead of the defaults below; flags with another value win."""
     config_file: Path | None = None
     """Run in a JSON or TOML file (TrainConfig.save); flags that are given with another value than their default win."""
 
@@ -90,6 +92,8 @@ class Train:
     """Steps between two checkpoints; 0: only at the end."""
     keep_checkpoints: int = TrainConfig.keep_checkpoints
     """How many of the newest checkpoints stay."""
+    keep_every: int = TrainConfig.keep_every
+    """Checkpoints of steps that this divides stay, too; 0: none."""
     trainable: tuple[str, ...] = ("*",)
     """Glob patterns over the names of the parameters that train; or: everything, importance."""
     loss_chunk: int | None = TrainConfig.loss_chunk
@@ -131,15 +135,19 @@ class Train:
     def config(self, model: ModelConfig | None = None) -> TrainConfig:
         """The run that the flags describe, of a model's configuration or of --preset and --variant."""
         given = preset(self.preset, self.variant) if model is None else model
-        if self.config_file is None:
+        if self.config_file is not None:
+            base = TrainConfig.load(self.config_file)
+            if model is not None or self.preset != Train.preset or self.variant != Train.variant:
+                base = dataclasses.replace(base, model=given)
+        elif self.stage is not None:
+            tokens = self.steps * self.batch_size * self.length
+            recipe: Any = getattr(train, self.stage)
+            base = recipe(given, tokens=tokens, batch_size=self.batch_size, length=self.length)
+        else:
             optimizer = OptimizerConfig(**self._fields_of(OptimizerConfig))
             return TrainConfig(given, optimizer, **self._fields_of(TrainConfig))
-        saved = TrainConfig.load(self.config_file)
-        optimizer = dataclasses.replace(saved.optimizer, **self._changed(OptimizerConfig))
-        changed = self._changed(TrainConfig)
-        if model is not None or self.preset != Train.preset or self.variant != Train.variant:
-            changed["model"] = given
-        return dataclasses.replace(saved, optimizer=optimizer, **changed)
+        optimizer = dataclasses.replace(base.optimizer, **self._changed(OptimizerConfig))
+        return dataclasses.replace(base, optimizer=optimizer, **self._changed(TrainConfig))
 
     def _fields_of(self, cls: Any) -> dict[str, Any]:
         names = [field.name for field in dataclasses.fields(cls) if field.name not in ("model", "optimizer")]

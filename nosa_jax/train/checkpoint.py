@@ -50,13 +50,20 @@ class DamagedCheckpointError(ValueError):
 class Checkpoints:
     """The checkpoints below `directory`, of which the newest `keep` stay. A context manager; `close()` ends it.
 
+    keep_every: those of steps that this divides stay, too; 0 for none.
     clean: remove what killed saves left behind. Only for the one run that writes there.
     background: `save` returns as soon as the arrays are copied, and the files are written meanwhile; `wait` and `close`
         wait for them. What is being written is no checkpoint yet.
     """
 
     def __init__(
-        self, directory: str | os.PathLike[str], *, keep: int = 2, clean: bool = False, background: bool = False
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        keep: int = 2,
+        keep_every: int = 0,
+        clean: bool = False,
+        background: bool = False,
     ) -> None:
         require_int("keep", keep, 1)
         self._background = background
@@ -65,7 +72,10 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, enable_async_checkpointing=background, cleanup_tmp_directories=clean
+                max_to_keep=keep,
+                keep_period=require_int("keep_every", keep_every, 0) or None,
+                enable_async_checkpointing=background,
+                cleanup_tmp_directories=clean,
             ),
             item_handlers={
                 "model": ocp.StandardCheckpointHandler(),

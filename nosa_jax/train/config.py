@@ -35,6 +35,7 @@ class TrainConfig:
     eval_every, checkpoint_every: steps between two of them; 0 leaves only the one at the end.
     eval_batches: held-out batches per evaluation, at most.
     keep_checkpoints: how many of the newest stay on disk.
+    keep_every: checkpoints of steps that this divides stay, too; 0 for none.
     trainable: glob patterns over the dotted names of parameters, e.g. `("*importance*", "*norm")`; what none matches
         stays as it is and needs no gradients and no moments. "importance" and "everything" are short for two of them.
     loss_chunk: positions of each row whose logits are made at a time, see `chunked_loss`; None decides by memory.
@@ -58,6 +59,7 @@ class TrainConfig:
     eval_batches: int = 32
     checkpoint_every: int = 250
     keep_checkpoints: int = 2
+    keep_every: int = 0
     trainable: str | tuple[str, ...] = ("*",)
     loss_chunk: int | None = None
     z_loss: float = 0.0
@@ -77,7 +79,7 @@ class TrainConfig:
             "max_skipped",
         ):
             object.__setattr__(self, name, require_int(f"TrainConfig.{name}", getattr(self, name), 1))
-        for name in ("seed", "eval_every", "checkpoint_every"):
+        for name in ("seed", "eval_every", "checkpoint_every", "keep_every"):
             object.__setattr__(self, name, require_int(f"TrainConfig.{name}", getattr(self, name), 0))
         object.__setattr__(self, "remat", as_remat("TrainConfig.remat", self.remat))
         object.__setattr__(self, "trainable", as_patterns("TrainConfig.trainable", self.trainable))

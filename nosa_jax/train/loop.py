@@ -126,7 +126,13 @@ def train(
                 if processes.is_writer():
                     stack.enter_context(only_run("directory", root))
             checkpoints = stack.enter_context(
-                Checkpoints(root / "checkpoints", keep=config.keep_checkpoints, clean=True, background=True)
+                Checkpoints(
+                    root / "checkpoints",
+                    keep=config.keep_checkpoints,
+                    keep_every=config.keep_every,
+                    clean=True,
+                    background=True,
+                )
             )
             if checkpoints.latest_step() is not None:
                 if not resume:
