@@ -43,6 +43,7 @@ from nosa_jax.train.metrics import global_norm, norms_by_group
 from nosa_jax.train.optim import OptimizerConfig, as_optimizer, learning_rate_schedule, make_optimizer
 from nosa_jax.train.patterns import merge, split
 from nosa_jax.train.presets import continued, pretrain, sft
+from nosa_jax.train.selection import SelectionMeasures, measure_selection
 from nosa_jax.train.step import TrainState, batch_loss, init_state, jit_train_step, train_step
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "FlopsPerToken",
     "LossParts",
     "OptimizerConfig",
+    "SelectionMeasures",
     "Skipped",
     "Source",
     "TrainConfig",
@@ -82,6 +84,7 @@ __all__ = [
     "load_corpus",
     "load_model",
     "make_optimizer",
+    "measure_selection",
     "merge",
     "mfu",
     "mixture",
