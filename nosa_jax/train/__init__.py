@@ -43,8 +43,10 @@ from nosa_jax.train.metrics import global_norm, norms_by_group
 from nosa_jax.train.optim import OptimizerConfig, as_optimizer, learning_rate_schedule, make_optimizer
 from nosa_jax.train.patterns import merge, split
 from nosa_jax.train.presets import continued, pretrain, sft
+from nosa_jax.train.profile import Profiler
 from nosa_jax.train.selection import SelectionMeasures, measure_selection
 from nosa_jax.train.step import TrainState, batch_loss, init_state, jit_train_step, train_step
+from nosa_jax.train.trackers import TensorBoard, Tracker, Trackers, WandB, as_trackers
 
 __all__ = [
     "Batch",
@@ -55,14 +57,20 @@ __all__ = [
     "FlopsPerToken",
     "LossParts",
     "OptimizerConfig",
+    "Profiler",
     "SelectionMeasures",
     "Skipped",
     "Source",
+    "TensorBoard",
+    "Tracker",
+    "Trackers",
     "TrainConfig",
     "TrainResult",
     "TrainState",
+    "WandB",
     "accumulate",
     "as_optimizer",
+    "as_trackers",
     "batch_loss",
     "bits_per_byte",
     "chat",

@@ -18,7 +18,7 @@ from nosa_jax.model import cast
 from nosa_jax.train.data import Batch, Source, heldout_batches
 from nosa_jax.train.loss import LossParts, bits_per_byte
 from nosa_jax.train.selection import measure_selection
-from nosa_jax.train.step import as_batch, token_loss
+from nosa_jax.train.step import token_loss
 from pallas_kernels.checks import bad_type, bad_value, require_int
 from pallas_kernels.promotion import usual_promotion
 
@@ -104,7 +104,7 @@ def _batches(tokens: Any, batch_size: int | None, length: int | None, max_batche
     if isinstance(tokens, np.ndarray):
         size, length = _given("batch_size", batch_size), _given("length", length)
         windows = heldout_batches(tokens, batch_size=size, length=length, max_batches=max_batches)
-        return (as_batch(window) for window in windows)
+        return (Batch(window[:, :-1], window[:, 1:]) for window in windows)
     if isinstance(tokens, Source):
         return itertools.islice(tokens.heldout(_given("batch_size", batch_size), max_batches), max_batches)
     return itertools.islice(tokens, max_batches)
