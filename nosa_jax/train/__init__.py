@@ -36,12 +36,13 @@ from nosa_jax.train.evaluation import Evaluation, evaluate
 from nosa_jax.train.fields import model_config_from_dict
 from nosa_jax.train.finite import Skipped, keep_if_finite
 from nosa_jax.train.flops import FlopsPerToken, flops_per_token, mfu, peak_flops
-from nosa_jax.train.log import read_log
+from nosa_jax.train.log import read_log, summary
 from nosa_jax.train.loop import TrainResult, train
 from nosa_jax.train.loss import LossParts, bits_per_byte, chunked_loss, length_mask, next_token_loss
 from nosa_jax.train.metrics import global_norm, norms_by_group
 from nosa_jax.train.optim import OptimizerConfig, as_optimizer, learning_rate_schedule, make_optimizer
 from nosa_jax.train.patterns import merge, split
+from nosa_jax.train.plots import plot_run
 from nosa_jax.train.presets import continued, pretrain, sft
 from nosa_jax.train.profile import Profiler
 from nosa_jax.train.selection import SelectionMeasures, measure_selection
@@ -100,12 +101,14 @@ __all__ = [
     "next_token_loss",
     "norms_by_group",
     "peak_flops",
+    "plot_run",
     "pretrain",
     "read_log",
     "read_text",
     "sft",
     "split",
     "stdlib_files",
+    "summary",
     "text",
     "tokens",
     "train",
