@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -27,6 +28,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from nosa_jax._pytree import name_of
+from nosa_jax.processes import initialize as initialize
 from pallas_kernels.checks import bad_value, require_int
 
 AXES = ("data", "fsdp", "tensor", "context")
@@ -68,14 +70,15 @@ def make_mesh(
     devices = jax.devices() if devices is None else list(devices)
     open_axes = [name for name, size in sizes.items() if size == -1]
     known = math.prod(size for size in sizes.values() if size != -1)
+    written = ", ".join(f"{name}={size}" for name, size in sizes.items())
     if 0 in sizes.values() or len(open_axes) > 1:
-        raise bad_value("data, fsdp, tensor, context", "must be positive, at most one of them -1", sizes, "Change it.")
+        raise bad_value("mesh", "sizes must be positive, at most one of them -1", written, "Change them.")
     if open_axes and len(devices) % known == 0:
         sizes[open_axes[0]] = len(devices) // known
     if math.prod(sizes.values()) != len(devices):
-        rule = f"must multiply to the number of devices, {len(devices)}"
+        rule = f"sizes must multiply to the number of devices, {len(devices)}"
         remedy = "Change a size, give one as -1, or pass devices=jax.devices()[:n]."
-        raise bad_value("data, fsdp, tensor, context", rule, sizes, remedy)
+        raise bad_value("mesh", rule, written, remedy)
     kind = AxisType.Explicit if explicit else AxisType.Auto
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(kind,) * len(AXES), devices=devices)
 
@@ -134,6 +137,11 @@ def shard[Tree](tree: Tree, mesh: Mesh) -> Tree:
     return jax.tree.map(put, tree, shardings(tree, mesh))
 
 
+def from_host(array: np.ndarray, sharding: NamedSharding) -> Array:
+    """An array that every process holds whole, on the devices of a mesh, each with its part of it."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
 def size_of(mesh: Mesh | AbstractMesh, axes: Any) -> int:
     """Devices along one axis, or along several together; 1 for None and for axes that the mesh does not have."""
     names = axes if isinstance(axes, tuple) else (axes,)
@@ -185,8 +193,8 @@ def concrete_mesh(tree: Any) -> Mesh | None:
 def run[R](mesh: AbstractMesh | None, body: Callable[..., R], *args: Any, out: Any = None) -> R:
     """`body(*args)` where `current()` is `mesh`, with all its axes automatic.
 
-    out: like what comes out, with a PartitionSpec for each array, of which what does not fit is left away: on
-        Explicit axes it is part of the results' types.
+    out: like what comes out, with a PartitionSpec for each array or for a pytree of them, of which what does not fit
+        is left away: on Explicit axes it is part of the results' types.
     """
     if mesh is None:
         return body(*args)
@@ -203,7 +211,8 @@ def run[R](mesh: AbstractMesh | None, body: Callable[..., R], *args: Any, out: A
         fits = divides and names <= {None, *mesh.axis_names}
         return NamedSharding(mesh, wanted if fits else fitting(mesh, x.shape, wanted))
 
-    placed = jax.tree.map(place, out, results, is_leaf=_is_spec)
+    of_part = lambda wanted, part: jax.tree.map(partial(place, wanted), part)
+    placed = jax.tree.map(of_part, out, results, is_leaf=_is_spec)
     with jax.sharding.use_abstract_mesh(mesh):
         result: R = jax.sharding.auto_axes(body, axes=explicit, out_sharding=placed)(*args)
         return result
@@ -354,7 +363,8 @@ def gathers() -> bool:
 
 def keep_all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
     """A policy for `jax.checkpoint`: the backward pass gathers weights again, and makes nothing else again."""
-    return primitive.name not in ("linear_call", "sharding_constraint")
+    # A reshaped weight is one, too, and must not be kept; to reshape again costs nothing.
+    return primitive.name not in ("linear_call", "sharding_constraint", "reshape")
 
 
 # Rows, heads and queries. ---------------------------------------------------------------------------------------------
@@ -405,14 +415,13 @@ def all_tokens(x: Any) -> Any:
     return pieces[:, :, np.argsort(_piece_order(size))].reshape(x.shape)
 
 
-def per_row_and_head[R](
-    body: Callable[..., R], args: tuple[Any, ...], axes: tuple[Any, ...], out: Any, *, heads: bool = True
-) -> R:
-    """`body(*args)` with every device doing its own rows, KV heads and queries; None among the arguments stays.
+def per_row_and_head[R](body: Callable[..., R], args: tuple[Any, ...], axes: tuple[Any, ...], out: Any) -> R:
+    """`body(*args)` with every device doing its own rows, KV heads, queries and part of the vocabulary.
+
+    None among the arguments stays.
 
     axes: per argument, and `out` per result, the letter of each dimension: "b" rows, "k" KV heads or query heads by KV
-        head, "t" queries, "." for what is whole.
-    heads: False leaves the axis `tensor` to the partitioner.
+        head, "t" queries, "v" the vocabulary, "." for what is whole.
     """
     mesh = current()
     if mesh is None:
@@ -426,6 +435,7 @@ def per_row_and_head[R](
         "b": fitting(mesh, (shapes.get("b", 1),), P(ROWS))[0],
         "k": fitting(mesh, (shapes.get("k", 1),), P("tensor"))[0],
         "t": "context" if context_size(shapes.get("t", 1)) > 1 else None,
+        "v": fitting(mesh, (shapes.get("v", 1),), P("tensor"))[0],
         ".": None,
     }
     to_spec = lambda letters: P(*(cut[letter] for letter in letters))
@@ -436,6 +446,5 @@ def per_row_and_head[R](
         return body(*(None if x is None else next(rest) for x in args))
 
     in_specs = tuple(wanted for _, wanted in given)
-    manual = {name for name in mesh.axis_names if heads or name != "tensor" or mesh.shape[name] == 1}
-    run = jax.shard_map(fill, mesh=mesh, in_specs=in_specs, out_specs=jax.tree.map(to_spec, out), axis_names=manual)
+    run = jax.shard_map(fill, mesh=mesh, in_specs=in_specs, out_specs=jax.tree.map(to_spec, out))
     return run(*(x for x, _ in given))

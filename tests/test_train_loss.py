@@ -58,6 +58,26 @@ def test_chunks_change_neither_the_loss_nor_its_gradients(chunk, z_loss, mask):
     np.testing.assert_allclose(parts.cross_entropy(), whole(HEAD, STATES, mask), rtol=1e-6)
 
 
+@pytest.mark.parametrize("chunk", [5, None])
+def test_a_vocabulary_in_parts_changes_neither_the_loss_nor_its_gradients(chunk):
+    """As devices have them: vmap's named axis stands for that of a mesh."""
+    width = 12  # a token more, which parts share and nobody predicts
+    head = jnp.pad(HEAD, ((0, 0), (0, width - VOCAB)), constant_values=-9.0)
+
+    def of_part(part, hidden):
+        return chunked_loss(
+            partial(logits_of, part), hidden, TARGETS, MASK, chunk=chunk, z_loss=0.01, vocab_axis="vocabulary"
+        )[0]
+
+    def in_parts(head, hidden):
+        parts = jnp.stack(jnp.split(head, 3, axis=1))
+        losses = jax.vmap(of_part, in_axes=(0, None), axis_name="vocabulary")(parts, hidden)
+        return losses.mean()  # all have the loss of the whole vocabulary
+
+    expected = jax.value_and_grad(lambda *args: whole(*args, MASK, 0.01), (0, 1))(head, STATES)
+    assert_close(jax.value_and_grad(in_parts, (0, 1))(head, STATES), expected)
+
+
 def test_sums_by_position_are_those_of_each_column():
     _, parts = chunked_loss(partial(logits_of, HEAD), STATES, TARGETS, MASK.at[:, 3].set(False), chunk=4)
     found = parts.cross_entropy_by_position()

@@ -32,7 +32,7 @@ from nosa_jax.train.data import (
     tokens,
     train_batches,
 )
-from nosa_jax.train.evaluation import Evaluation, evaluate
+from nosa_jax.train.evaluation import Evaluation, evaluate, evaluate_batches
 from nosa_jax.train.fields import model_config_from_dict
 from nosa_jax.train.finite import Skipped, keep_if_finite
 from nosa_jax.train.flops import FlopsPerToken, flops_per_token, mfu, peak_flops
@@ -80,6 +80,7 @@ __all__ = [
     "continued",
     "environment",
     "evaluate",
+    "evaluate_batches",
     "find_files",
     "flops_per_token",
     "global_norm",

@@ -38,6 +38,7 @@ class TrainConfig:
     trainable: glob patterns over the dotted names of parameters, e.g. `("*importance*", "*norm")`; what none matches
         stays as it is and needs no gradients and no moments. "importance" and "everything" are short for two of them.
     loss_chunk: positions of each row whose logits are made at a time, see `chunked_loss`; None decides by memory.
+    max_skipped: a run ends after so many steps in a row whose loss or gradient is not finite; these change nothing.
     z_loss: weight of the squared logarithm of the softmax's denominator in what is minimised; 0 is without.
 
     Raises TypeError or ValueError when a field is out of range.
@@ -60,11 +61,21 @@ class TrainConfig:
     trainable: str | tuple[str, ...] = ("*",)
     loss_chunk: int | None = None
     z_loss: float = 0.0
+    max_skipped: int = 10
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, ModelConfig):
             raise bad_type("TrainConfig.model", "must be a ModelConfig", type(self.model).__name__, "See presets.")
-        for name in ("steps", "batch_size", "length", "accumulate", "log_every", "eval_batches", "keep_checkpoints"):
+        for name in (
+            "steps",
+            "batch_size",
+            "length",
+            "accumulate",
+            "log_every",
+            "eval_batches",
+            "keep_checkpoints",
+            "max_skipped",
+        ):
             object.__setattr__(self, name, require_int(f"TrainConfig.{name}", getattr(self, name), 1))
         for name in ("seed", "eval_every", "checkpoint_every"):
             object.__setattr__(self, name, require_int(f"TrainConfig.{name}", getattr(self, name), 0))

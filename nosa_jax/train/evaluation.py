@@ -62,7 +62,7 @@ def evaluate(
 
     model: what is evaluated, on one device or on a mesh.
     tokens: of the text, on the host; or a Source, whose held-out rows are read; or batches. Where several processes
-        share a mesh each must give all rows: tokens are small, so that every process reads them all.
+        share a mesh every one of them reads all rows, which are small; batches may lie on the mesh.
     batch_size: rows that are computed together; batches have their own.
     length: tokens of a window of the text that are predicted; a Source and batches have their own.
     max_batches: batches that are read, at most.
@@ -72,22 +72,45 @@ def evaluate(
         `measure_selection`.
 
     Every target that counts weighs the same, whatever its batch. Raises ValueError when the text is shorter than one
-    window, when a Source holds nothing out and without a single target; TypeError where `batch_size` or `length` is
-    missing.
+    window and where no target counts; TypeError where `batch_size` or `length` is missing.
     """
     if bytes_per_token is None:
         bytes_per_token = tokens.bytes_per_token if isinstance(tokens, Source) else 1.0
-    batches = _batches(tokens, batch_size, length, require_int("max_batches", max_batches, 1))
-    first = next(batches, None)
-    if first is None:
-        remedy = "Hold some text out, or do without evaluation."
-        raise bad_value("tokens", "must hold at least one held-out batch", "none", remedy)
+    found = evaluate_batches(
+        model,
+        _batches(tokens, batch_size, length, require_int("max_batches", max_batches, 1)),
+        bytes_per_token=bytes_per_token,
+        compute_dtype=compute_dtype,
+        selection=selection,
+    )
+    if found is None:
+        remedy = "Hold some text out, and look at the masks of its rows."
+        raise bad_value("tokens", "must hold held-out targets that count", "none", remedy)
+    return found
+
+
+def evaluate_batches(
+    model: Any,
+    batches: Iterable[Batch],
+    *,
+    bytes_per_token: float = 1.0,
+    compute_dtype: Any = "float32",
+    selection: bool = False,
+) -> Evaluation | None:
+    """`evaluate` of batches, to the last one; None where there is no target that counts.
+
+    batches: on the host, where every process gives all rows, or on a mesh as a training step takes them.
+    The other arguments: see `evaluate`.
+    """
     # Fetched after all batches are queued: looking at a number waits for the device.
-    parts = [_loss_parts(model, batch, compute_dtype=compute_dtype) for batch in itertools.chain([first], batches)]
+    parts, first = [], None
+    for batch in batches:
+        first = batch if first is None else first
+        parts.append(_loss_parts(model, batch, compute_dtype=compute_dtype))
     nats = np.sum([np.asarray(part.nats, np.float64) for part in parts], axis=0)
     counts = np.sum([np.asarray(part.counts, np.int64) for part in parts], axis=0)
-    if not counts.any():
-        raise bad_value("tokens", "must hold targets that count", "none", "Look at the masks of the held-out rows.")
+    if first is None or not counts.any():
+        return None
     loss = float(nats.sum() / counts.sum())
     measured = measure_selection(model, first, compute_dtype=compute_dtype) if selection else None
     return Evaluation(

@@ -76,6 +76,7 @@ def chunked_loss(
     chunk: int | None = None,
     z_loss: float = 0.0,
     devices: int = 1,
+    vocab_axis: str | None = None,
 ) -> tuple[Float32[Array, ""], LossParts]:
     """The loss of `next_token_loss` from hidden states, without the logits of all positions at once.
 
@@ -87,6 +88,8 @@ def chunked_loss(
         many that there are at most `CHUNK_LOGITS` on a device. Where one chunk holds them all, its logits are kept.
     z_loss: weight of the mean squared logarithm of the softmax's denominator, which keeps logits from drifting.
     devices: how many the rows are split over where B counts those of all of them; only None for `chunk` asks.
+    vocab_axis: inside `jax.shard_map`, the mesh axis that the vocabulary is cut along: `model_logits` makes this
+        device's part of it. Devices meet once, after all chunks. None where logits are of the whole vocabulary.
 
     Returns what is minimised (float32, 0 where nothing counts) and its sums. Chunks are cut along T, so that rows may
     lie on different devices. Gradients of the parameters in `model_logits` are summed over the chunks in float32,
@@ -103,13 +106,18 @@ def chunked_loss(
     if mask is None:
         mask = jnp.ones(targets.shape, bool)
     if chunk == length:
-        losses, squares = _losses(model_logits, hidden, targets, mask)
+        found = _normalizers(model_logits, vocab_axis, hidden, targets, mask)
     else:
         pure_logits, parameters = _as_float32(model_logits, hidden[:, :chunk])
-        one = jax.checkpoint(lambda parameters, *inputs: _losses(lambda x: pure_logits(x, parameters), *inputs))
+        one = jax.checkpoint(
+            lambda parameters, *inputs: _normalizers(lambda x: pure_logits(x, parameters), vocab_axis, *inputs)
+        )
         inputs = [_cut(x, chunk) for x in (hidden, targets, mask)]
         _, found = jax.lax.scan(lambda _, inputs: (None, one(parameters, *inputs)), None, inputs)
-        losses, squares = (jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :length] for x in found)
+        found = tuple(jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :length] for x in found)
+    normalizers, logits = found if vocab_axis is None else _of_all_parts(*found, vocab_axis)
+    losses = jnp.where(mask, normalizers - logits, 0.0)
+    squares = jnp.where(mask, jnp.square(normalizers), 0.0)
     # Summed over rows here, not chunk by chunk: devices that share the rows then need not meet at every chunk.
     parts = LossParts(losses.sum(0), squares.sum(0), mask.sum(0, dtype=jnp.int32))
     return parts.loss(z_loss), parts
@@ -122,18 +130,34 @@ def _cut(x: Array, chunk: int) -> Array:
     return jnp.moveaxis(jnp.pad(x, padding).reshape(x.shape[0], chunks, chunk, *x.shape[2:]), 1, 0)
 
 
-def _losses(
+def _normalizers(
     model_logits: Callable[[Any], Any],
+    vocab_axis: str | None,
     hidden: Float[Array, "B T H"],
     targets: Integer[Array, "B T"],
     mask: Bool[Array, "B T"],
 ) -> tuple[Float32[Array, "B T"], Float32[Array, "B T"]]:
-    """Cross entropy and squared logarithm of the denominator of each target, 0 where `mask` is False."""
+    """The logarithm of the softmax's denominator, and the logit of each target; of a part of the vocabulary, its share
+    of the one and 0 for targets of other parts."""
     # Zeros, and not what is there: a gradient of zero times NaN would be NaN.
     logits = model_logits(jnp.where(mask[..., None], hidden, 0)).astype(jnp.float32)
-    denominators = jax.nn.logsumexp(logits, axis=-1)
-    losses = denominators - jnp.take_along_axis(logits, targets[..., None].astype(jnp.int32), -1)[..., 0]
-    return jnp.where(mask, losses, 0.0), jnp.where(mask, jnp.square(denominators), 0.0)
+    normalizers = jax.nn.logsumexp(logits, axis=-1)
+    here = targets.astype(jnp.int32)
+    if vocab_axis is None:
+        return normalizers, jnp.take_along_axis(logits, here[..., None], -1)[..., 0]
+    size = logits.shape[-1]
+    here -= size * jax.lax.axis_index(vocab_axis)
+    own = jnp.take_along_axis(logits, jnp.clip(here, 0, size - 1)[..., None], -1)[..., 0]
+    return normalizers, jnp.where((here >= 0) & (here < size), own, 0.0)
+
+
+def _of_all_parts(
+    normalizers: Float32[Array, "B T"], logits: Float32[Array, "B T"], vocab_axis: str
+) -> tuple[Float32[Array, "B T"], Float32[Array, "B T"]]:
+    """Those of the whole vocabulary, from those of the parts that devices have along a mesh axis."""
+    top = jax.lax.pmax(jax.lax.stop_gradient(normalizers), vocab_axis)
+    total, logits = jax.lax.psum((jnp.exp(normalizers - top), logits), vocab_axis)
+    return top + jnp.log(total), logits
 
 
 def _as_float32(model_logits: Callable[[Any], Any], hidden: Array) -> tuple[Callable[[Any, Any], Any], list[Array]]:

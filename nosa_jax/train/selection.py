@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float32, Int32
 
-from nosa_jax import locality, parallel
+from nosa_jax import locality, parallel, processes
 from nosa_jax.attention.layer import Recorded
 from nosa_jax.model import cast, hidden_states
 from nosa_jax.train.data import Batch
@@ -43,7 +43,7 @@ def measure_selection(
     """Runs the longest document of a batch and measures how its last tokens select, as if they were decoded.
 
     model: what is measured, on one device or on a mesh.
-    batch: held-out rows on the host. Documents are what `segment_ids` says, else whole rows.
+    batch: held-out rows, on the host or on a mesh. Documents are what `segment_ids` says, else whole rows.
     steps: how many of the document's last tokens count as decode steps. Only their selections are kept, so that memory
         stays bounded: 4 bytes for each step, layer, KV head and selected block.
     compute_dtype: of the forward pass.
@@ -79,8 +79,8 @@ def _longest_document(batch: Batch) -> tuple[Int32[np.ndarray, " T"], int]:
 
     A row of the batch's own length, whatever the document's: all evaluations then run one program.
     """
-    tokens = np.asarray(batch.tokens, np.int32)
-    ids = np.zeros_like(tokens) if batch.segment_ids is None else np.asarray(batch.segment_ids)
+    tokens = _on_host(batch.tokens).astype(np.int32)
+    ids = np.zeros_like(tokens) if batch.segment_ids is None else _on_host(batch.segment_ids)
     best = (0, 0, 0)  # length, row, start
     for row, segments in enumerate(ids):
         starts = np.flatnonzero(np.diff(segments, prepend=segments[0] - 1))
@@ -91,6 +91,13 @@ def _longest_document(batch: Batch) -> tuple[Int32[np.ndarray, " T"], int]:
     document = np.zeros_like(tokens[row])
     document[:length] = tokens[row, start : start + length]
     return document, length
+
+
+def _on_host(array: Any) -> np.ndarray:
+    """The whole of an array, also where other processes hold parts of it; all of them must ask."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        array = processes.whole(array)
+    return np.asarray(array)
 
 
 @partial(jax.jit, static_argnames=("kept", "compute_dtype"))

@@ -32,7 +32,7 @@ from nosa_jax.train.optim import OptimizerConfig, as_optimizer, learning_rate_sc
 from nosa_jax.train.patterns import merge, split
 from pallas_kernels.checks import require_shape
 from pallas_kernels.promotion import usual_promotion
-from pallas_kernels.varying import axes_of, varying
+from pallas_kernels.varying import alike, axes_of
 
 # From a model in the dtype of computation and a batch to what is minimised: a float32 scalar, or one and LossParts.
 Loss = Callable[[Any, Batch], Any]
@@ -90,7 +90,8 @@ def token_loss(
 
     model: computes in the dtype of its parameters.
     batch: rows of tokens; see `Batch`.
-    chunk, z_loss: see `chunked_loss`. Each device makes the logits of its own rows and positions, `chunk` at a time.
+    chunk, z_loss: see `chunked_loss`. Each device makes the logits of its own rows, positions and part of the
+        vocabulary, `chunk` positions at a time.
     remat: see `forward`.
     """
     require_shape("batch.tokens", batch.tokens, (None, None), "[B, T]")
@@ -99,9 +100,10 @@ def token_loss(
             require_shape(f"batch.{name}", getattr(batch, name), batch.tokens.shape, "[B, T]")
 
     def of_device(head: Any, hidden: Any, targets: Any, mask: Any) -> LossParts:
-        head = varying(head, axes_of(hidden))  # once: its gradients are then summed over devices once, not per chunk
+        cut = "tensor" if "tensor" in axes_of(head) else None
+        head, hidden = alike((head, hidden))  # once: gradients are then summed over devices once, not chunk by chunk
         logits = partial(model.logits_by, head)
-        parts = chunked_loss(logits, hidden, targets, mask, chunk=chunk, z_loss=z_loss)[1]
+        parts = chunked_loss(logits, hidden, targets, mask, chunk=chunk, z_loss=z_loss, vocab_axis=cut)[1]
         return jax.tree.map(lambda x: x[None], parts)
 
     def body(model: Any, batch: Batch) -> tuple[Any, LossParts]:
@@ -110,9 +112,8 @@ def token_loss(
         parts = parallel.per_row_and_head(
             of_device,
             (model.head(), hidden, targets, mask),
-            ("..", "bt.", "bt", "bt"),
+            (".." if model.lm_head is None else ".v", "bt.", "bt", "bt"),
             LossParts("bt", "bt", "bt"),
-            heads=False,
         )
         parts = jax.tree.map(lambda x: parallel.in_row_order(x.sum(0, dtype=x.dtype), 0), parts)
         return parts.loss(z_loss), parts
@@ -148,7 +149,7 @@ def train_step(
     loss: Loss | None = None,
     loss_chunk: int | None = None,
     z_loss: float = 0.0,
-    norms: bool = False,
+    watch: bool = False,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """One step of training. Pure; jit it with the state donated.
 
@@ -163,11 +164,12 @@ def train_step(
     loss: what is minimised instead of `token_loss`: a function of the model, in `compute_dtype`, and the Batch. Returns
         a scalar, the mean over rows, or a scalar and LossParts, the mean over what these count.
     loss_chunk, z_loss: see `chunked_loss`.
-    norms: adds the norms of gradients and parameters by group, see `norms_by_group`.
+    watch: whether `metrics` has the norms of gradients and parameters by group and the steps skipped, too.
 
     A step whose loss or gradient is not finite changes nothing but the counts. Returns the new state and float32
     scalars: `loss` (nats, before the step), `grad_norm` (before clipping), `learning_rate` where `optimizer` is an
-    OptimizerConfig, and with `norms` `grad_norm_<group>` and `param_norm_<group>`. Raises ValueError when `accumulate`
+    OptimizerConfig, and with `watch` `grad_norm_<group>` and `param_norm_<group>` (see `norms_by_group`), `skipped` and
+    `skipped_in_a_row`. Raises ValueError when `accumulate`
     does not divide B.
     """
     transformation = as_optimizer(optimizer, steps)
@@ -190,7 +192,8 @@ def train_step(
         new = optax.apply_updates(part, updates), opt_state
         (part, opt_state), skipped, _ = keep_if_finite(state.skipped, (part, state.opt_state), new, value, norm)
         metrics = {"loss": parts.cross_entropy(), "grad_norm": norm}
-        if norms:
+        if watch:
+            metrics |= {"skipped": skipped.total, "skipped_in_a_row": skipped.in_a_row}
             metrics |= {f"grad_norm_{group}": value for group, value in norms_by_group(grads).items()}
             metrics |= {f"param_norm_{group}": value for group, value in norms_by_group(state.model).items()}
         if isinstance(optimizer, OptimizerConfig):
@@ -222,7 +225,7 @@ jit_train_step = jax.jit(
     train_step,
     static_argnames=(
         *("optimizer", "steps", "compute_dtype", "accumulate", "remat", "trainable", "loss", "loss_chunk", "z_loss"),
-        "norms",
+        "watch",
     ),
     donate_argnames="state",
 )

@@ -17,7 +17,7 @@ from pallas_kernels import _backend
 from pallas_kernels._backend import LARGE, LN_2, LOG2_E, plgpu
 from pallas_kernels.block_attention import _lists, triton
 from pallas_kernels.block_attention.xla import Settings
-from pallas_kernels.varying import alike, axes_of, struct
+from pallas_kernels.varying import alike, axes_of, struct, varying
 
 _ROWS = 64  # of one warpgroup: what one wgmma multiplies
 _BLOCK = 64
@@ -260,6 +260,9 @@ def forward(
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(*operands)
+    # JAX forgets what `out_type` says of axes. A result that seemed the same on all devices would have its cotangents
+    # summed over them.
+    out, lse = varying((out, lse), axes)
     lse = jnp.moveaxis(lse.reshape(batch, kv_heads, padded, group), 1, 2)
     group = heads // kv_heads
     return triton.ungroup_heads(out, length, group), triton.ungroup_heads(lse, length, group)

@@ -1,0 +1,78 @@
+"""Programs that run with eight devices of the CPU's own, beside tests that have one.
+
+Such a program is a file of this folder that ends in `report(GROUPS)`. It computes the cases of one group and prints
+what it found, for tests to judge. Starting and compiling is what costs: a group shares a process, and what it computes
+on one device is computed once. By hand: JAX_NUM_CPU_DEVICES=8 python parallel_steps.py pairs
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from nosa_jax import parallel
+from nosa_jax._pytree import by_name
+
+
+@functools.cache
+def found(program: str, group: str, *, optimized: bool = False) -> dict[str, Any]:
+    """What `tests/<program>.py` found in the cases of a group, by their names.
+
+    optimized: whether its programs are compiled as users' are.
+    """
+    wanted = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+    if optimized:
+        wanted["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0"
+    done = subprocess.run(
+        [sys.executable, f"{program}.py", group],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        env=os.environ | wanted,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return report
+
+
+def of_case(program: str, group: str, name: str, *, optimized: bool = False) -> Any:
+    """What was found in one case; fails where it could not be computed."""
+    finding = found(program, group, optimized=optimized)[name]
+    assert "error" not in finding, finding["error"]
+    return finding
+
+
+def report(groups: dict[str, tuple[dict[str, Any], Callable[[Any], Any]]]) -> None:
+    """Prints what the function of a group, named on the command line, makes of each of its cases."""
+    cases, check = groups[sys.argv[1]]
+    findings = {}
+    for name, case in cases.items():
+        try:
+            findings[name] = check(case)
+        except Exception:
+            findings[name] = {"error": traceback.format_exc()[-6000:]}
+    print(json.dumps(findings))
+
+
+def mesh_of(axes: dict[str, int], explicit: bool = False) -> jax.sharding.Mesh:
+    """A mesh of the first devices, as many as its axes take."""
+    return parallel.make_mesh(**axes, devices=jax.devices()[: math.prod(axes.values())], explicit=explicit)
+
+
+def relative_errors(ours: Any, theirs: Any) -> dict[str, float]:
+    """By name, the norm of the difference by the norm of what is right."""
+    ours, theirs = by_name(ours), by_name(theirs)
+    assert ours.keys() == theirs.keys()
+    norm = lambda x: float(np.linalg.norm(np.asarray(x, np.float64)))
+    return {name: norm(np.asarray(ours[name]) - np.asarray(theirs[name])) / norm(theirs[name]) for name in theirs}
