@@ -29,11 +29,18 @@ def environment() -> dict[str, Any]:
     }
 
 
-def gpu_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The parsed command line with `--output`. Ends the program, before any work, where there is no GPU."""
+def gpu_arguments(parser: argparse.ArgumentParser, *, tiny: bool = False) -> argparse.Namespace:
+    """The parsed command line with `--output`. Ends the program, before any work, where there is no GPU.
+
+    tiny: there is `--tiny` too, with which a CPU will do, and counts as eight.
+    """
     parser.add_argument("--output", type=Path, help="where the JSON goes")
+    if tiny:
+        parser.add_argument("--tiny", action="store_true", help="small shapes, to see on a CPU that it works")
     args = parser.parse_args()
-    if not current_device().is_gpu:
+    if tiny and args.tiny:
+        jax.config.update("jax_num_cpu_devices", 8)
+    elif not current_device().is_gpu:
         parser.error(f"it needs an NVIDIA GPU, the default device is {current_device().kind!r}")
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
