@@ -10,7 +10,7 @@ synchronised), after two for warming up. Memory is stated as XLA computes it for
 allocator saw it: its peak since the program began, the making of the weights included.
 
 - `variants`: 1B, one row of 16384 tokens, remat, one GPU.
-- `scaling`: `nosa` as above; two GPUs along `data` and along `fsdp`, one row each, against one GPU. 1.0 is twice as fast.
+- `scaling`: `nosa` as above; two GPUs along `data` and along `fsdp`, one row each, against one: 1.0 is twice as fast.
 - `context`: 4 layers of the 1B shape, one row of 131072 tokens, on two GPUs along `context` and on one. Activations are
   the temporaries beyond those of the same program for a row of 2048 tokens, which are copies of weights and gradients.
 - `8b`: two GPUs along `fsdp`, one row of 16384 tokens each, remat that keeps what enters the layers in host memory.
