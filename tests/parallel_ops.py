@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from eight_devices import mesh_of, report
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 import pallas_kernels
 from pallas_kernels.append_token import cases as append_cases
@@ -53,13 +53,29 @@ AXES: dict[str, tuple[dict[str, str], Any]] = {
 LEARNED = {"block_attention": ("q", "k", "v", "bias"), "pool_keys": ("keys",)}
 
 
-def sharded(call: Callable[..., Any], op: str, arguments: dict[str, Any], mesh: Any) -> Callable[..., Any]:
-    """`call`, of arguments by name, with every device doing its own rows and KV heads; the default check is on."""
+def specs_of(op: str, arguments: dict[str, Any]) -> tuple[dict[str, PartitionSpec], Any]:
+    """Of arguments by name, and of results."""
     names = {"b": "data", "k": "tensor", ".": None}
     spec = lambda letters: PartitionSpec(*(names[letter] for letter in letters))
     given, out = AXES[op]
-    in_specs = {name: spec(given[name]) for name in arguments}
-    return jax.shard_map(call, mesh=mesh, in_specs=(in_specs,), out_specs=jax.tree.map(spec, out))
+    return {name: spec(given[name]) for name in arguments}, jax.tree.map(spec, out)
+
+
+def sharded(call: Callable[..., Any], op: str, arguments: dict[str, Any], mesh: Any) -> Callable[..., Any]:
+    """`call`, of arguments by name, with every device doing its own rows and KV heads; the default check is on."""
+    in_specs, out_specs = specs_of(op, arguments)
+    return jax.shard_map(call, mesh=mesh, in_specs=(in_specs,), out_specs=out_specs)
+
+
+def placed(op: str, arguments: dict[str, Any], mesh: Any) -> dict[str, Any]:
+    """The arguments on a mesh, each in the memory where it was."""
+
+    def place(spec: PartitionSpec, part: Any) -> Any:
+        put = lambda x: jax.device_put(x, NamedSharding(mesh, spec, memory_kind=x.sharding.memory_kind))
+        return jax.tree.map(put, part)
+
+    specs, _ = specs_of(op, arguments)
+    return {name: place(specs[name], part) for name, part in arguments.items()}
 
 
 def calls() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
@@ -69,9 +85,8 @@ def calls() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     selection, token = select_cases.SMALL["k2_g8_chunk"], append_cases.SMALL["nosa"]
     decoding = decode_cases.make_inputs(decode_cases.Case((100, 205), 9), key)
     offloaded = decode_cases.offloaded(decoding, key, 0.3)
-    keys, moves = key_cases.make_inputs(key_cases.SMALL["importance"], key), fetch_cases.make_inputs(
-        fetch_cases.SMALL["all"], key
-    )
+    keys = key_cases.make_inputs(key_cases.SMALL["importance"], key)
+    moves = fetch_cases.make_inputs(fetch_cases.SMALL["all"], key)
     batch, heads, length, dim = keys.shape
     every = lambda ids: jnp.stack([ids] * moves["pool"].shape[0])
     return {
@@ -107,11 +122,11 @@ def calls() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
 def check_op(op: str) -> dict[str, Any]:
     arrays, static = calls()[op]
     arrays = {name: x for name, x in arrays.items() if x is not None}
-    call = lambda arrays: getattr(pallas_kernels, op)(
-        **{name: None for name in ("bias", "first_block") if name in AXES[op][0]} | arrays, **static, implementation="xla"
-    )
-    here, there = call, sharded(call, op, arrays, mesh_of({"data": 2, "tensor": 2}))
-    found = {"values": _difference(jax.jit(there)(arrays), jax.jit(here)(arrays))}
+    missing = dict.fromkeys(name for name in ("bias", "first_block") if name in AXES[op][0])
+    call = lambda arrays: getattr(pallas_kernels, op)(**(missing | arrays), **static, implementation="xla")
+    mesh = mesh_of({"data": 2, "tensor": 2})
+    here, there = call, sharded(call, op, arrays, mesh)
+    found = {"values": _difference(jax.jit(there)(placed(op, arrays, mesh)), jax.jit(here)(arrays))}
     if op in LEARNED:
         learned = {name: arrays[name] for name in LEARNED[op]}
 
