@@ -219,6 +219,61 @@ def check_step(case: Step) -> dict[str, Any]:
     }
 
 
+# ---- Loss curves ----
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """The losses of twenty steps on one batch. replay: with the block ids of the first forward pass in every step."""
+
+    axes: dict[str, int]
+    variant: str
+    replay: bool
+    explicit: bool = False
+
+
+REPLAYED = {
+    "full": Curve(ALL, "full", False),
+    "full, explicit": Curve(REST, "full", False, explicit=True),
+    "nosa": Curve(ALL, "nosa", True),
+    "nosa, explicit": Curve(REST, "nosa", True, explicit=True),
+    "infllmv2": Curve(REST, "infllmv2", True),
+    "dma": Curve({"fsdp": 4, "context": 2}, "dma", True),
+}
+SELECTING = {
+    "nosa": Curve(ALL, "nosa", False),
+    "infllmv2": Curve(REST, "infllmv2", False),
+    "dma": Curve({"fsdp": 4, "context": 2}, "dma", False),
+}
+STEPS, ORDERS = 20, 5
+
+
+def losses(curve: Curve, mesh: Any, order: int = 0) -> list[float]:
+    """order: which of some orders of the rows of the batch."""
+    model, windows = made_model(curve.variant), made_batch("windows")
+    loss = None
+    if curve.replay:
+        ids = np.asarray(nosa_jax.forward(model, windows[:, :-1], record=True).block_ids)
+
+        def loss(model: Any, batch: train.Batch) -> Any:
+            logits = nosa_jax.forward(model, batch.tokens, block_ids=ids).logits
+            return train.next_token_loss(logits, batch.targets)[0]
+
+    windows = windows if order == 0 else np.random.default_rng(order).permutation(windows)
+    state = train.init_state(model if mesh is None else parallel.shard(model, mesh), OPTIMIZER)
+    found = []
+    for _ in range(STEPS):
+        state, metrics = train.jit_train_step(state, windows, optimizer=OPTIMIZER, steps=STEPS, loss=loss)
+        found.append(float(metrics["loss"]))
+    return found
+
+
+def check_curve(curve: Curve) -> dict[str, Any]:
+    orders = range(ORDERS if curve in SELECTING.values() else 1)
+    mesh = mesh_of(curve.axes, curve.explicit)
+    return {"mesh": losses(curve, mesh), "alone": [losses(curve, None, order) for order in orders]}
+
+
 GROUPS = {
     "few": (FEW, check_step),
     "axes": (AXES, check_step),
@@ -227,6 +282,8 @@ GROUPS = {
     "variants": (VARIANTS, check_step),
     "batches": (BATCHES, check_step),
     "options": (OPTIONS, check_step),
+    "replayed": (REPLAYED, check_curve),
+    "selecting": (SELECTING, check_curve),
 }
 
 
