@@ -124,7 +124,8 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
 def shard[Tree](tree: Tree, mesh: Mesh | AbstractMesh) -> Tree:
     """`tree`, a model or a training state, on the devices of `mesh`, cut as RULES says.
 
-    Shapes (`jax.ShapeDtypeStruct`) get their sharding and stay shapes, also on an AbstractMesh. Raises ValueError as `shardings` does.
+    Shapes (`jax.ShapeDtypeStruct`) get their sharding and stay shapes, also on an AbstractMesh. Raises ValueError as
+    `shardings` does.
     """
 
     def put(leaf: Any, sharding: NamedSharding) -> Any:

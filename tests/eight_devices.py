@@ -72,5 +72,11 @@ def relative_errors(ours: Any, theirs: Any) -> dict[str, float]:
     """By name, the norm of the difference by the norm of what is right."""
     ours, theirs = by_name(ours), by_name(theirs)
     assert ours.keys() == theirs.keys()
-    norm = lambda x: float(np.linalg.norm(np.asarray(x, np.float64)))
-    return {name: norm(np.asarray(ours[name]) - np.asarray(theirs[name])) / norm(theirs[name]) for name in theirs}
+
+    def error(ours: Any, theirs: Any) -> float:
+        ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+        assert ours.shape == theirs.shape
+        difference = float(np.linalg.norm(ours - theirs))
+        return difference / float(np.linalg.norm(theirs)) if theirs.any() else difference
+
+    return {name: error(ours[name], theirs[name]) for name in theirs}

@@ -110,7 +110,7 @@ def decoding_of(case: Case, mesh: Any) -> dict[str, Any]:
     model, tokens, options = made(case, mesh)
     next_tokens = np.asarray(tokens)[:, 5:13]
     state, first = nosa_jax.prefill(model, tokens, max_length=256, cache=case.cache, **options)
-    chunked, same = nosa_jax.prefill(model, tokens, max_length=256, cache=case.cache, chunk=64, **options)
+    _, same = nosa_jax.prefill(model, tokens, max_length=256, cache=case.cache, chunk=64, **options)
     found = {"prefill": first, "in chunks": same}
     state, found["decode_step"] = nosa_jax.decode_step(model, state, next_tokens[:, 0])
     for n in range(1, 3):
@@ -124,9 +124,7 @@ def generation_of(case: Case, mesh: Any) -> dict[str, Any]:
     model, tokens, options = made(case, mesh)
     given = {} if mesh is None else {"mesh": mesh}
     drawn = {"sampling": Sampling(temperature=1.0), "key": jax.random.key(3)}
-    out = nosa_jax.generate(
-        model, tokens, max_new_tokens=6, cache=case.cache, record=True, **drawn, **options, **given
-    )
+    out = nosa_jax.generate(model, tokens, max_new_tokens=6, cache=case.cache, record=True, **drawn, **options, **given)
     return {"tokens": out.tokens, "logits": out.logits, "block_ids": out.block_ids, "fetched": out.fetched}
 
 

@@ -16,6 +16,7 @@ from support import SMALL, lively_model, random_tokens
 
 import nosa_jax
 from nosa_jax import ModelConfig, parallel, train
+from nosa_jax.train.step import token_loss
 
 ROWS, LENGTH = 8, 256  # 16 blocks, of which SMALL selects 8
 OPTIMIZER = train.OptimizerConfig(learning_rate=3e-3, clip_norm=1e6)
@@ -38,9 +39,12 @@ CONFIG = ModelConfig(
 class Step:
     """A step of training on a mesh.
 
-    axes: sizes of the mesh. explicit: its axes are Explicit. options: of `train_step`. config: what differs from CONFIG.
-    batch: "windows", "packed" (documents and padding) or "masked". way: "step", or "grad" for `jax.grad` of
-    `token_loss`.
+    axes: sizes of the mesh.
+    explicit: its axes are Explicit.
+    options: of `train_step`.
+    config: what differs from CONFIG.
+    batch: "windows", "packed" (documents and padding) or "masked".
+    way: "step", or "grad" for `jax.grad` of `token_loss`.
     """
 
     axes: dict[str, int]
@@ -114,7 +118,8 @@ OPTIONS = {
 
 def made_model(variant: str, **config: Any) -> nosa_jax.NosaLM:
     """Importance and, where there are any, biases and the weights of norms are not what they begin as."""
-    model = nosa_jax.with_attention(lively_model(dataclasses.replace(CONFIG, **config)), variant=variant)
+    known = lively_model(dataclasses.replace(CONFIG.with_attention(variant=variant), **config))
+    model = nosa_jax.with_attention(known, variant=variant)  # a copy, as others have that one, too
     draw = np.random.default_rng(3)
     for name in ("qkv_bias", "query_norm", "key_norm", "output_bias"):
         leaf = getattr(model.layers.attention, name)
@@ -180,7 +185,7 @@ def run_step(case: Step, mesh: Any) -> tuple[dict[str, Any], Any, Any]:
     model, batch = made_model(case.variant, **case.config), made_batch(case.batch)
     if case.way == "grad":
         model = model if mesh is None else parallel.shard(model, mesh)
-        function = jax.jit(jax.grad(lambda model, batch: train.token_loss(model, batch)[0]))
+        function = jax.jit(jax.grad(lambda model, batch: token_loss(model, batch)[0]))
         program = function.lower(model, train.Batch(batch[:, :-1], batch[:, 1:])).compile()
         grads = program(model, train.Batch(batch[:, :-1], batch[:, 1:]))
         return grads, {}, (program, _same_places(grads, model))

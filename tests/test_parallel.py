@@ -118,7 +118,7 @@ def test_a_mesh_that_does_not_divide_is_refused_with_all_that_it_cuts():
         parallel.shardings(state.model, abstract(fsdp=5, tensor=4))
     message = str(error.value)
     assert "embed: 48 by fsdp=5 (nearest: 4)" in message
-    assert "layers.attention.qkv: 48 by fsdp=5 (nearest: 4); layers.attention.qkv: 2 by tensor=4 (nearest: 2)" in message
+    assert "attention.qkv: 48 by fsdp=5 (nearest: 4); layers.attention.qkv: 2 by tensor=4 (nearest: 2)" in message
     assert "layers.mlp.down" in message and "norm" not in message
 
 
