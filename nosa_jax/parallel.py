@@ -101,7 +101,7 @@ def specs(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     return jax.tree.map_with_path(lambda path, leaf: spec(name_of(path), mesh) if np.ndim(leaf) else P(), tree)
 
 
-def shardings(tree: Any, mesh: Mesh) -> Any:
+def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """NamedShardings for the leaves of a model, of an optimizer's state or of anything that holds them.
 
     Raises ValueError where a mesh has other axes than ours, or does not divide what it cuts; all such are listed.
@@ -123,10 +123,11 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     return placed
 
 
-def shard[Tree](tree: Tree, mesh: Mesh) -> Tree:
+def shard[Tree](tree: Tree, mesh: Mesh | AbstractMesh) -> Tree:
     """`tree`, a model or a training state, on the devices of `mesh`, cut as RULES says.
 
-    Shapes (`jax.ShapeDtypeStruct`) get their sharding and stay shapes. Raises ValueError as `shardings` does.
+    Shapes (`jax.ShapeDtypeStruct`) get their sharding and stay shapes, also on an AbstractMesh. Raises ValueError as
+    `shardings` does.
     """
 
     def put(leaf: Any, sharding: NamedSharding) -> Any:

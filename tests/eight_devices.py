@@ -42,8 +42,7 @@ def found(program: str, group: str, *, optimized: bool = False) -> dict[str, Any
         env=os.environ | wanted,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return report
+    return dict(json.loads(line) for line in done.stdout.splitlines())
 
 
 def of_case(program: str, group: str, name: str, *, optimized: bool = False) -> Any:
@@ -54,15 +53,14 @@ def of_case(program: str, group: str, name: str, *, optimized: bool = False) -> 
 
 
 def report(groups: dict[str, tuple[dict[str, Any], Callable[[Any], Any]]]) -> None:
-    """Prints what the function of a group, named on the command line, makes of each of its cases."""
+    """Prints what the function of a group, named on the command line, makes of each of its cases, a line for each."""
     cases, check = groups[sys.argv[1]]
-    findings = {}
     for name, case in cases.items():
         try:
-            findings[name] = check(case)
+            finding = check(case)
         except Exception:
-            findings[name] = {"error": traceback.format_exc()[-6000:]}
-    print(json.dumps(findings))
+            finding = {"error": traceback.format_exc()[-6000:]}
+        print(json.dumps([name, finding]), flush=True)
 
 
 def mesh_of(axes: dict[str, int], explicit: bool = False) -> jax.sharding.Mesh:
@@ -74,5 +72,11 @@ def relative_errors(ours: Any, theirs: Any) -> dict[str, float]:
     """By name, the norm of the difference by the norm of what is right."""
     ours, theirs = by_name(ours), by_name(theirs)
     assert ours.keys() == theirs.keys()
-    norm = lambda x: float(np.linalg.norm(np.asarray(x, np.float64)))
-    return {name: norm(np.asarray(ours[name]) - np.asarray(theirs[name])) / norm(theirs[name]) for name in theirs}
+
+    def error(ours: Any, theirs: Any) -> float:
+        ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+        assert ours.shape == theirs.shape
+        difference = float(np.linalg.norm(ours - theirs))
+        return difference / float(np.linalg.norm(theirs)) if theirs.any() else difference
+
+    return {name: error(ours[name], theirs[name]) for name in theirs}

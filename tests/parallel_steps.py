@@ -16,6 +16,7 @@ from support import SMALL, lively_model, random_tokens
 
 import nosa_jax
 from nosa_jax import ModelConfig, parallel, train
+from nosa_jax.train.step import token_loss
 
 ROWS, LENGTH = 8, 256  # 16 blocks, of which SMALL selects 8
 OPTIMIZER = train.OptimizerConfig(learning_rate=3e-3, clip_norm=1e6)
@@ -38,9 +39,12 @@ CONFIG = ModelConfig(
 class Step:
     """A step of training on a mesh.
 
-    axes: sizes of the mesh. explicit: its axes are Explicit. options: of `train_step`. config: what differs from CONFIG.
-    batch: "windows", "packed" (documents and padding) or "masked". way: "step", or "grad" for `jax.grad` of
-    `token_loss`.
+    axes: sizes of the mesh.
+    explicit: its axes are Explicit.
+    options: of `train_step`.
+    config: what differs from CONFIG.
+    batch: "windows", "packed" (documents and padding) or "masked".
+    way: "step", or "grad" for `jax.grad` of `token_loss`.
     """
 
     axes: dict[str, int]
@@ -114,7 +118,8 @@ OPTIONS = {
 
 def made_model(variant: str, **config: Any) -> nosa_jax.NosaLM:
     """Importance and, where there are any, biases and the weights of norms are not what they begin as."""
-    model = nosa_jax.with_attention(lively_model(dataclasses.replace(CONFIG, **config)), variant=variant)
+    known = lively_model(dataclasses.replace(CONFIG.with_attention(variant=variant), **config))
+    model = nosa_jax.with_attention(known, variant=variant)  # a copy, as others have that one, too
     draw = np.random.default_rng(3)
     for name in ("qkv_bias", "query_norm", "key_norm", "output_bias"):
         leaf = getattr(model.layers.attention, name)
@@ -180,7 +185,7 @@ def run_step(case: Step, mesh: Any) -> tuple[dict[str, Any], Any, Any]:
     model, batch = made_model(case.variant, **case.config), made_batch(case.batch)
     if case.way == "grad":
         model = model if mesh is None else parallel.shard(model, mesh)
-        function = jax.jit(jax.grad(lambda model, batch: train.token_loss(model, batch)[0]))
+        function = jax.jit(jax.grad(lambda model, batch: token_loss(model, batch)[0]))
         program = function.lower(model, train.Batch(batch[:, :-1], batch[:, 1:])).compile()
         grads = program(model, train.Batch(batch[:, :-1], batch[:, 1:]))
         return grads, {}, (program, _same_places(grads, model))
@@ -219,6 +224,61 @@ def check_step(case: Step) -> dict[str, Any]:
     }
 
 
+# ---- Loss curves ----
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """The losses of twenty steps on one batch. replay: with the block ids of the first forward pass in every step."""
+
+    axes: dict[str, int]
+    variant: str
+    replay: bool
+    explicit: bool = False
+
+
+REPLAYED = {
+    "full": Curve(ALL, "full", False),
+    "full, explicit": Curve(REST, "full", False, explicit=True),
+    "nosa": Curve(ALL, "nosa", True),
+    "nosa, explicit": Curve(REST, "nosa", True, explicit=True),
+    "infllmv2": Curve(REST, "infllmv2", True),
+    "dma": Curve({"fsdp": 4, "context": 2}, "dma", True),
+}
+SELECTING = {
+    "nosa": Curve(ALL, "nosa", False),
+    "infllmv2": Curve(REST, "infllmv2", False),
+    "dma": Curve({"fsdp": 4, "context": 2}, "dma", False),
+}
+STEPS, ORDERS = 20, 5
+
+
+def losses(curve: Curve, mesh: Any, order: int = 0) -> list[float]:
+    """order: which of some orders of the rows of the batch."""
+    model, windows = made_model(curve.variant), made_batch("windows")
+    loss = None
+    if curve.replay:
+        ids = np.asarray(nosa_jax.forward(model, windows[:, :-1], record=True).block_ids)
+
+        def loss(model: Any, batch: train.Batch) -> Any:
+            logits = nosa_jax.forward(model, batch.tokens, block_ids=ids).logits
+            return train.next_token_loss(logits, batch.targets)[0]
+
+    windows = windows if order == 0 else np.random.default_rng(order).permutation(windows)
+    state = train.init_state(model if mesh is None else parallel.shard(model, mesh), OPTIMIZER)
+    found = []
+    for _ in range(STEPS):
+        state, metrics = train.jit_train_step(state, windows, optimizer=OPTIMIZER, steps=STEPS, loss=loss)
+        found.append(float(metrics["loss"]))
+    return found
+
+
+def check_curve(curve: Curve) -> dict[str, Any]:
+    orders = range(ORDERS if curve in SELECTING.values() else 1)
+    mesh = mesh_of(curve.axes, curve.explicit)
+    return {"mesh": losses(curve, mesh), "alone": [losses(curve, None, order) for order in orders]}
+
+
 GROUPS = {
     "few": (FEW, check_step),
     "axes": (AXES, check_step),
@@ -227,6 +287,8 @@ GROUPS = {
     "variants": (VARIANTS, check_step),
     "batches": (BATCHES, check_step),
     "options": (OPTIONS, check_step),
+    "replayed": (REPLAYED, check_curve),
+    "selecting": (SELECTING, check_curve),
 }
 
 
