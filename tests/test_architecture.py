@@ -39,7 +39,19 @@ IMPLEMENTATION_MODULES = {*pallas_kernels.IMPLEMENTATIONS, "reference", "vjp"}
 KERNEL_DEPENDENCIES = {"jax", "jaxlib", "jaxtyping", "numpy", "pallas_kernels"}
 BACKEND_MODULE = "pallas_kernels._backend"
 BACKENDS = (*(f"jax.experimental.pallas.{name}" for name in ("triton", "mosaic_gpu", "tpu")), "jax._src.pallas")
-OPTIONAL = ("tyro", "grain", "tqdm", "matplotlib", "safetensors", "tokenizers", "torch", "transformers")
+OPTIONAL = (
+    "tyro",
+    "grain",
+    "tqdm",
+    "matplotlib",
+    "safetensors",
+    "tokenizers",
+    "torch",
+    "transformers",
+    "tensorboardX",
+    "wandb",
+    "jinja2",
+)
 
 
 def modules() -> dict[str, Path]:

@@ -88,6 +88,8 @@ class Train:
     """Steps between two evaluations; 0: only at the end."""
     eval_batches: int = TrainConfig.eval_batches
     """Held-out batches per evaluation, at most."""
+    eval_selection: bool = TrainConfig.eval_selection
+    """Whether evaluations of sparse variants measure gamma, misses and bias, too."""
     checkpoint_every: int = TrainConfig.checkpoint_every
     """Steps between two checkpoints; 0: only at the end."""
     keep_checkpoints: int = TrainConfig.keep_checkpoints
@@ -102,6 +104,11 @@ class Train:
     """Weight of the squared logarithm of the softmax's denominator in the loss."""
     max_skipped: int = TrainConfig.max_skipped
     """Steps in a row whose loss or gradient is not finite, after which the run ends."""
+
+    profile_steps: tuple[int, int] | None = TrainConfig.profile_steps
+    """First and last step of a trace for TensorBoard's profiler, in profile/ of the folder."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Where the log's numbers go besides: tensorboard, wandb."""
 
     learning_rate: float = OptimizerConfig.learning_rate
     """Learning rate of the stable phase of the schedule."""
@@ -186,7 +193,7 @@ class Train:
         if writes:
             heading(f"Training {out.name} ({config.model.attention.variant}) for {config.steps} steps")
             facts([("text", describe(source)), ("folder", out)])
-        result = train.train(config, source, out, model=model, mesh=mesh, resume=self.resume)
+        result = train.train(config, source, out, model=model, mesh=mesh, resume=self.resume, trackers=self.trackers)
         with working("writing the model"):
             written = load_tokenizer(tokenizer, config.model.vocab_size) if isinstance(tokenizer, Path) else tokenizer
             nosa_jax.save_pretrained(result.model, out / "model", tokenizer=written or ByteTokenizer())

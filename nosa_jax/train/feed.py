@@ -11,8 +11,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nosa_jax import parallel
 from nosa_jax.train.config import TrainConfig
-from nosa_jax.train.data import Batch, Source
-from pallas_kernels.checks import bad_value
+from nosa_jax.train.data import Batch, Corpus, Source, check_vocabulary
+from pallas_kernels.checks import bad_type, bad_value
 
 
 class Feed:
@@ -64,6 +64,49 @@ class Feed:
 
         placed: Batch = jax.tree.map(put, batch)
         return placed
+
+
+def as_source(config: TrainConfig, source: Any) -> Source:
+    """A source of rows of `config.length` tokens that the model knows."""
+    if isinstance(source, Corpus):
+        _check_corpus(config, source)
+        source = source.source(config.length)
+    if not isinstance(source, Source):
+        remedy = "Pass train.text(files), for example, or a Corpus."
+        raise bad_type("source", "must be a Source", f"{type(source).__name__} {source!r:.60}", remedy)
+    if source.length != config.length:
+        raise bad_value(
+            "TrainConfig.length", f"must be that of the source, {source.length}", config.length, "Change one of them."
+        )
+    check_vocabulary(source, config.model.vocab_size)
+    block, packed = config.model.attention.block_size, getattr(source, "block_size", None)
+    if packed is not None and packed % block:
+        raise bad_value(
+            "source",
+            f"documents must start on blocks of the model, multiples of {block} tokens",
+            f"block_size={packed}",
+            f"Make it with block_size={block}.",
+        )
+    return source
+
+
+def _check_corpus(config: TrainConfig, corpus: Corpus) -> None:
+    for name in ("train", "heldout"):
+        tokens, vocab_size = getattr(corpus, name), config.model.vocab_size
+        if len(tokens) and not (tokens.min() >= 0 and tokens.max() < vocab_size):
+            raise bad_value(
+                f"corpus.{name}",
+                f"must hold token ids below vocab_size = {vocab_size}",
+                f"{tokens.min()} .. {tokens.max()}",
+                "Use the tokenizer of the model; bytes need 256.",
+            )
+    if len(corpus.heldout) and len(corpus.heldout) <= config.length:
+        raise bad_value(
+            "corpus.heldout",
+            f"must be empty or fill one window of length + 1 = {config.length + 1}",
+            len(corpus.heldout),
+            "Hold out more text or shorten the windows.",
+        )
 
 
 def _rows_here(sharding: NamedSharding, shape: tuple[int, int]) -> tuple[int, int]:

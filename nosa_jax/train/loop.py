@@ -8,6 +8,7 @@ import math
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,22 +20,26 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from nosa_jax import parallel, processes
-from nosa_jax._extras import import_extra
+from nosa_jax._extras import import_extra, missing_modules
 from nosa_jax._paths import only_run, replacing, user_path
 from nosa_jax.environment import environment
 from nosa_jax.model import NosaLM, num_parameters
 from nosa_jax.train._interrupt import interrupt_flag
-from nosa_jax.train._progress import Progress
+from nosa_jax.train._progress import Progress, describe
 from nosa_jax.train.checkpoint import Checkpoints
 from nosa_jax.train.config import TrainConfig
-from nosa_jax.train.data import Batch, Corpus, Source, check_vocabulary
+from nosa_jax.train.data import Batch, Corpus, Source
 from nosa_jax.train.evaluation import Evaluation, evaluate_batches
-from nosa_jax.train.feed import Feed
+from nosa_jax.train.feed import Feed, as_source
 from nosa_jax.train.fields import model_config_from_dict
+from nosa_jax.train.flops import mfu, peak_flops
 from nosa_jax.train.log import LOG_NAME, JsonLines
 from nosa_jax.train.loss import bits_per_byte
+from nosa_jax.train.plots import PICTURE_NAME, plot_run
+from nosa_jax.train.profile import Profiler
 from nosa_jax.train.step import Loss, TrainState, init_state, jit_train_step
-from pallas_kernels.checks import bad_type, bad_value, require_type
+from nosa_jax.train.trackers import as_trackers
+from pallas_kernels.checks import bad_value, require_type
 
 Record = dict[str, Any]
 
@@ -71,6 +76,7 @@ def train(
     resume: bool = False,
     progress: bool = True,
     on_record: Callable[[Record], None] | None = None,
+    trackers: Any = None,
 ) -> TrainResult:
     """Trains on what `source` holds, evaluates on what it holds out.
 
@@ -88,12 +94,14 @@ def train(
         on exactly the batches that would have come. Everything but the model's shape, the seed, the batches and the
         text may change, the mesh and the number of processes too.
     progress: whether a bar is shown on standard error.
-    on_record: called with every log record, for trackers.
+    on_record: called with every log record.
+    trackers: what else is told of the run: "tensorboard", "wandb", a Tracker, or several of them; see `as_trackers`.
 
     A record of kind `train` holds step, loss (nats), bits_per_byte, learning_rate, grad_norm, norms by group, `skipped`
-    (steps so far that were not finite and changed nothing), and tokens_per_second over the `seconds` since the record
-    before (the first one includes compiling); one of kind `eval` holds step, loss, bits_per_byte, tokens and seconds;
-    one of kind `start` tells how the run was made.
+    (steps so far that were not finite and changed nothing), and tokens_per_second and mfu (see `train.mfu`; None for an
+    unknown card) over the `seconds` since the record before (the first one includes compiling). One of kind `eval`
+    holds what `Evaluation` does, and seconds; one of kind `start` tells how the run was made. At the end all that
+    becomes a picture in `directory`, training.png, where matplotlib is installed.
 
     Ctrl-C, SIGTERM and SIGHUP let the current step end, save, and return what there is; a second Ctrl-C stops at once.
     Raises ValueError for text shorter than a window or out of the vocabulary, for a directory that another run uses
@@ -102,7 +110,7 @@ def train(
     finite.
     """
     import_extra("tqdm")
-    source = _as_source(config, source)
+    source = as_source(config, source)
     root = None if directory is None else user_path("directory", directory).resolve()
     if mesh is not None:
         require_type("mesh", mesh, Mesh, "Make one with nosa_jax.parallel.make_mesh.")
@@ -115,6 +123,7 @@ def train(
             model.config,
             "Change the variant with nosa_jax.with_attention.",
         )
+    told = as_trackers(trackers if processes.is_writer() else None)
     feed = Feed(source, config, mesh)
     state, origin = _first_state(config, model, mesh, optimizer)
     del model
@@ -145,13 +154,19 @@ def train(
                 state = checkpoints.restore_newest(state, partial(_resume_data, config, source, feed))
         writes = processes.is_writer()
         log = stack.enter_context(JsonLines(root / LOG_NAME if root is not None and writes else None))
+        stack.enter_context(told)
+        traced = config.profile_steps if root is not None and writes else None
+        profiler = stack.enter_context(Profiler((root or Path()) / "profile", traced))
         bar = stack.enter_context(Progress(config.steps, int(state.step), shown=progress and writes))
         stop = stack.enter_context(interrupt_flag())
+        tell = [told.record] if on_record is None or not writes else [told.record, on_record]
         options = {"optimizer": optimizer or config.optimizer, "loss": loss}
-        run = _Run(config, source, state, feed, checkpoints, log, bar, on_record, options, evaluation)
-        run.start()
+        run = _Run(config, source, state, feed, checkpoints, log, bar, tell, profiler, options, evaluation)
+        run.start(root)
         run.advance(stop)
         run.finish(interrupted=stop.is_set())
+        if root is not None and writes:
+            _draw(root)
         run.state.model.origin = origin  # the compiled step may be that of a run with another
         return TrainResult(run.state.model, run.step, run.history, run.evaluations, root, stop.is_set())
 
@@ -168,13 +183,14 @@ class _Run:
         checkpoints: Checkpoints | None,
         log: JsonLines,
         bar: Progress,
-        on_record: Callable[[Record], None] | None,
+        tell: Sequence[Callable[[Record], None]],
+        profiler: Profiler,
         options: dict[str, Any],
         evaluation: Callable[[NosaLM], dict[str, float]] | None,
     ) -> None:
         self.config, self.source, self.state, self.feed = config, source, state, feed
-        self.checkpoints, self.log, self.bar, self.on_record = checkpoints, log, bar, on_record
-        self.options, self.evaluation = options, evaluation
+        self.checkpoints, self.log, self.bar, self.tell = checkpoints, log, bar, tell
+        self.profiler, self.options, self.evaluation = profiler, options, evaluation
         self.dtype = config.resolved_dtype()
         self.step = int(state.step)
         self.metrics: dict[str, Any] = {}
@@ -186,11 +202,11 @@ class _Run:
     def record(self, kind: str, **fields: Any) -> Record:
         record = {"kind": kind, "step": self.step, **fields}
         self.log.write(record)
-        if self.on_record is not None and processes.is_writer():
-            self.on_record(record)
+        for tell in self.tell:
+            tell(record)
         return record
 
-    def start(self) -> None:
+    def start(self, root: Path | None) -> None:
         sizes = {name: getattr(self.source, name, None) for name in ("train_tokens", "heldout_tokens")}
         self.record(
             "start",
@@ -199,6 +215,7 @@ class _Run:
             compute_dtype=self.dtype,
             parameters=num_parameters(self.state.model),
             corpus={**sizes, "fingerprint": self.source.fingerprint()},
+            directory=None if root is None else str(root),
             processes=jax.process_count(),
             **environment(),
         )
@@ -210,6 +227,7 @@ class _Run:
         begin, since = time.perf_counter(), self.step
         while self.step < config.steps and not self._stopped(stop):
             batch = next(self.feed)
+            self.profiler.before(self.step + 1, self.metrics)
             self.state, self.metrics = jit_train_step(
                 self.state,
                 batch,
@@ -227,6 +245,7 @@ class _Run:
             self._check_before()
             self.before = (self.metrics, batch)
             self.step += 1
+            self.profiler.after(self.step, self.metrics)
             self.bar.advance()
             last = self.step == config.steps
             if self.step % config.log_every == 0 or last or not self.history:
@@ -306,8 +325,10 @@ class _Run:
         tokens = (self.step - since) * self.config.batch_size * self.config.length
         rate = tokens / seconds
         values["bits_per_byte"] = bits_per_byte(values["loss"], self.source.bytes_per_token)
-        self.bar.note(f"loss {values['loss']:.3f}, {rate:,.0f} tokens/s")
-        self.history.append(self.record("train", **values, tokens_per_second=rate, seconds=seconds))
+        device, devices = jax.devices()[0].device_kind, self.state.step.sharding.num_devices
+        share = mfu(rate, self.config.model, self.config.length, peak=peak_flops(device), devices=devices)
+        self.history.append(self.record("train", **values, tokens_per_second=rate, mfu=share, seconds=seconds))
+        self.bar.note(describe(self.history[-1]))
 
     def _evaluate(self) -> None:
         config, begin = self.config, time.perf_counter()
@@ -316,6 +337,7 @@ class _Run:
             self.feed.heldout(config.eval_batches),
             bytes_per_token=self.source.bytes_per_token,
             compute_dtype=self.dtype,
+            selection=config.eval_selection,
         )
         own = {} if self.evaluation is None else self.evaluation(self.state.model)
         if result is None and not own:
@@ -330,6 +352,16 @@ class _Run:
         if result is not None:
             bits = f"{result.bits_per_byte:.4f} bits per byte"
             self.bar.say(f"step {self.step}: held-out {result.loss:.4f} nats, {bits}")
+
+
+def _draw(root: Path) -> None:
+    """The picture of a run, where it can be drawn: it must not cost a run that is done."""
+    if missing_modules("plots"):
+        return
+    try:
+        plot_run(root, root / PICTURE_NAME)
+    except Exception as error:
+        warnings.warn(f"no picture of {root}: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=3)
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
@@ -363,49 +395,6 @@ def _first_state(
     # Committed to its device as restored arrays are: otherwise the step would compile twice.
     state = jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding), state)
     return state, model.origin
-
-
-def _as_source(config: TrainConfig, source: Any) -> Source:
-    """A source of rows of `config.length` tokens that the model knows."""
-    if isinstance(source, Corpus):
-        _check_corpus(config, source)
-        source = source.source(config.length)
-    if not isinstance(source, Source):
-        remedy = "Pass train.text(files), for example, or a Corpus."
-        raise bad_type("source", "must be a Source", f"{type(source).__name__} {source!r:.60}", remedy)
-    if source.length != config.length:
-        raise bad_value(
-            "TrainConfig.length", f"must be that of the source, {source.length}", config.length, "Change one of them."
-        )
-    check_vocabulary(source, config.model.vocab_size)
-    block, packed = config.model.attention.block_size, getattr(source, "block_size", None)
-    if packed is not None and packed % block:
-        raise bad_value(
-            "source",
-            f"documents must start on blocks of the model, multiples of {block} tokens",
-            f"block_size={packed}",
-            f"Make it with block_size={block}.",
-        )
-    return source
-
-
-def _check_corpus(config: TrainConfig, corpus: Corpus) -> None:
-    for name in ("train", "heldout"):
-        tokens, vocab_size = getattr(corpus, name), config.model.vocab_size
-        if len(tokens) and not (tokens.min() >= 0 and tokens.max() < vocab_size):
-            raise bad_value(
-                f"corpus.{name}",
-                f"must hold token ids below vocab_size = {vocab_size}",
-                f"{tokens.min()} .. {tokens.max()}",
-                "Use the tokenizer of the model; bytes need 256.",
-            )
-    if len(corpus.heldout) and len(corpus.heldout) <= config.length:
-        raise bad_value(
-            "corpus.heldout",
-            f"must be empty or fill one window of length + 1 = {config.length + 1}",
-            len(corpus.heldout),
-            "Hold out more text or shorten the windows.",
-        )
 
 
 def _resume_data(config: TrainConfig, source: Source, feed: Feed, meta: dict[str, Any]) -> None:

@@ -105,6 +105,7 @@ def chunked_loss(
     chunk = min(require_int("chunk", chunk, 1), length)
     if mask is None:
         mask = jnp.ones(targets.shape, bool)
+    found: Any
     if chunk == length:
         found = _normalizers(model_logits, vocab_axis, hidden, targets, mask)
     else:
