@@ -46,7 +46,7 @@ def test_a_mesh_has_all_axes(explicit):
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"data": 2}, r"must multiply to the number of devices, 1, got \{'data': 2.*give one as -1"),
+        ({"data": 2}, r"must multiply to the number of devices, 1, got data=2, fsdp=1.*give one as -1"),
         ({"data": 2, "fsdp": -1}, "must multiply to the number of devices, 1"),
         ({"data": -1, "fsdp": -1}, "at most one of them -1"),
         ({"tensor": 0}, "must be positive"),

@@ -107,15 +107,15 @@ def read_prompt(
 
     forced_block_ids: replace the selection of each row's last token, see `replace_selection`.
     """
-    make = functools.partial(empty_state, model.config, max_length=max_length, cache=cache, dtype=model.embed.dtype)
-    rows = PartitionSpec(parallel.ROWS)
-    return parallel.by_rows(
-        parallel.mesh_of(model, prompt),
-        functools.partial(_read_rows, make=make, chunk=chunk),
-        (model, prompt, forced_block_ids),
-        (PartitionSpec(), rows, PartitionSpec(None, parallel.ROWS)),
-        (specs(jax.eval_shape(functools.partial(make, prompt.batch))), output_specs(model.config)),
-    )
+    make = lambda batch: empty_state(model.config, batch, max_length, cache, model.embed.dtype)
+    read = functools.partial(_read_rows, make=make, chunk=chunk)
+    mesh = parallel.mesh_of(model, prompt)
+    if mesh is None:
+        return read(model, prompt, forced_block_ids)
+    of_state = specs(jax.eval_shape(lambda: make(prompt.batch)))
+    given = (PartitionSpec(), PartitionSpec(parallel.ROWS), PartitionSpec(None, parallel.ROWS))
+    out = (of_state, output_specs(model.config))
+    return parallel.by_rows(mesh, read, (model, prompt, forced_block_ids), given, out)
 
 
 def _read_rows(
