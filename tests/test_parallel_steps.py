@@ -122,6 +122,19 @@ def test_tensor_sums_activations_twice_per_layer_and_pass():
 
 
 @pytest.mark.slow
+def test_a_vocabulary_that_is_cut_sums_what_the_softmax_needs():
+    """And one gradient of activations: that of the hidden states, to which every part of the head adds."""
+    for where in ({"backward": False}, {"backward": True}):
+        layers = told("axes", "tensor untied", in_layers=True, **where)
+        tied = told("axes", "tensor", in_layers=True, **where)
+        assert layers == tied
+    outside = told("axes", "tensor untied", in_layers=False)
+    assert all(kind == "all-reduce" for kind, _, _ in outside)
+    large = {shape: n for (_, _, shape), n in outside.items() if math.prod(shape) > ROWS * LENGTH}
+    assert large == {(ROWS, LENGTH, HIDDEN): 1}
+
+
+@pytest.mark.slow
 def test_context_gathers_keys_values_and_importance():
     keys, importance = (ROWS, KV_HEADS, LENGTH, DIM), (ROWS, KV_HEADS, LENGTH)
     forward = told("axes", "context", in_layers=True, backward=False)

@@ -138,9 +138,11 @@ def generate(
     if forced_block_ids is not None:
         forced_block_ids = checks.as_forced_block_ids(model, forced_block_ids, request.prompt, options.max_new_tokens)
     request = dataclasses.replace(request, forced_tokens=forced_tokens, forced_block_ids=forced_block_ids)
-    if mesh is not None and is_concrete(*jax.tree.leaves(request)):
+    if mesh is not None and is_concrete(*jax.tree.leaves((model, request))):
         place = lambda spec, part: jax.device_put(part, NamedSharding(mesh, spec))
         request = jax.tree.map(place, _request_specs(mesh), request, is_leaf=_is_spec)
+        # Here, as the program takes no weights that are cut along Explicit axes. Whole ones are not copied.
+        model = place(PartitionSpec(), model)
     model, request = checks.untransformed((model, request))
     generation = _generate(model, request, options=options, mesh=mesh)
     if is_concrete(generation.failed):
