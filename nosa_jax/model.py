@@ -17,7 +17,7 @@ from nosa_jax import parallel
 from nosa_jax._pytree import pytree_dataclass
 from nosa_jax.attention import layout
 from nosa_jax.attention.importance import Importance
-from nosa_jax.attention.layer import SELECTION, Attention
+from nosa_jax.attention.layer import SELECTION, Attention, Recorded
 from nosa_jax.config import ModelConfig
 from nosa_jax.norm import rms_norm
 from nosa_jax.origin import Origin
@@ -226,9 +226,9 @@ def _forward(
     recorded = record and model.config.attention.is_sparse
 
     def body(model: NosaLM, tokens: Array, *rest: Any) -> ForwardOutput:
-        hidden, ids = hidden_states(model, tokens, *rest, record=recorded, remat=remat)
+        record = (lambda layer: parallel.in_row_order(layer.block_ids, axis=2)) if recorded else None
+        hidden, ids = hidden_states(model, tokens, *rest, record=record, remat=remat)
         hidden = parallel.in_row_order(hidden, axis=1)
-        ids = None if ids is None else parallel.in_row_order(ids, axis=3)
         if logits == "none":
             return ForwardOutput(None, hidden, ids)
         if logits == "last":
@@ -249,12 +249,14 @@ def hidden_states(
     segment_ids: Int32[Array, "B T"] | None,
     forced_block_ids: Int32[Array, "L B K T J"] | None = None,
     *,
-    record: bool = False,
+    record: Callable[[Recorded], Any] | None = None,
     remat: Remat = False,
-) -> tuple[Float[Array, "B T H"], Int32[Array, "L B K T J"] | None]:
-    """Hidden states after the final norm, and block ids, with tokens in the order of `parallel.query_order`.
+) -> tuple[Float[Array, "B T H"], Any]:
+    """Hidden states after the final norm, and what `record` kept, with tokens in the order of `parallel.query_order`.
 
-    For checked input inside `parallel.run`; `forward` says what the arguments are.
+    For checked input inside `parallel.run`; `forward` says what the other arguments are.
+    record: from what a layer recorded to a pytree of arrays, which come back stacked by layer. Nothing else of it is
+        held. None keeps nothing, and so does `full`.
     """
     config = model.config
     rows = _rows(config, tokens, lengths, segment_ids)
@@ -267,12 +269,12 @@ def hidden_states(
     if forced_block_ids is not None:
         forced_block_ids = parallel.in_query_order(forced_block_ids, axis=3)
 
-    def run_layer(x: Array, inputs: tuple[Layers, Array | None]) -> tuple[Array, Array | None]:
+    def run_layer(x: Array, inputs: tuple[Layers, Array | None]) -> tuple[Array, Any]:
         layer, forced = inputs
         x = checkpoint_name(x, _LAYER_INPUT)
         layer = parallel.gather(layer, "layers")
-        x, ids = layer.block(config, x, lambda attention, x: attention(config, x, rows, forced))
-        return x, ids if record else None
+        x, recorded = layer.block(config, x, lambda attention, x: attention(config, x, rows, forced))
+        return x, None if record is None or recorded is None else record(recorded)
 
     policy = _policy(remat)
     body = run_layer if policy is None else jax.checkpoint(run_layer, policy=policy)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -27,6 +28,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from nosa_jax._pytree import name_of
+from nosa_jax.processes import initialize as initialize
 from pallas_kernels.checks import bad_value, require_int
 
 AXES = ("data", "fsdp", "tensor", "context")
@@ -68,14 +70,15 @@ def make_mesh(
     devices = jax.devices() if devices is None else list(devices)
     open_axes = [name for name, size in sizes.items() if size == -1]
     known = math.prod(size for size in sizes.values() if size != -1)
+    written = ", ".join(f"{name}={size}" for name, size in sizes.items())
     if 0 in sizes.values() or len(open_axes) > 1:
-        raise bad_value("data, fsdp, tensor, context", "must be positive, at most one of them -1", sizes, "Change it.")
+        raise bad_value("mesh", "sizes must be positive, at most one of them -1", written, "Change them.")
     if open_axes and len(devices) % known == 0:
         sizes[open_axes[0]] = len(devices) // known
     if math.prod(sizes.values()) != len(devices):
-        rule = f"must multiply to the number of devices, {len(devices)}"
+        rule = f"sizes must multiply to the number of devices, {len(devices)}"
         remedy = "Change a size, give one as -1, or pass devices=jax.devices()[:n]."
-        raise bad_value("data, fsdp, tensor, context", rule, sizes, remedy)
+        raise bad_value("mesh", rule, written, remedy)
     kind = AxisType.Explicit if explicit else AxisType.Auto
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(kind,) * len(AXES), devices=devices)
 
@@ -98,7 +101,7 @@ def specs(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     return jax.tree.map_with_path(lambda path, leaf: spec(name_of(path), mesh) if np.ndim(leaf) else P(), tree)
 
 
-def shardings(tree: Any, mesh: Mesh) -> Any:
+def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """NamedShardings for the leaves of a model, of an optimizer's state or of anything that holds them.
 
     Raises ValueError where a mesh has other axes than ours, or does not divide what it cuts; all such are listed.
@@ -120,10 +123,11 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     return placed
 
 
-def shard[Tree](tree: Tree, mesh: Mesh) -> Tree:
+def shard[Tree](tree: Tree, mesh: Mesh | AbstractMesh) -> Tree:
     """`tree`, a model or a training state, on the devices of `mesh`, cut as RULES says.
 
-    Shapes (`jax.ShapeDtypeStruct`) get their sharding and stay shapes. Raises ValueError as `shardings` does.
+    Shapes (`jax.ShapeDtypeStruct`) get their sharding and stay shapes, also on an AbstractMesh. Raises ValueError as
+    `shardings` does.
     """
 
     def put(leaf: Any, sharding: NamedSharding) -> Any:
@@ -132,6 +136,11 @@ def shard[Tree](tree: Tree, mesh: Mesh) -> Tree:
         return jax.device_put(leaf, sharding)
 
     return jax.tree.map(put, tree, shardings(tree, mesh))
+
+
+def from_host(array: np.ndarray, sharding: NamedSharding) -> Array:
+    """An array that every process holds whole, on the devices of a mesh, each with its part of it."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def size_of(mesh: Mesh | AbstractMesh, axes: Any) -> int:
@@ -185,8 +194,8 @@ def concrete_mesh(tree: Any) -> Mesh | None:
 def run[R](mesh: AbstractMesh | None, body: Callable[..., R], *args: Any, out: Any = None) -> R:
     """`body(*args)` where `current()` is `mesh`, with all its axes automatic.
 
-    out: like what comes out, with a PartitionSpec for each array, of which what does not fit is left away: on
-        Explicit axes it is part of the results' types.
+    out: like what comes out, with a PartitionSpec for each array or for a pytree of them, of which what does not fit
+        is left away: on Explicit axes it is part of the results' types.
     """
     if mesh is None:
         return body(*args)
@@ -203,7 +212,8 @@ def run[R](mesh: AbstractMesh | None, body: Callable[..., R], *args: Any, out: A
         fits = divides and names <= {None, *mesh.axis_names}
         return NamedSharding(mesh, wanted if fits else fitting(mesh, x.shape, wanted))
 
-    placed = jax.tree.map(place, out, results, is_leaf=_is_spec)
+    of_part = lambda wanted, part: jax.tree.map(partial(place, wanted), part)
+    placed = jax.tree.map(of_part, out, results, is_leaf=_is_spec)
     with jax.sharding.use_abstract_mesh(mesh):
         result: R = jax.sharding.auto_axes(body, axes=explicit, out_sharding=placed)(*args)
         return result
@@ -354,7 +364,8 @@ def gathers() -> bool:
 
 def keep_all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
     """A policy for `jax.checkpoint`: the backward pass gathers weights again, and makes nothing else again."""
-    return primitive.name not in ("linear_call", "sharding_constraint")
+    # A reshaped weight is one, too, and must not be kept; to reshape again costs nothing.
+    return primitive.name not in ("linear_call", "sharding_constraint", "reshape")
 
 
 # Rows, heads and queries. ---------------------------------------------------------------------------------------------

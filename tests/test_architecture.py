@@ -19,7 +19,9 @@ TOPS = ("pallas_kernels", "nosa_jax", "experiments")
 FLOORS: list[set[str]] = [
     {"pallas_kernels"},
     {"nosa_jax._extras", "nosa_jax._json", "nosa_jax._paths", "nosa_jax._pytree"},
+    {"nosa_jax._drawing", "nosa_jax._figure"},
     {"nosa_jax.config", "nosa_jax.environment", "nosa_jax.origin", "nosa_jax.presets"},
+    {"nosa_jax.processes"},
     {"nosa_jax.parallel"},
     {"nosa_jax.attention", "nosa_jax.norm", "nosa_jax.rope"},
     {"nosa_jax.model"},
@@ -37,7 +39,19 @@ IMPLEMENTATION_MODULES = {*pallas_kernels.IMPLEMENTATIONS, "reference", "vjp"}
 KERNEL_DEPENDENCIES = {"jax", "jaxlib", "jaxtyping", "numpy", "pallas_kernels"}
 BACKEND_MODULE = "pallas_kernels._backend"
 BACKENDS = (*(f"jax.experimental.pallas.{name}" for name in ("triton", "mosaic_gpu", "tpu")), "jax._src.pallas")
-OPTIONAL = ("tyro", "grain", "tqdm", "matplotlib", "safetensors", "tokenizers", "torch", "transformers")
+OPTIONAL = (
+    "tyro",
+    "grain",
+    "tqdm",
+    "matplotlib",
+    "safetensors",
+    "tokenizers",
+    "torch",
+    "transformers",
+    "tensorboardX",
+    "wandb",
+    "jinja2",
+)
 
 
 def modules() -> dict[str, Path]:

@@ -31,6 +31,14 @@ class Projections(NamedTuple):
     importance: Float[Array, "B K T"] | None
 
 
+class Recorded(NamedTuple):
+    """What a layer has to tell of how it selected: block_ids [B, K, T, J] int32; importance [B, K, T] float32, None
+    where unused."""
+
+    block_ids: Int32[Array, "B K T J"]
+    importance: Float[Array, "B K T"] | None
+
+
 def by_kv_head(
     q: Float[Array, "*rest N D"], k: Float[Array, "*rest K D"], v: Float[Array, "*rest K D"]
 ) -> Float[Array, "*rest K G_plus_2 D"]:
@@ -104,10 +112,10 @@ class Attention(nnx.Module):
         x: Float[Array, "B T H"],
         layout: Layout,
         forced_block_ids: Int32[Array, "B K T J"] | None = None,
-    ) -> tuple[Float[Array, "B T H"], Int32[Array, "B K T J"] | None]:
+    ) -> tuple[Float[Array, "B T H"], Recorded | None]:
         """Attention of whole rows at once.
 
-        forced_block_ids: used instead of selecting. Returns the output and the ids used, None for `full`.
+        forced_block_ids: used instead of selecting. Returns the output and what was used, None for `full`.
         """
         attention = config.attention
         q, k, v, importance = self.project(config, x, *rope.of_positions(config, layout.rope_positions))
@@ -129,4 +137,4 @@ class Attention(nnx.Module):
             ("btk.", "bkt.", "bkt.", "bkt", "bkt.", "bt", "b."),
             "btk.",
         )
-        return self.merge(out), block_ids
+        return self.merge(out), Recorded(block_ids, importance)

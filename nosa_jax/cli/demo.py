@@ -13,9 +13,9 @@ import nosa_jax
 from nosa_jax import CacheConfig, Generation, NosaLM, Sampling, presets, train
 from nosa_jax._extras import require_extras
 from nosa_jax._paths import only_run
+from nosa_jax.cli.data import describe, read_corpus
 from nosa_jax.cli.locality import as_json, write_json
 from nosa_jax.cli.terminal import Timer, duration, facts, heading, indented, show, size, working
-from nosa_jax.cli.train import describe, read_corpus
 from nosa_jax.environment import environment
 from nosa_jax.hf.save import check_folder
 from nosa_jax.locality import comparison_table, draw, record

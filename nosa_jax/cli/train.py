@@ -6,34 +6,67 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
+
 import nosa_jax
-from nosa_jax import train
+from nosa_jax import NosaLM, parallel, train
 from nosa_jax._extras import require_extras
+from nosa_jax.cli.data import Format, describe, read_corpus, read_source
 from nosa_jax.cli.plan import PresetName, preset
 from nosa_jax.cli.terminal import facts, heading, working
-from nosa_jax.config import Variant
+from nosa_jax.config import ModelConfig, Variant
 from nosa_jax.hf import ByteTokenizer
 from nosa_jax.hf.save import check_folder
+from nosa_jax.hf.text import load_tokenizer
 from nosa_jax.model import Remat
-from nosa_jax.train import Corpus, OptimizerConfig, TrainConfig
+from nosa_jax.train import OptimizerConfig, TrainConfig, TrainResult
+from pallas_kernels.checks import bad_value
 
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    """Train a model on the bytes of local text, with checkpoints, and save it as a Hugging Face folder."""
+    """Train a model on local text, fresh or from a checkpoint, and save it as a Hugging Face folder."""
 
     preset: PresetName = "tiny"
     """Shape of the model."""
     variant: Variant = "nosa"
     """How the model selects blocks."""
+    init: Path | None = None
+    """Hugging Face folder to start from, whose shape and tokenizer are taken; default: fresh weights of --preset."""
+    stage: Literal["pretrain", "continued", "sft"] | None = None
+    """Settings of a stage of the paper's pipeline, instead of the defaults below; flags with another value win."""
+    config_file: Path | None = None
+    """Run in a JSON or TOML file (TrainConfig.save); flags that are given with another value than their default win."""
+
     files: tuple[str, ...] = ()
-    """Files, folders or globs to read; default: the source of Python's standard library."""
+    """Files, folders or globs to read as bytes; default: the source of Python's standard library."""
+    data: tuple[str, ...] = ()
+    """Files, folders or globs of --format instead, read with the tokenizer of --init or --tokenizer."""
+    format: Format = "auto"
+    """What --data are: text, jsonl, tokens (.npy, .bin) or chat; auto: by how their names end."""
+    tokenizer: Path | None = None
+    """Folder with tokenizer.json, or that file; default: that of --init, else bytes."""
+    end_of_text: int | None = None
+    """Token id that ends documents; default: what the tokenizer's folder says."""
+    pack: bool = True
+    """Whether rows of --data hold whole documents, each on its own; else windows of the text as one."""
     heldout_fraction: float = 0.05
     """Share of the text, in whole files where that comes close, that is not trained on but evaluated."""
     out: Path | None = None
     """Folder for checkpoints, log and model; default: runs/PRESET-VARIANT."""
     resume: bool = False
     """Continue from the newest checkpoint in the folder of --out."""
+
+    mesh: str = ""
+    """Devices that share the work, such as data=2,fsdp=4: axes data, fsdp, tensor and context; default: one device."""
+    distributed: bool = False
+    """Join the other processes of a cluster that JAX knows (Slurm, Kubernetes, Open MPI)."""
+    coordinator: str | None = None
+    """Host and port of the first of several processes, where JAX cannot know."""
+    num_processes: int | None = None
+    """How many processes there are; with --coordinator."""
+    process_id: int | None = None
+    """Which of them this is, from 0; with --coordinator."""
 
     steps: int = TrainConfig.steps
     """Steps of the whole run, the horizon of the learning rate."""
@@ -55,16 +88,27 @@ class Train:
     """Steps between two evaluations; 0: only at the end."""
     eval_batches: int = TrainConfig.eval_batches
     """Held-out batches per evaluation, at most."""
+    eval_selection: bool = TrainConfig.eval_selection
+    """Whether evaluations of sparse variants measure gamma, misses and bias, too."""
     checkpoint_every: int = TrainConfig.checkpoint_every
     """Steps between two checkpoints; 0: only at the end."""
     keep_checkpoints: int = TrainConfig.keep_checkpoints
     """How many of the newest checkpoints stay."""
+    keep_every: int = TrainConfig.keep_every
+    """Checkpoints of steps that this divides stay, too; 0: none."""
     trainable: tuple[str, ...] = ("*",)
     """Glob patterns over the names of the parameters that train; or: everything, importance."""
     loss_chunk: int | None = TrainConfig.loss_chunk
     """Positions of each row whose logits are made at a time; default: by memory."""
     z_loss: float = TrainConfig.z_loss
     """Weight of the squared logarithm of the softmax's denominator in the loss."""
+    max_skipped: int = TrainConfig.max_skipped
+    """Steps in a row whose loss or gradient is not finite, after which the run ends."""
+
+    profile_steps: tuple[int, int] | None = TrainConfig.profile_steps
+    """First and last step of a trace for TensorBoard's profiler, in profile/ of the folder."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Where the log's numbers go besides: tensorboard, wandb."""
 
     learning_rate: float = OptimizerConfig.learning_rate
     """Learning rate of the stable phase of the schedule."""
@@ -95,46 +139,95 @@ class Train:
     clip_norms: tuple[tuple[str, float], ...] = OptimizerConfig.clip_norms
     """Patterns over names of parameters, each with the norm that their gradients are scaled down to."""
 
-    def config(self) -> TrainConfig:
-        """The run that the flags describe."""
-        optimizer = OptimizerConfig(**self._fields_of(OptimizerConfig))
-        return TrainConfig(preset(self.preset, self.variant), optimizer, **self._fields_of(TrainConfig))
+    def config(self, model: ModelConfig | None = None) -> TrainConfig:
+        """The run that the flags describe, of a model's configuration or of --preset and --variant."""
+        given = preset(self.preset, self.variant) if model is None else model
+        if self.config_file is not None:
+            base = TrainConfig.load(self.config_file)
+            if model is not None or self.preset != Train.preset or self.variant != Train.variant:
+                base = dataclasses.replace(base, model=given)
+        elif self.stage is not None:
+            tokens = self.steps * self.batch_size * self.length
+            recipe: Any = getattr(train, self.stage)
+            base = recipe(given, tokens=tokens, batch_size=self.batch_size, length=self.length)
+        else:
+            optimizer = OptimizerConfig(**self._fields_of(OptimizerConfig))
+            return TrainConfig(given, optimizer, **self._fields_of(TrainConfig))
+        optimizer = dataclasses.replace(base.optimizer, **self._changed(OptimizerConfig))
+        return dataclasses.replace(base, optimizer=optimizer, **self._changed(TrainConfig))
 
     def _fields_of(self, cls: Any) -> dict[str, Any]:
         names = [field.name for field in dataclasses.fields(cls) if field.name not in ("model", "optimizer")]
         return {name: getattr(self, name) for name in names}
 
+    def _changed(self, cls: Any) -> dict[str, Any]:
+        """The settings with another value than their flag's default."""
+        return {name: value for name, value in self._fields_of(cls).items() if value != getattr(Train, name)}
+
     def run(self) -> int:
         require_extras("train", "hf")
-        config = self.config()
-        out = Path("runs", f"{self.preset}-{self.variant}") if self.out is None else self.out
+        if self.files and self.data:
+            raise bad_value("--files", "must not be given with --data", "both", "Give one of them.")
+        if self.distributed or self.coordinator is not None:
+            parallel.initialize(self.coordinator, self.num_processes, self.process_id)
+        sizes: Any = as_sizes(self.mesh)
+        mesh = parallel.make_mesh(**sizes) if self.mesh else None
+        model = None
+        if self.init is not None:
+            with working(f"loading {self.init}"):
+                model = nosa_jax.from_pretrained(self.init, variant=self.variant, mesh=mesh)
+        config = self.config(None if model is None else model.config)
+        start = self.preset if self.init is None else self.init.name
+        out = self.out or Path("runs", f"{start}-{self.variant}")
         check_folder(out / "model")
-        corpus = read_corpus(self.files, self.heldout_fraction)
-        heading(f"Training {self.preset} ({self.variant}) for {config.steps} steps")
-        facts([("text", describe(corpus)), ("folder", out)])
-        result = train.train(config, corpus, out, resume=self.resume)
+        tokenizer = self._tokenizer(model)
+        source: Any
+        if self.data:
+            cut = {"length": config.length, "block_size": config.model.attention.block_size, "pack": self.pack}
+            source = read_source(
+                self.data, self.format, tokenizer, self.end_of_text, heldout_fraction=self.heldout_fraction, **cut
+            )
+        else:
+            source = read_corpus(self.files, self.heldout_fraction)
+        writes = jax.process_index() == 0
+        if writes:
+            heading(f"Training {out.name} ({config.model.attention.variant}) for {config.steps} steps")
+            facts([("text", describe(source)), ("folder", out)])
+        result = train.train(config, source, out, model=model, mesh=mesh, resume=self.resume, trackers=self.trackers)
         with working("writing the model"):
-            nosa_jax.save_pretrained(result.model, out / "model", tokenizer=ByteTokenizer())
+            written = load_tokenizer(tokenizer, config.model.vocab_size) if isinstance(tokenizer, Path) else tokenizer
+            nosa_jax.save_pretrained(result.model, out / "model", tokenizer=written or ByteTokenizer())
+        if writes:
+            self._report(result, out)
+        return 130 if result.interrupted else 0
+
+    def _tokenizer(self, model: NosaLM | None) -> Path | None:
+        """Where the tokenizer is, None for bytes."""
+        if self.tokenizer is not None or model is None:
+            return self.tokenizer
+        return self.init if "tokenizer.json" in model.origin.files else None
+
+    def _report(self, result: TrainResult, out: Path) -> None:
         heading(f"{'Interrupted' if result.interrupted else 'Done'} after step {result.step}")
-        loss = f"{result.evaluations[-1]['bits_per_byte']:.4f} bits per byte" if result.evaluations else "not evaluated"
+        bits = result.evaluations[-1].get("bits_per_byte") if result.evaluations else None
         facts(
             [
-                ("held-out loss", loss),
+                ("held-out loss", "not evaluated" if bits is None else f"{bits:.4f} bits per byte"),
                 ("checkpoints", f"{out / 'checkpoints'} (the same command with --resume continues)"),
                 ("log", out / "log.jsonl"),
                 ("model", f'{out / "model"} (nosa generate {out / "model"} --prompt "...")'),
             ]
         )
-        return 130 if result.interrupted else 0
 
 
-def read_corpus(files: tuple[str, ...] = (), heldout_fraction: float = 0.05) -> Corpus:
-    """The corpus of `files` (folders, globs), or of Python's standard library where there are none."""
-    with working("reading the text"):
-        found = train.find_files(*files) if files else train.stdlib_files()
-        return train.load_corpus(found, heldout_fraction=heldout_fraction)
-
-
-def describe(corpus: Corpus) -> str:
-    """The size of a corpus in words."""
-    return f"{len(corpus.train) / 1e6:.2f} MB to train on, {len(corpus.heldout) / 1e6:.2f} MB held out"
+def as_sizes(mesh: str) -> dict[str, int]:
+    """The sizes of a mesh's axes from text such as "data=2,fsdp=4". Raises ValueError for anything else but nothing."""
+    sizes: dict[str, int] = {}
+    for part in mesh.split(",") if mesh else ():
+        name, equals, size = part.strip().partition("=")
+        whole = size.strip().removeprefix("-").isdecimal()
+        if name not in parallel.AXES or not equals or not whole or name in sizes:
+            rule = f"must be sizes of axes among {', '.join(parallel.AXES)}, each once"
+            raise bad_value("--mesh", rule, repr(mesh), "Write --mesh fsdp=4,tensor=2, for example.")
+        sizes[name] = int(size)
+    return sizes

@@ -12,9 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from nosa_jax import parallel
 from nosa_jax._paths import user_path
+from nosa_jax._pytree import by_name
 from nosa_jax.attention.importance import Importance
 from nosa_jax.config import ModelConfig, Variant
 from nosa_jax.hf.config_json import (
@@ -41,6 +44,7 @@ def from_pretrained(
     dtype: DTypeLike = jnp.float32,
     variant: Variant | None = None,
     attention: dict[str, Any] | None = None,
+    mesh: Mesh | None = None,
 ) -> NosaLM:
     """Loads a local checkpoint folder: config.json with model.safetensors, whole or sharded with an index.
 
@@ -53,6 +57,8 @@ def from_pretrained(
         with A = 0 and a small random delta that is the same every time. `full` and `infllmv2` ignore stored importance.
     attention: fields of AttentionConfig to change, e.g. `{"num_selected_blocks": 32}`. The released NOSA checkpoints
         do not store theirs: the defaults of AttentionConfig are theirs.
+
+    mesh: devices that share the parameters, as `parallel.shard` does; no device holds a whole one meanwhile.
 
     The model remembers what else the folder says (`model.origin`; `model.stop_tokens` are its end-of-text ids), and
     save_pretrained writes it. The host holds one parameter at a time beside what is already on the device. A folder
@@ -72,10 +78,10 @@ def from_pretrained(
         if overrides.get("variant", variant) != variant:
             raise bad_value("variant", f"must agree with attention={overrides}", repr(variant), "Give it once.")
         overrides["variant"] = variant
-    return read_whole(folder, lambda: _load(folder, want, overrides))
+    return read_whole(folder, lambda: _load(folder, want, overrides, mesh))
 
 
-def _load(folder: Path, dtype: np.dtype, overrides: dict[str, Any]) -> NosaLM:
+def _load(folder: Path, dtype: np.dtype, overrides: dict[str, Any], mesh: Mesh | None) -> NosaLM:
     raw = read_config_json(folder)
     files = CheckpointFiles(folder)
     has_importance = any(name.endswith(("self_attn.A", "self_attn.delta.weight")) for name in files.infos)
@@ -90,17 +96,22 @@ def _load(folder: Path, dtype: np.dtype, overrides: dict[str, Any]) -> NosaLM:
     pieces = model_pieces(config, importance=config.attention.uses_importance and not fresh)
     _check_tensors(folder, config, pieces, files)
     model = nnx.eval_shape(lambda: NosaLM(config, rngs=nnx.Rngs(0), dtype=dtype))
+    shardings = None if mesh is None else by_name(parallel.shardings(model, mesh))
     for target, parts in _by_target(pieces).items():
         variable = operator.attrgetter(target)(model)
         buffer = np.empty(variable.shape, variable.dtype)
         for part in parts:
             _copy(part.view(buffer), files.read(part.name))
         # On a CPU this shares the memory of `buffer`, which nobody writes again.
-        variable.set_value(jax.device_put(buffer))
+        variable.set_value(
+            jax.device_put(buffer) if shardings is None else parallel.from_host(buffer, shardings[target])
+        )
     if fresh:
         model.layers.attention.importance = Importance(
             config.num_layers, config.num_kv_heads, config.head_dim, rngs=nnx.Rngs(0)
         )
+    if fresh and mesh is not None:
+        model = parallel.shard(model, mesh)
     model.origin = Origin(unused(raw), read_texts(folder), raw["model_type"])
     return model
 

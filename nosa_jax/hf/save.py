@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.typing import DTypeLike
 
+from nosa_jax import parallel, processes
 from nosa_jax._extras import import_extra
 from nosa_jax._json import parse_object
 from nosa_jax._paths import user_path
@@ -66,6 +67,8 @@ def save_pretrained(
     (where it was killed while it moved files, the next call does), and of two who write at once the last one wins
     whole.
 
+    A model on a mesh is written whole. Of several processes, all of which must call, the first one writes.
+
     Raises FileExistsError for a `path` that is refused, ImportError without the extra `hf`, TypeError and ValueError
     for bad arguments. Warns where a tokenizer in `path` differs from the model's.
     """
@@ -75,6 +78,14 @@ def save_pretrained(
     if not isinstance(tokenizer, ByteTokenizer | FileTokenizer | None):
         raise bad_type("tokenizer", "must be a tokenizer of nosa_jax.hf", f"{tokenizer!r:.60}", "Use ByteTokenizer().")
     weights_dtype = check_dtype(model.embed[...].dtype if dtype is None else dtype)
+    if parallel.concrete_mesh(model) is not None:
+        model = processes.whole(model)
+    with processes.writing("writing the folder") as writes:
+        if writes:
+            _save(model, path, weights_dtype, max_shard_bytes, tokenizer)
+
+
+def _save(model: NosaLM, path: Any, weights_dtype: np.dtype, max_shard_bytes: int, tokenizer: Any) -> None:
     folder = user_path("path", path).resolve()
     replaced = _replaced_config(folder)
     beside, leaving = carried(model, folder, replaced, tokenizer)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nosa_jax._extras import import_extra
-from nosa_jax._paths import replacing, user_path
+from nosa_jax._drawing import COLOURS, MARKERS, finish, new_figure, tidy, whole_numbers
+from nosa_jax._paths import user_path
 from nosa_jax.locality.measures import is_forced
 from nosa_jax.locality.report import LocalityReport
 from nosa_jax.locality.selections import Selections
@@ -21,12 +21,7 @@ from pallas_kernels.checks import bad_value
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
-    from matplotlib.figure import Figure
 
-# Okabe and Ito's palette: distinct also to colour-blind readers.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 # Cells of the selection map, by value.
 _CELLS = (
     ("not selected", "#F1F1EE"),
@@ -35,39 +30,6 @@ _CELLS = (
     ("new at this step", "#D55E00"),
     ("not yet written", "#FFFFFF"),
 )
-
-
-def _new_figure(width: float, height: float) -> Figure:
-    import_extra("matplotlib")
-    from nosa_jax.locality._figure import new_figure  # imports matplotlib
-
-    return new_figure(width, height)
-
-
-def _finish(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
-    if path is not None:
-        file = user_path("path", path)
-        if not file.suffix:
-            file = file.with_name(f"{file.name.rstrip('.')}.png")  # as matplotlib would name it
-        # An open file, whose name matplotlib cannot change.
-        with replacing(file) as new, new.open("wb") as stream:
-            figure.savefig(stream, format=file.suffix[1:], dpi=150)
-    return figure
-
-
-def _tidy(axes: Axes, title: str, x: str, y: str) -> None:
-    axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.grid(True, color="#E3E3E0", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _whole_numbers(axis: Axis) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axis.set_major_locator(MaxNLocator(integer=True))
 
 
 def draw(
@@ -96,10 +58,10 @@ def plot_comparison(reports: Mapping[str, LocalityReport], path: str | os.PathLi
     """
     if not reports:
         raise bad_value("reports", "must hold at least one LocalityReport", "{}", "Pass {name: report}.")
-    figure = _new_figure(14.0, 4.4)
+    figure = new_figure(14.0, 4.4)
     by_layer, by_slots, by_position = figure.subplots(1, 3)
     for i, (name, report) in enumerate(reports.items()):
-        colour, marker = _COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)]
+        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
         style = {"color": colour, "marker": marker, "markersize": 4.5, "linewidth": 1.8, "label": name}
         layers = np.arange(len(report.gamma))
         by_layer.plot(layers, report.gamma.mean(1), **style)
@@ -107,10 +69,10 @@ def plot_comparison(reports: Mapping[str, LocalityReport], path: str | os.PathLi
         by_layer.axhline(report.guaranteed_gamma, color=colour, linestyle="--", linewidth=1)
         by_slots.plot(list(report.misses), [values.mean() for values in report.misses.values()], **style)
         by_position.plot(report.positions, report.gamma_by_position, **style)
-    _tidy(by_layer, "Reuse by layer", "layer", r"$\gamma = |S_t \cap S_{t-1}|\,/\,|S_t|$")
-    _tidy(by_slots, "Transfers by size of the device pool", "slots (blocks)", "misses per step, layer and KV head")
-    _tidy(by_position, "Reuse along the text", "position of the query (tokens)", r"$\gamma$, mean of each block")
-    _whole_numbers(by_layer.xaxis)
+    tidy(by_layer, "Reuse by layer", "layer", r"$\gamma = |S_t \cap S_{t-1}|\,/\,|S_t|$")
+    tidy(by_slots, "Transfers by size of the device pool", "slots (blocks)", "misses per step, layer and KV head")
+    tidy(by_position, "Reuse along the text", "position of the query (tokens)", r"$\gamma$, mean of each block")
+    whole_numbers(by_layer.xaxis)
     by_layer.set_ylim(top=1.005)
     by_position.set_ylim(top=1.005)
     by_slots.set_ylim(bottom=-0.03 * by_slots.get_ylim()[1])  # keeps the markers of a method without misses whole
@@ -121,7 +83,7 @@ def plot_comparison(reports: Mapping[str, LocalityReport], path: str | os.PathLi
     figure.legend(
         handles, [*names, r"guaranteed $\gamma$"], loc="outside lower center", ncols=len(names) + 1, frameon=False
     )
-    return _finish(figure, path)
+    return finish(figure, path)
 
 
 def _add_traffic_axis(axes: Axes, reports: list[LocalityReport]) -> None:
@@ -160,7 +122,7 @@ def plot_selection_map(
     cells = _map_cells(selections, layer, head, row, steps)
 
     from_position, to_position = int(positions[0]), int(positions[-1])
-    figure = _new_figure(10.0, 5.2)
+    figure = new_figure(10.0, 5.2)
     from matplotlib.colors import BoundaryNorm, ListedColormap
     from matplotlib.patches import Patch
 
@@ -175,14 +137,14 @@ def plot_selection_map(
         extent=(from_position - 0.5, to_position + 0.5, -0.5, cells.shape[1] - 0.5),
     )
     title = f"{selections.label}: blocks selected in layer {layer}, KV head {head}"
-    _tidy(axes, title, "position of the query (tokens)", f"block ({selections.attention.block_size} tokens each)")
+    tidy(axes, title, "position of the query (tokens)", f"block ({selections.attention.block_size} tokens each)")
     axes.grid(False)
-    _whole_numbers(axes.xaxis)
-    _whole_numbers(axes.yaxis)
+    whole_numbers(axes.xaxis)
+    whole_numbers(axes.yaxis)
     shown = [i for i in range(len(_CELLS)) if (cells == i).any()]
     patches = [Patch(facecolor=_CELLS[i][1], edgecolor="#888888", linewidth=0.5, label=_CELLS[i][0]) for i in shown]
     figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False)
-    return _finish(figure, path)
+    return finish(figure, path)
 
 
 def _map_cells(selections: Selections, layer: int, head: int, row: int, steps: int) -> np.ndarray:

@@ -32,18 +32,22 @@ from nosa_jax.train.data import (
     tokens,
     train_batches,
 )
-from nosa_jax.train.evaluation import Evaluation, evaluate
+from nosa_jax.train.evaluation import Evaluation, evaluate, evaluate_batches
 from nosa_jax.train.fields import model_config_from_dict
 from nosa_jax.train.finite import Skipped, keep_if_finite
 from nosa_jax.train.flops import FlopsPerToken, flops_per_token, mfu, peak_flops
-from nosa_jax.train.log import read_log
+from nosa_jax.train.log import read_log, summary
 from nosa_jax.train.loop import TrainResult, train
 from nosa_jax.train.loss import LossParts, bits_per_byte, chunked_loss, length_mask, next_token_loss
 from nosa_jax.train.metrics import global_norm, norms_by_group
 from nosa_jax.train.optim import OptimizerConfig, as_optimizer, learning_rate_schedule, make_optimizer
 from nosa_jax.train.patterns import merge, split
+from nosa_jax.train.plots import plot_run
 from nosa_jax.train.presets import continued, pretrain, sft
+from nosa_jax.train.profile import Profiler
+from nosa_jax.train.selection import SelectionMeasures, measure_selection
 from nosa_jax.train.step import TrainState, batch_loss, init_state, jit_train_step, train_step
+from nosa_jax.train.trackers import TensorBoard, Tracker, Trackers, WandB, as_trackers
 
 __all__ = [
     "Batch",
@@ -54,13 +58,20 @@ __all__ = [
     "FlopsPerToken",
     "LossParts",
     "OptimizerConfig",
+    "Profiler",
+    "SelectionMeasures",
     "Skipped",
     "Source",
+    "TensorBoard",
+    "Tracker",
+    "Trackers",
     "TrainConfig",
     "TrainResult",
     "TrainState",
+    "WandB",
     "accumulate",
     "as_optimizer",
+    "as_trackers",
     "batch_loss",
     "bits_per_byte",
     "chat",
@@ -69,6 +80,7 @@ __all__ = [
     "continued",
     "environment",
     "evaluate",
+    "evaluate_batches",
     "find_files",
     "flops_per_token",
     "global_norm",
@@ -82,6 +94,7 @@ __all__ = [
     "load_corpus",
     "load_model",
     "make_optimizer",
+    "measure_selection",
     "merge",
     "mfu",
     "mixture",
@@ -89,12 +102,14 @@ __all__ = [
     "next_token_loss",
     "norms_by_group",
     "peak_flops",
+    "plot_run",
     "pretrain",
     "read_log",
     "read_text",
     "sft",
     "split",
     "stdlib_files",
+    "summary",
     "text",
     "tokens",
     "train",

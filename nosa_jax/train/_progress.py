@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import time
 from typing import Any
 
 from nosa_jax._extras import import_extra
 
-_SECONDS = 10.0  # between two lines where there is no terminal
+# Where there is no terminal: a line after so many seconds, or after this share of the run, whatever comes first. So a
+# short run shows more than its beginning and its end, and a long one is not silent for hours.
+_SECONDS = 10.0
+_SHARE = 0.1
 
 
 class Progress:
@@ -21,7 +25,7 @@ class Progress:
         self.shown, self._steps, self._step = shown, steps, done
         self._bar: Any = tqdm(total=steps, initial=done, unit="step", disable=not terminal, dynamic_ncols=True)
         self._lines = shown and not terminal
-        self._due = 0.0
+        self._due_time, self._due_step = 0.0, 0
 
     def __enter__(self) -> Progress:
         return self
@@ -35,10 +39,12 @@ class Progress:
         self._bar.update()
 
     def note(self, text: str) -> None:
-        """How the last step went: beside the bar, or on a line of its own where the last one is a while ago."""
+        """How the last step went, see `describe`: beside the bar, or on a line of its own, not for every step."""
         self._bar.set_postfix_str(text, refresh=False)
-        if self._lines and (time.monotonic() >= self._due or self._step == self._steps):
-            self._due = time.monotonic() + _SECONDS
+        due = time.monotonic() >= self._due_time or self._step >= min(self._due_step, self._steps)
+        if self._lines and due:
+            self._due_time = time.monotonic() + _SECONDS
+            self._due_step = self._step + math.ceil(self._steps * _SHARE)
             _write(f"step {self._step}/{self._steps}: {text}", sys.stderr)
 
     def say(self, text: str) -> None:
@@ -47,6 +53,17 @@ class Progress:
             return
         with self._bar.external_write_mode() if not self._bar.disable else contextlib.nullcontext():
             _write(text, sys.stdout)
+
+
+def describe(record: dict[str, Any]) -> str:
+    """How a step went, from its record of kind `train`: loss, tokens per second, the share of the devices' peak where
+    that is known, and how many steps were skipped so far, if any."""
+    parts = [f"loss {record['loss']:.3f}", f"{record['tokens_per_second']:,.0f} tokens/s"]
+    if record.get("mfu") is not None:
+        parts.append(f"MFU {record['mfu']:.0%}")
+    if skipped := record.get("skipped"):
+        parts.append(f"{skipped:,.0f} step{'s' if skipped > 1 else ''} skipped")
+    return ", ".join(parts)
 
 
 def _is_terminal(stream: Any) -> bool:

@@ -16,16 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
+from jax.sharding import Mesh
 
+from nosa_jax import parallel
 from nosa_jax._paths import user_path
 from nosa_jax._pytree import by_name
 from nosa_jax.model import NosaLM
 from nosa_jax.train.fields import model_config_from_dict
+from nosa_jax.train.finite import Skipped
 from nosa_jax.train.step import TrainState
 from pallas_kernels.checks import bad_value, require_int
-from pallas_kernels.device import default_device
+from pallas_kernels.device import current_device, default_device
 
 # How weights are arranged: 1 had all queries before all keys before all values, 2 has them by KV head. Checkpoints from
 # before the number was kept are of layout 1.
@@ -46,18 +50,32 @@ class DamagedCheckpointError(ValueError):
 class Checkpoints:
     """The checkpoints below `directory`, of which the newest `keep` stay. A context manager; `close()` ends it.
 
-    clean: remove what killed saves left behind. Only for the one process that writes there.
+    keep_every: those of steps that this divides stay, too; 0 for none.
+    clean: remove what killed saves left behind. Only for the one run that writes there.
+    background: `save` returns as soon as the arrays are copied, and the files are written meanwhile; `wait` and `close`
+        wait for them. What is being written is no checkpoint yet.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], *, keep: int = 2, clean: bool = False) -> None:
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        keep: int = 2,
+        keep_every: int = 0,
+        clean: bool = False,
+        background: bool = False,
+    ) -> None:
         require_int("keep", keep, 1)
+        self._background = background
         self.directory = user_path("directory", directory).resolve()
         self.directory.mkdir(parents=True, exist_ok=True)
         self._manager = ocp.CheckpointManager(
             self.directory,
-            # Saved before the call returns: the next step donates, that is, overwrites the state.
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=clean
+                max_to_keep=keep,
+                keep_period=require_int("keep_every", keep_every, 0) or None,
+                enable_async_checkpointing=background,
+                cleanup_tmp_directories=clean,
             ),
             item_handlers={
                 "model": ocp.StandardCheckpointHandler(),
@@ -75,6 +93,10 @@ class Checkpoints:
     def close(self) -> None:
         self._manager.close()
 
+    def wait(self) -> None:
+        """Returns when everything saved is on disk; raises what went wrong meanwhile."""
+        self._manager.wait_until_finished()
+
     def latest_step(self) -> int | None:
         """The newest step saved, None without any."""
         return self._manager.latest_step()
@@ -82,16 +104,21 @@ class Checkpoints:
     def save(self, state: TrainState, meta: dict[str, Any]) -> Path:
         """Writes `state` with JSON-able `meta` and returns the folder; one of the same step is kept as it is.
 
-        The key `layout` of `meta` is ours.
+        The keys `layout` and `skipped` of `meta` are ours.
         """
         step = int(state.step)
+        skipped = {name: int(getattr(state.skipped, name)) for name in ("total", "in_a_row")}
+        if self._background and current_device().platform == "cpu":
+            # Arrays of other devices are on the host when this returns; a CPU's are written from where they lie, which
+            # the next step overwrites.
+            state = _copy(state)
         if step != self.latest_step():
             saved = self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     model=ocp.args.StandardSave(by_name(state.model)),
                     optimizer=ocp.args.StandardSave(by_name(state.opt_state)),
-                    meta=ocp.args.JsonSave({**meta, "layout": LAYOUT}),
+                    meta=ocp.args.JsonSave({**meta, "skipped": skipped, "layout": LAYOUT}),
                 ),
             )
             if not saved:
@@ -105,7 +132,7 @@ class Checkpoints:
         Raises ValueError when there is no such checkpoint, when it is damaged, or when its weights are arranged
         otherwise than ours.
         """
-        return self._meta(self.existing(step))
+        return {name: value for name, value in self._meta(self.existing(step)).items() if name != "skipped"}
 
     def _meta(self, step: int) -> dict[str, Any]:
         with self.reading(step):
@@ -128,24 +155,30 @@ class Checkpoints:
         weights, or other names, shapes or dtypes.
         """
         step = self.existing(step)
-        self._meta(step)  # refuses another layout, at which names and shapes would only hint
-        return self._restore(like, step)
+        meta = self._meta(step)  # refuses another layout, at which names and shapes would only hint
+        return self._restore(like, step, meta)
 
-    def _restore(self, like: TrainState, step: int) -> TrainState:
+    def _restore(self, like: TrainState, step: int, meta: dict[str, Any]) -> TrainState:
         place = getattr(like.step, "sharding", None) or default_device()
+        skipped = meta.get("skipped", {"total": 0, "in_a_row": 0})
         return TrainState(
             model=self._restore_item("model", like.model, step),
             opt_state=self._restore_item("optimizer", like.opt_state, step),
-            step=jax.device_put(jax.numpy.int32(step), place),
+            step=jax.device_put(np.int32(step), place),
+            skipped=Skipped(*(jax.device_put(np.int32(skipped[name]), place) for name in ("total", "in_a_row"))),
         )
 
-    def load_model(self, step: int | None = None) -> NosaLM:
-        """The model saved at `step` (None: the newest), without the optimizer; errors as in `restore`."""
+    def load_model(self, step: int | None = None, mesh: Mesh | None = None) -> NosaLM:
+        """The model saved at `step` (None: the newest), without the optimizer; errors as in `restore`.
+
+        mesh: devices to share it; None puts it onto the default device. Whatever it was saved from may be neither.
+        """
         step = self.existing(step)
         meta = self._meta(step)
         with self.reading(step, *_NOT_AS_SAVED):
             config = model_config_from_dict(meta["config"]["model"])
-        return self._restore_item("model", jax.eval_shape(lambda: NosaLM(config, rngs=nnx.Rngs(0))), step)
+        like = jax.eval_shape(lambda: NosaLM(config, rngs=nnx.Rngs(0)))
+        return self._restore_item("model", like if mesh is None else parallel.shard(like, mesh), step)
 
     def restore_newest(self, like: TrainState, resume: Callable[[dict[str, Any]], None]) -> TrainState:
         """The state of the newest checkpoint that is whole, to go on from there.
@@ -160,7 +193,7 @@ class Checkpoints:
                 meta = self._meta(step)
                 with self.reading(step, *_NOT_AS_SAVED):
                     resume(meta)
-                state = self._restore(like, step)
+                state = self._restore(like, step, meta)
             except DamagedCheckpointError as error:
                 damaged.append((step, error))
                 continue
@@ -202,8 +235,10 @@ class Checkpoints:
         return steps[-1] if step is None else step
 
     def _restore_item(self, item: str, like: Any, step: int) -> Any:
+        # The devices that it was saved from may not be here: what has no place yet goes to the default device.
+        here = jax.sharding.SingleDeviceSharding(default_device())
         wanted = {
-            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or here)
             for name, leaf in by_name(like).items()
         }
         with self.reading(step):
@@ -223,8 +258,12 @@ class Checkpoints:
         return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in by_name(like)])
 
 
-def load_model(directory: str | os.PathLike[str], step: int | None = None) -> NosaLM:
-    """The float32 model of a training run, from its newest checkpoint or that of `step`.
+# A copy of its own for every array, on the same devices.
+_copy = jax.jit(lambda state: jax.tree.map(jax.numpy.copy, state))
+
+
+def load_model(directory: str | os.PathLike[str], step: int | None = None, mesh: Mesh | None = None) -> NosaLM:
+    """The float32 model of a training run, from its newest checkpoint or that of `step`; on a mesh where one is given.
 
     Raises ValueError when `directory` holds no such checkpoint, or a damaged one.
     """
@@ -232,7 +271,7 @@ def load_model(directory: str | os.PathLike[str], step: int | None = None) -> No
     if not folder.is_dir():
         raise bad_value("directory", "must exist", folder, "Check the path.")
     with Checkpoints(folder) as checkpoints:
-        return checkpoints.load_model(step)
+        return checkpoints.load_model(step, mesh)
 
 
 def _is_fault_of_the_system(error: BaseException) -> bool:

@@ -15,7 +15,8 @@ from nosa_jax.model import Remat, as_remat
 from nosa_jax.train.fields import from_fields
 from nosa_jax.train.optim import OptimizerConfig
 from nosa_jax.train.patterns import as_patterns
-from pallas_kernels.checks import bad_type, bad_value, require_int, require_number
+from nosa_jax.train.profile import as_profile_steps
+from pallas_kernels.checks import bad_type, bad_value, require_bool, require_int, require_number
 from pallas_kernels.device import current_device
 
 
@@ -34,10 +35,14 @@ class TrainConfig:
     log_every: steps between two log records (the first and the last step are always logged).
     eval_every, checkpoint_every: steps between two of them; 0 leaves only the one at the end.
     eval_batches: held-out batches per evaluation, at most.
+    eval_selection: whether evaluations of sparse variants measure the selection, too: gamma, misses and bias.
     keep_checkpoints: how many of the newest stay on disk.
+    keep_every: checkpoints of steps that this divides stay, too; 0 for none.
     trainable: glob patterns over the dotted names of parameters, e.g. `("*importance*", "*norm")`; what none matches
         stays as it is and needs no gradients and no moments. "importance" and "everything" are short for two of them.
     loss_chunk: positions of each row whose logits are made at a time, see `chunked_loss`; None decides by memory.
+    max_skipped: a run ends after so many steps in a row whose loss or gradient is not finite; these change nothing.
+    profile_steps: first and last step of a trace for TensorBoard's profiler, in `profile/` of the run's folder.
     z_loss: weight of the squared logarithm of the softmax's denominator in what is minimised; 0 is without.
 
     Raises TypeError or ValueError when a field is out of range.
@@ -55,20 +60,35 @@ class TrainConfig:
     log_every: int = 10
     eval_every: int = 100
     eval_batches: int = 32
+    eval_selection: bool = True
     checkpoint_every: int = 250
     keep_checkpoints: int = 2
+    keep_every: int = 0
     trainable: str | tuple[str, ...] = ("*",)
     loss_chunk: int | None = None
     z_loss: float = 0.0
+    max_skipped: int = 10
+    profile_steps: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, ModelConfig):
             raise bad_type("TrainConfig.model", "must be a ModelConfig", type(self.model).__name__, "See presets.")
-        for name in ("steps", "batch_size", "length", "accumulate", "log_every", "eval_batches", "keep_checkpoints"):
+        for name in (
+            "steps",
+            "batch_size",
+            "length",
+            "accumulate",
+            "log_every",
+            "eval_batches",
+            "keep_checkpoints",
+            "max_skipped",
+        ):
             object.__setattr__(self, name, require_int(f"TrainConfig.{name}", getattr(self, name), 1))
-        for name in ("seed", "eval_every", "checkpoint_every"):
+        for name in ("seed", "eval_every", "checkpoint_every", "keep_every"):
             object.__setattr__(self, name, require_int(f"TrainConfig.{name}", getattr(self, name), 0))
         object.__setattr__(self, "remat", as_remat("TrainConfig.remat", self.remat))
+        object.__setattr__(self, "eval_selection", require_bool("TrainConfig.eval_selection", self.eval_selection))
+        object.__setattr__(self, "profile_steps", as_profile_steps("TrainConfig.profile_steps", self.profile_steps))
         object.__setattr__(self, "trainable", as_patterns("TrainConfig.trainable", self.trainable))
         object.__setattr__(self, "z_loss", require_number("TrainConfig.z_loss", self.z_loss, 0.0, 1.0))
         if self.loss_chunk is not None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
+import statistics
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from nosa_jax._paths import user_path
 
 LOG_NAME = "log.jsonl"
+
+Record = dict[str, Any]
 
 
 class JsonLines:
@@ -65,6 +71,44 @@ def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             records = [old for old in records if (old["kind"], old["step"]) != ("eval", record["step"])]
         records.append(record)
     return records
+
+
+def as_records(log: str | os.PathLike[str] | Sequence[Record]) -> list[Record]:
+    """The records of a log, of the log in the folder of a run, or as they are."""
+    if not isinstance(log, str | os.PathLike):
+        return list(log)
+    path = user_path("log", log)
+    return read_log(path / LOG_NAME if path.is_dir() else path)
+
+
+def summary(log: str | os.PathLike[str] | Sequence[Record]) -> str:
+    """A run in a few lines: held-out loss, last loss, speed, skipped steps, and where its files are.
+
+    log: a log, the folder of a run, or records as `read_log` returns them. Lines about what it does not hold are left
+        out.
+    """
+    records = as_records(log)
+    steps, evaluations, starts = ([r for r in records if r["kind"] == kind] for kind in ("train", "eval", "start"))
+    lines = []
+    if evaluations:
+        loss = lambda record: math.inf if math.isnan(record["loss"]) else record["loss"]
+        best, last = min(evaluations, key=loss), evaluations[-1]
+        text = f"best held-out loss {best['loss']:.4f} nats per token after step {best['step']}"
+        lines.append(text if best is last else f"{text}, {last['loss']:.4f} after step {last['step']}")
+    if steps:
+        lines.append(f"training loss {steps[-1]['loss']:.4f} in step {steps[-1]['step']}")
+        # The first record of each part of a run includes compiling.
+        first = {id(after) for before, after in itertools.pairwise(records) if before["kind"] == "start"}
+        settled = [record for record in steps if id(record) not in first] or steps
+        speed = f"median {statistics.median(record['tokens_per_second'] for record in settled):,.0f} tokens/s"
+        shares = [record["mfu"] for record in settled if record.get("mfu") is not None]
+        lines.append(f"{speed}, MFU {statistics.median(shares):.0%}" if shares else speed)
+        if skipped := int(steps[-1].get("skipped") or 0):
+            what = "step" if skipped == 1 else "steps"
+            lines.append(f"{skipped:,} {what} skipped, whose loss or gradients were not finite")
+    if starts and starts[-1].get("directory"):
+        lines.append(f"files in {starts[-1]['directory']}")
+    return "\n".join(lines)
 
 
 def _parse(line: str) -> dict[str, Any] | None:

@@ -8,28 +8,38 @@ import math
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
-from nosa_jax._extras import import_extra
-from nosa_jax._paths import only_run, user_path
+from nosa_jax import parallel, processes
+from nosa_jax._extras import import_extra, missing_modules
+from nosa_jax._paths import only_run, replacing, user_path
 from nosa_jax.environment import environment
 from nosa_jax.model import NosaLM, num_parameters
 from nosa_jax.train._interrupt import interrupt_flag
-from nosa_jax.train._progress import Progress
-from nosa_jax.train.checkpoint import Checkpoints, model_config_from_dict
+from nosa_jax.train._progress import Progress, describe
+from nosa_jax.train.checkpoint import Checkpoints
 from nosa_jax.train.config import TrainConfig
-from nosa_jax.train.data import Corpus, train_batches
-from nosa_jax.train.evaluation import Evaluation, evaluate
+from nosa_jax.train.data import Batch, Corpus, Source
+from nosa_jax.train.evaluation import Evaluation, evaluate_batches
+from nosa_jax.train.feed import Feed, as_source
+from nosa_jax.train.fields import model_config_from_dict
+from nosa_jax.train.flops import mfu, peak_flops
 from nosa_jax.train.log import LOG_NAME, JsonLines
 from nosa_jax.train.loss import bits_per_byte
-from nosa_jax.train.step import TrainState, init_state, jit_train_step
-from pallas_kernels.checks import bad_value
+from nosa_jax.train.plots import PICTURE_NAME, plot_run
+from nosa_jax.train.profile import Profiler
+from nosa_jax.train.step import Loss, TrainState, init_state, jit_train_step
+from nosa_jax.train.trackers import as_trackers
+from pallas_kernels.checks import bad_value, require_type
 
 Record = dict[str, Any]
 
@@ -55,60 +65,84 @@ class TrainResult:
 
 def train(
     config: TrainConfig,
-    corpus: Corpus,
+    source: Source | Corpus,
     directory: str | os.PathLike[str] | None = None,
     *,
     model: NosaLM | None = None,
+    mesh: Mesh | None = None,
+    optimizer: Any = None,
+    loss: Loss | None = None,
+    evaluation: Callable[[NosaLM], dict[str, float]] | None = None,
     resume: bool = False,
     progress: bool = True,
     on_record: Callable[[Record], None] | None = None,
+    trackers: Any = None,
 ) -> TrainResult:
-    """Trains on `corpus.train`, evaluates on `corpus.heldout`.
+    """Trains on what `source` holds, evaluates on what it holds out.
 
     config: the run: model, batches, optimizer, what is logged, evaluated and kept.
-    corpus: the text, split.
-    directory: gets `log.jsonl` and `checkpoints/`; None saves nothing.
+    source: of batches; `train.text`, `jsonl`, `tokens`, `chat` and `mixture` make some. A Corpus is read in windows of
+        `config.length`.
+    directory: gets `log.jsonl` and `checkpoints/`; None saves nothing. The same for all processes.
     model: to start from (copied), e.g. for continued pretraining; None draws weights with `config.seed`.
         Its configuration must be `config.model`.
+    mesh: devices that share the work, see `nosa_jax.parallel.make_mesh`; None for those that `model` lies on.
+    optimizer: an optax transformation instead of `config.optimizer`.
+    loss: what is minimised instead of the next-token loss; see `train_step`.
+    evaluation: numbers of your own, made of the model whenever it is evaluated; they go into the record.
     resume: continue from the newest checkpoint in `directory` that is whole (from the start if there is none at all)
         on exactly the batches that would have come. Everything but the model's shape, the seed, the batches and the
-        text may change.
+        text may change, the mesh and the number of processes too.
     progress: whether a bar is shown on standard error.
-    on_record: called with every log record, for trackers.
+    on_record: called with every log record.
+    trackers: what else is told of the run: "tensorboard", "wandb", a Tracker, or several of them; see `as_trackers`.
 
-    A record of kind `train` holds step, loss (nats), bits_per_byte, learning_rate, grad_norm, and tokens_per_second
-    over the `seconds` since the record before (the first one includes compiling); one of kind `eval` holds step, loss,
-    bits_per_byte, tokens and seconds; one of kind `start` tells how the run was made.
+    A record of kind `train` holds step, loss (nats), bits_per_byte, learning_rate, grad_norm, norms by group, `skipped`
+    (steps so far that were not finite and changed nothing), and tokens_per_second and mfu (see `train.mfu`; None for an
+    unknown card) over the `seconds` since the record before (the first one includes compiling). One of kind `eval`
+    holds what `Evaluation` does, and seconds; one of kind `start` tells how the run was made. At the end all that
+    becomes a picture in `directory`, training.png, where matplotlib is installed.
 
     Ctrl-C, SIGTERM and SIGHUP let the current step end, save, and return what there is; a second Ctrl-C stops at once.
     Raises ValueError for text shorter than a window or out of the vocabulary, for a directory that another run uses
-    or that already holds checkpoints without `resume`, and for a checkpoint of another run; FloatingPointError when the
-    loss is not finite.
+    or that already holds checkpoints without `resume`, for a checkpoint of another run, and for a mesh that does not
+    divide what it cuts; FloatingPointError after `config.max_skipped` steps in a row whose loss or gradient is not
+    finite.
     """
     import_extra("tqdm")
-    _check_corpus(config, corpus)
+    source = as_source(config, source)
     root = None if directory is None else user_path("directory", directory).resolve()
-    batches = train_batches(corpus.train, batch_size=config.batch_size, length=config.length, seed=config.seed)
-    if model is None:
-        model = NosaLM(config.model, rngs=nnx.Rngs(config.seed))
-    elif model.config != config.model:
+    if mesh is not None:
+        require_type("mesh", mesh, Mesh, "Make one with nosa_jax.parallel.make_mesh.")
+    elif model is not None:
+        mesh = parallel.concrete_mesh(model)
+    if model is not None and model.config != config.model:
         raise bad_value(
             "model",
             "must be of TrainConfig.model",
             model.config,
             "Change the variant with nosa_jax.with_attention.",
         )
-    # Committed to its device as restored arrays are: otherwise the step would compile twice.
-    state = jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding), init_state(model, config.optimizer))
-    origin = model.origin
+    told = as_trackers(trackers if processes.is_writer() else None)
+    feed = Feed(source, config, mesh)
+    state, origin = _first_state(config, model, mesh, optimizer)
     del model
 
     with contextlib.ExitStack() as stack:
         checkpoints = None
         if root is not None:
-            stack.enter_context(only_run("directory", root))
-            keep = config.keep_checkpoints
-            checkpoints = stack.enter_context(Checkpoints(root / "checkpoints", keep=keep, clean=True))
+            with processes.failing_together("opening the directory"):
+                if processes.is_writer():
+                    stack.enter_context(only_run("directory", root))
+            checkpoints = stack.enter_context(
+                Checkpoints(
+                    root / "checkpoints",
+                    keep=config.keep_checkpoints,
+                    keep_every=config.keep_every,
+                    clean=True,
+                    background=True,
+                )
+            )
             if checkpoints.latest_step() is not None:
                 if not resume:
                     raise bad_value(
@@ -117,14 +151,22 @@ def train(
                         f"step {checkpoints.latest_step()} in {checkpoints.directory}",
                         "Pass resume=True to continue it, or take another directory.",
                     )
-                state = checkpoints.restore_newest(state, partial(_resume_data, config, corpus, batches))
-        log = stack.enter_context(JsonLines(None if root is None else root / LOG_NAME))
-        bar = stack.enter_context(Progress(config.steps, int(state.step), shown=progress))
+                state = checkpoints.restore_newest(state, partial(_resume_data, config, source, feed))
+        writes = processes.is_writer()
+        log = stack.enter_context(JsonLines(root / LOG_NAME if root is not None and writes else None))
+        stack.enter_context(told)
+        traced = config.profile_steps if root is not None and writes else None
+        profiler = stack.enter_context(Profiler((root or Path()) / "profile", traced))
+        bar = stack.enter_context(Progress(config.steps, int(state.step), shown=progress and writes))
         stop = stack.enter_context(interrupt_flag())
-        run = _Run(config, corpus, state, batches, checkpoints, log, bar, on_record)
-        run.start()
+        tell = [told.record] if on_record is None or not writes else [told.record, on_record]
+        options = {"optimizer": optimizer or config.optimizer, "loss": loss}
+        run = _Run(config, source, state, feed, checkpoints, log, bar, tell, profiler, options, evaluation)
+        run.start(root)
         run.advance(stop)
         run.finish(interrupted=stop.is_set())
+        if root is not None and writes:
+            _draw(root)
         run.state.model.origin = origin  # the compiled step may be that of a run with another
         return TrainResult(run.state.model, run.step, run.history, run.evaluations, root, stop.is_set())
 
@@ -135,19 +177,24 @@ class _Run:
     def __init__(
         self,
         config: TrainConfig,
-        corpus: Corpus,
+        source: Source,
         state: TrainState,
-        batches: Any,
+        feed: Feed,
         checkpoints: Checkpoints | None,
         log: JsonLines,
         bar: Progress,
-        on_record: Callable[[Record], None] | None,
+        tell: Sequence[Callable[[Record], None]],
+        profiler: Profiler,
+        options: dict[str, Any],
+        evaluation: Callable[[NosaLM], dict[str, float]] | None,
     ) -> None:
-        self.config, self.corpus, self.state, self.batches = config, corpus, state, batches
-        self.checkpoints, self.log, self.bar, self.on_record = checkpoints, log, bar, on_record
+        self.config, self.source, self.state, self.feed = config, source, state, feed
+        self.checkpoints, self.log, self.bar, self.tell = checkpoints, log, bar, tell
+        self.profiler, self.options, self.evaluation = profiler, options, evaluation
         self.dtype = config.resolved_dtype()
         self.step = int(state.step)
         self.metrics: dict[str, Any] = {}
+        self.before: tuple[dict[str, Any], Batch] | None = None  # the step before the newest, and what it read
         self.history: list[Record] = []
         self.evaluations: list[Record] = []
         self.logged: list[Record] = []  # by an earlier part of this run
@@ -155,44 +202,52 @@ class _Run:
     def record(self, kind: str, **fields: Any) -> Record:
         record = {"kind": kind, "step": self.step, **fields}
         self.log.write(record)
-        if self.on_record is not None:
-            self.on_record(record)
+        for tell in self.tell:
+            tell(record)
         return record
 
-    def start(self) -> None:
+    def start(self, root: Path | None) -> None:
+        sizes = {name: getattr(self.source, name, None) for name in ("train_tokens", "heldout_tokens")}
         self.record(
             "start",
             seed=self.config.seed,
             config=dataclasses.asdict(self.config),
             compute_dtype=self.dtype,
             parameters=num_parameters(self.state.model),
-            corpus={
-                "train_tokens": len(self.corpus.train),
-                "heldout_tokens": len(self.corpus.heldout),
-                "fingerprint": self.corpus.fingerprint(),
-            },
+            corpus={**sizes, "fingerprint": self.source.fingerprint()},
+            directory=None if root is None else str(root),
+            processes=jax.process_count(),
             **environment(),
         )
         self.logged = self.log.read()
 
     def advance(self, stop: threading.Event) -> None:
-        """Steps until the end of the run or until `stop` is set."""
+        """Steps until the end of the run or until `stop` is set in any process."""
         config = self.config
         begin, since = time.perf_counter(), self.step
-        while self.step < config.steps and not stop.is_set():
+        while self.step < config.steps and not self._stopped(stop):
+            batch = next(self.feed)
+            self.profiler.before(self.step + 1, self.metrics)
             self.state, self.metrics = jit_train_step(
                 self.state,
-                next(self.batches),
-                optimizer=config.optimizer,
+                batch,
                 steps=config.steps,
                 compute_dtype=self.dtype,
                 accumulate=config.accumulate,
                 remat=config.remat,
+                trainable=config.trainable,
+                loss_chunk=config.loss_chunk,
+                z_loss=config.z_loss,
+                watch=True,
+                **self.options,
             )
+            # Looking at a step waits for it. The one before is done soon, while the device has this one to do.
+            self._check_before()
+            self.before = (self.metrics, batch)
             self.step += 1
+            self.profiler.after(self.step, self.metrics)
             self.bar.advance()
             last = self.step == config.steps
-            # Looking at a metric waits for the device, so the steps in between are only queued.
             if self.step % config.log_every == 0 or last or not self.history:
                 self._log_step(begin, since)
                 begin, since = time.perf_counter(), self.step
@@ -203,9 +258,17 @@ class _Run:
                 self.save()
                 begin, since = time.perf_counter(), self.step
 
+    def _stopped(self, stop: threading.Event) -> bool:
+        """Whether to end here; all processes come to the same answer at the same step."""
+        if jax.process_count() > 1 and processes.any_of(stop.is_set()):
+            stop.set()
+        return stop.is_set()
+
     def finish(self, *, interrupted: bool) -> None:
         """Saves and, unless the user is waiting for the prompt, evaluates."""
         saved = self.save()
+        if self.checkpoints is not None:
+            self.checkpoints.wait()
         if interrupted and self.step < self.config.steps:
             where = "nothing was saved (no directory)" if saved is None else f"saved {saved}; resume=True continues"
             self.bar.say(f"Interrupted after step {self.step}: {where}.")
@@ -213,85 +276,129 @@ class _Run:
             self._evaluate()
 
     def save(self) -> Path | None:
-        """Writes a checkpoint unless the last step went wrong; returns its folder, None without a directory."""
-        self._finite_metrics()
+        """Writes a checkpoint; returns its folder, None without a directory."""
+        self._check_before()
         if self.checkpoints is None:
             return None
         meta = {
             "config": dataclasses.asdict(self.config),
-            "corpus": self.corpus.fingerprint(),
-            "data": self.batches.get_state(),
+            "corpus": self.source.fingerprint(),
+            "data": self.feed.get_state(),
         }
         return self.checkpoints.save(self.state, meta)
 
-    def _finite_metrics(self) -> dict[str, float]:
-        """The last step's metrics (empty before any step). A finite gradient means that it left finite parameters."""
-        values = {name: float(value) for name, value in self.metrics.items()}
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(values.get(name, 0.0)):
-                raise FloatingPointError(
-                    f"{name}: must stay finite, got {values[name]} in step {self.step}. Lower the learning rate "
-                    f"(now {values['learning_rate']:.3g}) or warm up longer; earlier checkpoints are kept."
-                )
-        return values
+    def _check_before(self) -> None:
+        """Raises FloatingPointError where too many steps in a row were skipped, and saves what the last one read."""
+        if self.before is None:
+            return
+        metrics, batch = self.before
+        self.before = None
+        skipped = int(processes.to_host(metrics["skipped_in_a_row"]))
+        if not skipped:
+            return
+        values = _numbers(metrics)
+        hopeless = not all(math.isfinite(value) for name, value in values.items() if name.startswith("param_norm"))
+        if skipped < self.config.max_skipped and not hopeless:
+            return
+        name = next(name for name in ("loss", "grad_norm") if not math.isfinite(values[name]))
+        rate = f" (now {values['learning_rate']:.3g})" if "learning_rate" in values else ""
+        raise FloatingPointError(
+            f"{name}: must stay finite, got {values[name]} in step {self.step}. Lower the learning rate{rate} or warm "
+            f"up longer; earlier checkpoints are kept{self._keep(batch)}."
+        )
+
+    def _keep(self, batch: Batch) -> str:
+        """Writes this process's part of a batch into the run's folder, for those who look for the cause."""
+        if self.checkpoints is None:
+            return ""
+        path = self.checkpoints.directory.parent / f"not_finite-{self.step}-{jax.process_index()}.npz"
+        arrays = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+        held: Any = {name: _held(array) for name, array in arrays.items() if array is not None}
+        with replacing(path) as file:
+            np.savez(file, **held)
+        return f", and what the step read is in {path}"
 
     def _log_step(self, begin: float, since: int) -> None:
-        values = self._finite_metrics()
+        values = _numbers(self.metrics)
+        self._check_before()
         seconds = time.perf_counter() - begin
         tokens = (self.step - since) * self.config.batch_size * self.config.length
         rate = tokens / seconds
-        values["bits_per_byte"] = bits_per_byte(values["loss"], self.corpus.bytes_per_token)
-        self.bar.note(f"loss {values['loss']:.3f}, {rate:,.0f} tokens/s")
-        self.history.append(self.record("train", **values, tokens_per_second=rate, seconds=seconds))
+        values["bits_per_byte"] = bits_per_byte(values["loss"], self.source.bytes_per_token)
+        device, devices = jax.devices()[0].device_kind, self.state.step.sharding.num_devices
+        share = mfu(rate, self.config.model, self.config.length, peak=peak_flops(device), devices=devices)
+        self.history.append(self.record("train", **values, tokens_per_second=rate, mfu=share, seconds=seconds))
+        self.bar.note(describe(self.history[-1]))
 
     def _evaluate(self) -> None:
-        if not len(self.corpus.heldout):
-            return
         config, begin = self.config, time.perf_counter()
-        result: Evaluation = evaluate(
+        result: Evaluation | None = evaluate_batches(
             self.state.model,
-            self.corpus.heldout,
-            batch_size=config.batch_size,
-            length=config.length,
-            max_batches=config.eval_batches,
-            bytes_per_token=self.corpus.bytes_per_token,
+            self.feed.heldout(config.eval_batches),
+            bytes_per_token=self.source.bytes_per_token,
             compute_dtype=self.dtype,
+            selection=config.eval_selection,
         )
+        own = {} if self.evaluation is None else self.evaluation(self.state.model)
+        if result is None and not own:
+            return
         seconds = time.perf_counter() - begin
-        fields = dataclasses.asdict(result)
+        fields = {**({} if result is None else dataclasses.asdict(result)), **own}
         record = {"kind": "eval", "step": self.step, **fields}
         if any(record.items() <= old.items() for old in self.logged if old["kind"] == "eval"):
             self.evaluations.append({**record, "seconds": seconds})  # a finished run, resumed
         else:
             self.evaluations.append(self.record("eval", **fields, seconds=seconds))
-        self.bar.say(f"step {self.step}: held-out {result.loss:.4f} nats, {result.bits_per_byte:.4f} bits per byte")
+        if result is not None:
+            bits = f"{result.bits_per_byte:.4f} bits per byte"
+            self.bar.say(f"step {self.step}: held-out {result.loss:.4f} nats, {bits}")
+
+
+def _draw(root: Path) -> None:
+    """The picture of a run, where it can be drawn: it must not cost a run that is done."""
+    if missing_modules("plots"):
+        return
+    try:
+        plot_run(root, root / PICTURE_NAME)
+    except Exception as error:
+        warnings.warn(f"no picture of {root}: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=3)
+
+
+def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in processes.to_host(metrics).items()}
+
+
+def _held(array: Any) -> np.ndarray:
+    """The rows of a batch's array that this process holds."""
+    if not isinstance(array, jax.Array) or array.is_fully_addressable:
+        return np.asarray(array)
+    return np.concatenate([np.asarray(shard.data) for shard in array.addressable_shards if shard.replica_id == 0])
 
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _check_corpus(config: TrainConfig, corpus: Corpus) -> None:
-    for name in ("train", "heldout"):
-        tokens, vocab_size = getattr(corpus, name), config.model.vocab_size
-        if len(tokens) and not (tokens.min() >= 0 and tokens.max() < vocab_size):
-            raise bad_value(
-                f"corpus.{name}",
-                f"must hold token ids below vocab_size = {vocab_size}",
-                f"{tokens.min()} .. {tokens.max()}",
-                "Use the tokenizer of the model; bytes need 256.",
-            )
-    if len(corpus.heldout) and len(corpus.heldout) <= config.length:
-        raise bad_value(
-            "corpus.heldout",
-            f"must be empty or fill one window of length + 1 = {config.length + 1}",
-            len(corpus.heldout),
-            "Hold out more text or shorten the windows.",
-        )
+def _first_state(
+    config: TrainConfig, model: NosaLM | None, mesh: Mesh | None, optimizer: Any
+) -> tuple[TrainState, Any]:
+    """The state before the first step, on its devices, and where the model came from."""
+    if model is None:
+        make = lambda: NosaLM(config.model, rngs=nnx.Rngs(config.seed))
+        if mesh is None:
+            model = make()
+        else:  # drawn where it is kept: a large one fits no single device
+            model = jax.jit(make, out_shardings=parallel.shardings(jax.eval_shape(make), mesh))()
+    elif mesh is not None:
+        model = parallel.shard(model, mesh)
+    state = init_state(model, optimizer or config.optimizer, config.trainable)
+    # Committed to its device as restored arrays are: otherwise the step would compile twice.
+    state = jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding), state)
+    return state, model.origin
 
 
-def _resume_data(config: TrainConfig, corpus: Corpus, batches: Any, meta: dict[str, Any]) -> None:
-    """Moves `batches` on to where the checkpoint of `meta` was; raises ValueError where that is one of another run."""
+def _resume_data(config: TrainConfig, source: Source, feed: Feed, meta: dict[str, Any]) -> None:
+    """Moves `feed` on to where the checkpoint of `meta` was; raises ValueError where that is one of another run."""
     saved = meta["config"]
     # As configurations, so that a field which is younger than the checkpoint has its default.
     saved = {**saved, "model": model_config_from_dict(saved["model"])}
@@ -304,11 +411,14 @@ def _resume_data(config: TrainConfig, corpus: Corpus, batches: Any, meta: dict[s
                 now,
                 "Use the same value, or take another directory.",
             )
-    if meta["corpus"] != corpus.fingerprint():
+    if meta["corpus"] != source.fingerprint():
         raise bad_value(
             "corpus",
             f"must be the text of the checkpoint ({meta['corpus']}) to resume",
-            corpus.fingerprint(),
+            source.fingerprint(),
             "Pass the same files, held-out fraction and seed, or take another directory.",
         )
-    batches.set_state(meta["data"])
+    try:
+        feed.set_state(meta["data"])
+    except ValueError as error:  # it is no position: damage, and not another run
+        raise LookupError(str(error)) from error

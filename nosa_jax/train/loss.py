@@ -105,6 +105,7 @@ def chunked_loss(
     chunk = min(require_int("chunk", chunk, 1), length)
     if mask is None:
         mask = jnp.ones(targets.shape, bool)
+    found: Any
     if chunk == length:
         found = _normalizers(model_logits, vocab_axis, hidden, targets, mask)
     else:
@@ -115,7 +116,7 @@ def chunked_loss(
         inputs = [_cut(x, chunk) for x in (hidden, targets, mask)]
         _, found = jax.lax.scan(lambda _, inputs: (None, one(parameters, *inputs)), None, inputs)
         found = tuple(jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :length] for x in found)
-    normalizers, logits = found if vocab_axis is None else _of_all_parts(*found, vocab_axis)
+    normalizers, logits = found if vocab_axis is None else _of_all_parts(found[0], found[1], vocab_axis)
     losses = jnp.where(mask, normalizers - logits, 0.0)
     squares = jnp.where(mask, jnp.square(normalizers), 0.0)
     # Summed over rows here, not chunk by chunk: devices that share the rows then need not meet at every chunk.

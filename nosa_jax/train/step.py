@@ -149,7 +149,7 @@ def train_step(
     loss: Loss | None = None,
     loss_chunk: int | None = None,
     z_loss: float = 0.0,
-    norms: bool = False,
+    watch: bool = False,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """One step of training. Pure; jit it with the state donated.
 
@@ -164,11 +164,12 @@ def train_step(
     loss: what is minimised instead of `token_loss`: a function of the model, in `compute_dtype`, and the Batch. Returns
         a scalar, the mean over rows, or a scalar and LossParts, the mean over what these count.
     loss_chunk, z_loss: see `chunked_loss`.
-    norms: adds the norms of gradients and parameters by group, see `norms_by_group`.
+    watch: whether `metrics` has the norms of gradients and parameters by group and the steps skipped, too.
 
     A step whose loss or gradient is not finite changes nothing but the counts. Returns the new state and float32
     scalars: `loss` (nats, before the step), `grad_norm` (before clipping), `learning_rate` where `optimizer` is an
-    OptimizerConfig, and with `norms` `grad_norm_<group>` and `param_norm_<group>`. Raises ValueError when `accumulate`
+    OptimizerConfig, and with `watch` `grad_norm_<group>` and `param_norm_<group>` (see `norms_by_group`), `skipped` and
+    `skipped_in_a_row`. Raises ValueError when `accumulate`
     does not divide B.
     """
     transformation = as_optimizer(optimizer, steps)
@@ -191,7 +192,8 @@ def train_step(
         new = optax.apply_updates(part, updates), opt_state
         (part, opt_state), skipped, _ = keep_if_finite(state.skipped, (part, state.opt_state), new, value, norm)
         metrics = {"loss": parts.cross_entropy(), "grad_norm": norm}
-        if norms:
+        if watch:
+            metrics |= {"skipped": skipped.total, "skipped_in_a_row": skipped.in_a_row}
             metrics |= {f"grad_norm_{group}": value for group, value in norms_by_group(grads).items()}
             metrics |= {f"param_norm_{group}": value for group, value in norms_by_group(state.model).items()}
         if isinstance(optimizer, OptimizerConfig):
@@ -223,7 +225,7 @@ jit_train_step = jax.jit(
     train_step,
     static_argnames=(
         *("optimizer", "steps", "compute_dtype", "accumulate", "remat", "trainable", "loss", "loss_chunk", "z_loss"),
-        "norms",
+        "watch",
     ),
     donate_argnames="state",
 )

@@ -23,6 +23,7 @@ class RowSource:
 
     length, bytes_per_token, vocab_size: as in `Source`.
     train_tokens, heldout_tokens: how many tokens there are of each.
+    block_size: packed documents start on its multiples; None where rows are not packed.
     """
 
     length: int
@@ -30,6 +31,7 @@ class RowSource:
     vocab_size: int
     train_tokens: int
     heldout_tokens: int
+    block_size: int | None = None
 
     def fingerprint(self) -> str:
         """Short text that changes when what would be read changes; a checkpoint keeps it, so that resume can tell."""
@@ -151,6 +153,7 @@ class DocumentSource(RowSource):
         self.length, self.bytes_per_token, self.vocab_size = cut.length, bytes_per_token, vocab_size
         self.train_tokens, self.heldout_tokens = (int((spans[:, 1] - spans[:, 0]).sum()) for spans in (train, heldout))
         if cut.pack:
+            self.block_size = cut.block_size
             self._train: Rows = PackedRows(tokens, train, cut.length, cut.block_size)
             self._heldout: Rows = PackedRows(tokens, heldout, cut.length, cut.block_size)
             rule, how = "must hold text to train on", f"packed-{cut.length}-{cut.block_size}"

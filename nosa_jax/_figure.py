@@ -18,7 +18,7 @@ class NotebookFigure(Figure):
         return png.getvalue()
 
 
-def new_figure(width: float, height: float) -> Figure:
+def empty_figure(width: float, height: float) -> Figure:
     """An empty figure of this size in inches."""
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
     figure = NotebookFigure(figsize=(width, height), dpi=150, layout=layout)

@@ -1,0 +1,139 @@
+"""Training in several processes, and what a process knows of its part."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import nosa_jax
+from nosa_jax import parallel, presets, processes, train
+from nosa_jax.cli.train import as_sizes
+from nosa_jax.train.feed import Feed, _rows_here
+
+WORKER = Path(__file__).parent / "train_processes.py"
+
+
+def run(folder: Path, count: int, axes: str, steps: int) -> list[dict[str, list[float]]]:
+    """What each process of a run says."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    started = [
+        subprocess.Popen(
+            [sys.executable, WORKER, *map(str, (index, count, port, folder, axes, steps))],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=WORKER.parent,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        for index in range(count)
+    ]
+    done = [process.communicate(timeout=500) for process in started]
+    for process, (_, errors) in zip(started, done, strict=True):
+        assert process.returncode == 0, errors[-3000:]
+    return [json.loads(output.splitlines()[-1]) for output, _ in done]
+
+
+@pytest.mark.slow
+def test_several_processes_train_as_one(tmp_path):
+    """Two and four processes against one, with the same log, checkpoints that go on elsewhere, and the same folder."""
+    [alone] = run(tmp_path / "1", 1, "data=2,fsdp=2", 6)
+    for count, axes in ((2, "data=2,fsdp=2"), (4, "fsdp=2,tensor=2"), (2, "data=2,context=2")):
+        folder = tmp_path / f"{count}-{axes}"
+        said = run(folder, count, axes, 6)
+        for losses in said:
+            np.testing.assert_allclose(losses["train"], alone["train"], rtol=1e-5)
+            np.testing.assert_allclose(losses["eval"], alone["eval"], rtol=1e-5)
+        log = train.read_log(folder / "log.jsonl")
+        assert [record["step"] for record in log if record["kind"] == "train"] == list(range(1, 7))
+        assert [record["kind"] for record in log].count("start") == 1
+        ours, theirs = (nosa_jax.from_pretrained(path / "model") for path in (folder, tmp_path / "1"))
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
+    # Begun by two processes, gone on with by four and by one, on other meshes.
+    went_on = tmp_path / "on"
+    first, second, third = (
+        run(went_on, count, axes, steps)[0]
+        for count, axes, steps in ((2, "data=4", 2), (4, "fsdp=4", 4), (1, "data=2,tensor=2", 6))
+    )
+    assert [len(part["train"]) for part in (first, second, third)] == [2, 2, 2]
+    # The learning rate depends on the steps of each run, so only the first two are those of a run at once.
+    log = [record for record in train.read_log(went_on / "log.jsonl") if record["kind"] == "train"]
+    assert [record["step"] for record in log] == list(range(1, 7))
+
+
+def mesh_of(shape: tuple[int, ...]) -> Mesh:
+    return Mesh(np.array(jax.devices()[:1]).reshape(shape), parallel.AXES)
+
+
+def test_one_process_is_all_processes():
+    assert processes.is_writer()
+    assert processes.any_of(True) and not processes.any_of(False)
+    with pytest.raises(ValueError, match="here"), processes.failing_together("a test"):
+        raise ValueError("here")
+    with processes.writing("a test") as writes:
+        assert writes
+
+
+@pytest.mark.parametrize(
+    ("given", "missing"),
+    [({"num_processes": 2}, "coordinator_address and process_id"), ({"process_id": 0, "num_processes": 2}, "coord")],
+)
+def test_parts_of_an_address_are_refused(given, missing):
+    with pytest.raises(ValueError, match=f"^{missing}.*: must be given where"):
+        parallel.initialize(**given)
+
+
+def test_a_process_reads_the_rows_that_its_devices_hold(monkeypatch):
+    sharding = NamedSharding(mesh_of((1, 1, 1, 1)), PartitionSpec(("data", "fsdp")))
+
+    def rows(*slices: slice) -> tuple[int, int]:
+        found = {index: (part, slice(None)) for index, part in enumerate(slices)}
+        monkeypatch.setattr(NamedSharding, "addressable_devices_indices_map", lambda *_: found)
+        return _rows_here(sharding, (8, 16))
+
+    assert rows(slice(None)) == (0, 8)
+    assert rows(slice(2, 4), slice(2, 4)) == (2, 2)
+    assert rows(slice(4, 6), slice(6, 8)) == (4, 4)
+    assert rows(slice(0, 2), slice(6, 8)) == (0, 8)  # not side by side: all are read
+    assert rows(slice(2, 4), slice(4, 6)) == (0, 8)  # no whole share of four
+
+
+def test_batches_on_a_mesh_are_the_source_s():
+    corpus = train.Corpus(np.arange(400, dtype=np.int32) % 250, np.arange(100, dtype=np.int32))
+    config = train.TrainConfig(presets.tiny(), batch_size=2, length=32)
+    source = corpus.source(32)
+    feed, plain = Feed(source, config, mesh_of((1, 1, 1, 1))), Feed(source, config, None)
+    for _ in range(2):
+        for a, b in zip(jax.tree.leaves(next(feed)), jax.tree.leaves(next(plain)), strict=True):
+            assert isinstance(a, jax.Array) and isinstance(b, np.ndarray)
+            np.testing.assert_array_equal(a, b)
+    state = feed.get_state()
+    assert state == plain.get_state()
+    following = next(feed)
+    plain.set_state(state)
+    np.testing.assert_array_equal(following.tokens, next(plain).tokens)
+    assert len(list(feed.heldout(1))) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "sizes"), [("", {}), ("data=2", {"data": 2}), ("fsdp=4, tensor=-1", {"fsdp": 4, "tensor": -1})]
+)
+def test_meshes_are_written_as_sizes(text, sizes):
+    assert as_sizes(text) == sizes
+
+
+@pytest.mark.parametrize("text", ["rows=2", "data", "data=", "data=two", "data=2,data=2", "data=2,,fsdp=2"])
+def test_other_words_for_meshes_are_refused(text):
+    with pytest.raises(ValueError, match=r"^--mesh: must be sizes of axes among data, fsdp"):
+        as_sizes(text)
