@@ -163,17 +163,19 @@ def show(result: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="programs with this in their name, e.g. 'nosa_1b fsdp=8'")
-    parser.add_argument("--output", type=Path, help="where the JSON goes")
+    parser.add_argument("--output", type=Path, help="where the JSON goes; other programs already in it stay")
     args = parser.parse_args()
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # of a driver, which nothing here needs
-    results = []
+    earlier = json.loads(args.output.read_text())["programs"] if args.output and args.output.exists() else []
+    results = {result["program"]: result for result in earlier}
     for program in PROGRAMS:
         if args.only in program.name:
-            results.append(measure(program))
-            show(results[-1])
-            save(args.output, programs=results)
-    if any(result["faults"] for result in results):
-        raise SystemExit(json.dumps({r["program"]: r["faults"] for r in results if r["faults"]}, indent=1))
+            results[program.name] = measure(program)
+            show(results[program.name])
+            ordered = [results[other.name] for other in PROGRAMS if other.name in results]
+            save(args.output, programs=ordered)
+    if wrong := {name: result["faults"] for name, result in results.items() if result["faults"]}:
+        raise SystemExit(json.dumps(wrong, indent=1))
 
 
 if __name__ == "__main__":
