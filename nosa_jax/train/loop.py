@@ -35,6 +35,7 @@ from nosa_jax.train.fields import model_config_from_dict
 from nosa_jax.train.flops import mfu, peak_flops
 from nosa_jax.train.log import LOG_NAME, JsonLines
 from nosa_jax.train.loss import bits_per_byte
+from nosa_jax.train.patterns import split
 from nosa_jax.train.plots import PICTURE_NAME, plot_run
 from nosa_jax.train.profile import Profiler
 from nosa_jax.train.step import Loss, TrainState, init_state, jit_train_step
@@ -320,7 +321,6 @@ class _Run:
 
     def _log_step(self, begin: float, since: int) -> None:
         values = _numbers(self.metrics)
-        self._check_before()
         seconds = time.perf_counter() - begin
         tokens = (self.step - since) * self.config.batch_size * self.config.length
         rate = tokens / seconds
@@ -329,6 +329,7 @@ class _Run:
         share = mfu(rate, self.config.model, self.config.length, peak=peak_flops(device), devices=devices)
         self.history.append(self.record("train", **values, tokens_per_second=rate, mfu=share, seconds=seconds))
         self.bar.note(describe(self.history[-1]))
+        self._check_before()
 
     def _evaluate(self) -> None:
         config, begin = self.config, time.perf_counter()
@@ -383,8 +384,9 @@ def _first_state(
     config: TrainConfig, model: NosaLM | None, mesh: Mesh | None, optimizer: Any
 ) -> tuple[TrainState, Any]:
     """The state before the first step, on its devices, and where the model came from."""
+    make = lambda: NosaLM(config.model, rngs=nnx.Rngs(config.seed))
+    split(jax.eval_shape(make), config.trainable, argument="TrainConfig.trainable")  # refuses what matches nothing
     if model is None:
-        make = lambda: NosaLM(config.model, rngs=nnx.Rngs(config.seed))
         if mesh is None:
             model = make()
         else:  # drawn where it is kept: a large one fits no single device
