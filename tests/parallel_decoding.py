@@ -25,6 +25,7 @@ class Case:
     whole: every device has all weights, by `jax.device_put`; else they are cut, by `parallel.shard`.
     tokens: "numpy", "one device", or "rows", cut over the devices.
     rows, length: of the tokens. ragged: with lengths. packed: with segment ids. cache: of decoding.
+    brief: of `forward` the logits of all tokens alone.
     """
 
     axes: dict[str, int]
@@ -36,6 +37,7 @@ class Case:
     length: int = 176
     ragged: bool = False
     packed: bool = False
+    brief: bool = False
     cache: CacheConfig = CacheConfig(slots=9)
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -99,11 +101,15 @@ def made(case: Case, mesh: Any) -> tuple[nosa_jax.NosaLM, Any, dict[str, Any]]:
 def forward_of(case: Case, mesh: Any) -> dict[str, Any]:
     model, tokens, options = made(case, mesh)
     whole = nosa_jax.forward(model, tokens, record=True, **options)
-    last = nosa_jax.forward(model, tokens, logits="last", **options)
-    none = nosa_jax.forward(model, tokens, logits="none", **options)
-    assert none.logits is None
-    found = {"logits": whole.logits, "hidden": none.hidden, "last": last.logits}
-    return found if whole.block_ids is None else found | {"block_ids": whole.block_ids}
+    found = {"logits": whole.logits}
+    if whole.block_ids is not None:
+        found |= {"block_ids": whole.block_ids}
+    if not case.brief:
+        none = nosa_jax.forward(model, tokens, logits="none", **options)
+        assert none.logits is None
+        last = nosa_jax.forward(model, tokens, logits="last", **options)
+        found |= {"hidden": none.hidden, "last": last.logits}
+    return found
 
 
 def decoding_of(case: Case, mesh: Any) -> dict[str, Any]:
@@ -162,7 +168,7 @@ def _parts(x: jax.Array, axis: int) -> int:
 
 
 GROUPS = {
-    "few": ({"all": Case(ALL, ragged=True)}, lambda case: compared(forward_of, case)),
+    "few": ({"all": Case(ALL, ragged=True, brief=True)}, lambda case: compared(forward_of, case)),
     "forward": (FORWARD, lambda case: compared(forward_of, case)),
     "decoding": (DECODING, lambda case: compared(decoding_of, case)),
     "generation": (GENERATION, lambda case: compared(generation_of, case)),

@@ -40,12 +40,14 @@ def cases_of(*groups: str) -> list[Any]:
     ("group", "name"), cases_of("few", "axes", "pairs", "explicit", "variants", "batches", "options")
 )
 def test_gradients_are_those_of_one_device(group, name):
-    """Of every parameter, in norm; and everything lies after a step where it lay before."""
+    """Of every parameter, in norm; and everything lies after a step where it lay before, as its type says on Explicit
+    axes. (Where the results of `jax.grad` alone lie on Auto axes, the compiler chooses.)"""
     found = of_case("parallel_steps", group, name, optimized=group == "axes")
     worst = max(found["gradients"], key=found["gradients"].get)
     assert found["gradients"][worst] < 1e-5, (worst, found["gradients"][worst])
     assert all(error < 1e-5 for error in found["metrics"].values()), found["metrics"]
-    assert found["same_places"]
+    case = GROUPS[group][0][name]
+    assert found["same_places"] or (case.way == "grad" and not case.explicit)
 
 
 @pytest.mark.parametrize("name", but_slow(REPLAYED, *REPLAYED))
