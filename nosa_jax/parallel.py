@@ -1,8 +1,8 @@
 """Many devices: the axes of a mesh, the one table that says what is cut along which, and how the model uses both.
 
-    mesh = parallel.make_mesh(data=2, fsdp=4)
+    mesh = parallel.make_mesh(fsdp=-1)  # all devices along one axis; make_mesh(data=2, fsdp=4) is for eight
     model = parallel.shard(model, mesh)
-    forward(model, tokens)        # finds the mesh in its arguments
+    out = nosa_jax.forward(model, tokens, logits="none")  # finds the mesh in its arguments
 
 JAX's partitioner is the engine: products are cut as their operands are. Attention and selection run inside
 `jax.shard_map`, every device its own rows, KV heads and queries. Axes of a mesh:

@@ -112,7 +112,7 @@ OPTIONS = {
     "trainable": Step(ALL, options={"trainable": "importance"}),
     "untied": Step(REST, config=UNTIED),
     "biases and norms": Step(REST, config={"qkv_bias": True, "qk_norm": True, "output_bias": True}),
-    "norms": Step({"fsdp": 4, "tensor": 2}, options={"norms": True}),
+    "watch": Step({"fsdp": 4, "tensor": 2}, options={"watch": True}),
 }
 
 
