@@ -65,6 +65,9 @@ def wait(running: list[subprocess.Popen[bytes]], seconds: float | None) -> bool:
     while any(process.poll() is None for process in running):
         if end is not None and time.monotonic() > end:
             for process in running:
+                if process.poll():  # it failed, and the others wait for it
+                    raise RuntimeError(process.communicate()[1].decode()[-3000:])
+            for process in running:
                 process.send_signal(signal.SIGKILL)
             for process in running:
                 process.communicate()

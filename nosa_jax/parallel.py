@@ -47,6 +47,17 @@ RULES: tuple[tuple[str, P], ...] = (
     ("mlp.down", P(None, "tensor", "fsdp")),
 )
 
+_RANKS = {
+    "embed": 2,
+    "lm_head": 2,
+    "attention.qkv": 5,
+    "attention.qkv_bias": 4,
+    "attention.output": 3,
+    "importance.delta": 4,
+    "mlp.gate_up": 4,
+    "mlp.down": 3,
+}
+
 
 def make_mesh(
     data: int = 1,
@@ -97,8 +108,19 @@ def spec(name: str, mesh: Mesh | AbstractMesh) -> P:
 
 
 def specs(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """`spec` for every leaf of a pytree, by its name."""
-    return jax.tree.map_with_path(lambda path, leaf: spec(name_of(path), mesh) if np.ndim(leaf) else P(), tree)
+    """`spec` for every leaf of a pytree, by its name; P() for one of another rank than the parameter of that name, as
+    the factors of moments that some optimizers keep."""
+
+    def of_leaf(path: Any, leaf: Any) -> P:
+        name = name_of(path)
+        return spec(name, mesh) if np.ndim(leaf) == _rank(name) else P()
+
+    return jax.tree.map_with_path(of_leaf, tree)
+
+
+def _rank(name: str) -> int | None:
+    """The rank of the parameters that RULES knows by the end of a name; None for others, which lie whole anyway."""
+    return next((rank for last, rank in _RANKS.items() if name == last or name.endswith(f".{last}")), None)
 
 
 def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:

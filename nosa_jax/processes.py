@@ -53,7 +53,7 @@ def failing_together(what: str) -> Iterator[None]:
     error: BaseException | None = None
     try:
         yield
-    except Exception as raised:
+    except BaseException as raised:  # Ctrl-C, too: the others wait for an answer
         error = raised
     failed = any_of(error is not None)
     if error is not None:

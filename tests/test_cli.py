@@ -49,7 +49,7 @@ def text(tmp_path_factory) -> Path:
 
 
 def train_arguments(text: Path, out: Path) -> list[str]:
-    sizes = ["--steps", "2", "--batch-size", "1", "--length", "32", "--eval-batches", "1", "--eval-every", "0"]
+    sizes = ["--steps=2", "--batch-size=1", "--length=32", "--eval-batches=1", "--eval-every=0", "--no-eval-selection"]
     return ["train", "--files", str(text), "--heldout-fraction", "0.2", "--out", str(out), *sizes]
 
 

@@ -49,7 +49,9 @@ MODEL = ModelConfig(
     attention=dataclasses.replace(presets.tiny().attention, num_selected_blocks=6),
 )
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2)
-CONFIG = TrainConfig(MODEL, OPTIMIZER, steps=6, batch_size=2, length=24, log_every=1, eval_every=2, eval_batches=2)
+CONFIG = TrainConfig(
+    MODEL, OPTIMIZER, steps=6, batch_size=2, length=24, log_every=1, eval_every=2, eval_batches=2, eval_selection=False
+)
 
 
 def make_corpus(seed=0):

@@ -89,6 +89,7 @@ def test_what_cannot_be_evaluated_is_refused(without_type_checker):
 # --- How a model selects -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_selections_are_those_of_the_last_tokens():
     attention = MODEL.config.attention
     found = measure_selection(MODEL, batch(), steps=90)
@@ -105,6 +106,7 @@ def test_selections_are_those_of_the_last_tokens():
     assert whole.bias_by_layer == found.bias_by_layer  # of all tokens in either case
 
 
+@pytest.mark.slow
 def test_the_longest_document_counts_as_if_alone():
     documents = np.full((2, LENGTH), -1, np.int32)
     documents[0, :64], documents[0, 64:150] = 0, 1

@@ -79,6 +79,7 @@ def test_only_importance_trains_and_only_it_has_moments(source, tmp_path):
     assert moments and all("importance" in name for name in moments)
 
 
+@pytest.mark.slow
 def test_an_optimizer_and_a_loss_of_ones_own(source):
     def loss(model, batch):
         return jnp.square(forward(model, batch.tokens, segment_ids=batch.segment_ids, logits="none").hidden).mean()
@@ -118,6 +119,7 @@ def test_steps_that_are_not_finite_are_skipped_until_there_are_too_many(source, 
         np.testing.assert_array_equal(kept["tokens"], batches[4].tokens)
 
 
+@pytest.mark.slow
 def test_a_run_may_end_with_skipped_steps(source):
     options = {"optimizer": optax.sgd(1.0), "loss": bad_at(2), "model": counting_model()}
     result = run(source, max_skipped=3, eval_every=0, **options)
@@ -125,6 +127,7 @@ def test_a_run_may_end_with_skipped_steps(source):
     assert float(result.model.layers.attention.importance.A[...][0, 0]) == 2
 
 
+@pytest.mark.slow
 def test_a_mesh_of_one_device_changes_nothing(source, mesh, tmp_path):
     alone, placed = run(source), run(source, tmp_path, mesh=mesh)
     np.testing.assert_allclose([r["loss"] for r in placed.history], [r["loss"] for r in alone.history], rtol=1e-6)

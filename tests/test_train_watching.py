@@ -104,6 +104,7 @@ def test_tensorboard_needs_a_folder(writers):
         TensorBoard().record(START)
 
 
+@pytest.mark.slow
 def test_tensorboard_writes_files(tmp_path):
     pytest.importorskip("tensorboardX")
     with as_trackers("tensorboard") as trackers:

@@ -15,9 +15,9 @@ from nosa_jax.cli.data import Format, describe, read_corpus, read_source
 from nosa_jax.cli.plan import PresetName, preset
 from nosa_jax.cli.terminal import facts, heading, working
 from nosa_jax.config import ModelConfig, Variant
-from nosa_jax.hf import ByteTokenizer
+from nosa_jax.hf import ByteTokenizer, FileTokenizer
 from nosa_jax.hf.save import check_folder
-from nosa_jax.hf.text import load_tokenizer
+from nosa_jax.hf.text import load_tokenizer, tokenizer_of
 from nosa_jax.model import Remat
 from nosa_jax.train import OptimizerConfig, TrainConfig, TrainResult
 from pallas_kernels.checks import bad_value
@@ -168,7 +168,10 @@ class Train:
         require_extras("train", "hf")
         if self.files and self.data:
             raise bad_value("--files", "must not be given with --data", "both", "Give one of them.")
-        if self.distributed or self.coordinator is not None:
+        if not self.data and (self.tokenizer is not None or self.end_of_text is not None or self.format != "auto"):
+            rule = "must be given with --tokenizer, --end-of-text or --format"
+            raise bad_value("--data", rule, "none", "Give --data; --files are read as bytes.")
+        if self.distributed or (self.coordinator, self.num_processes, self.process_id) != (None, None, None):
             parallel.initialize(self.coordinator, self.num_processes, self.process_id)
         sizes: Any = as_sizes(self.mesh)
         mesh = parallel.make_mesh(**sizes) if self.mesh else None
@@ -178,9 +181,11 @@ class Train:
                 model = nosa_jax.from_pretrained(self.init, variant=self.variant, mesh=mesh)
         config = self.config(None if model is None else model.config)
         start = self.preset if self.init is None else self.init.name
-        out = self.out or Path("runs", f"{start}-{self.variant}")
+        if self.config_file is not None and self.init is None:
+            start = self.config_file.stem
+        out = self.out or Path("runs", f"{start}-{config.model.attention.variant}")
         check_folder(out / "model")
-        tokenizer = self._tokenizer(model)
+        tokenizer = self._tokenizer(model, config.model.vocab_size)
         source: Any
         if self.data:
             cut = {"length": config.length, "block_size": config.model.attention.block_size, "pack": self.pack}
@@ -195,17 +200,22 @@ class Train:
             facts([("text", describe(source)), ("folder", out)])
         result = train.train(config, source, out, model=model, mesh=mesh, resume=self.resume, trackers=self.trackers)
         with working("writing the model"):
-            written = load_tokenizer(tokenizer, config.model.vocab_size) if isinstance(tokenizer, Path) else tokenizer
-            nosa_jax.save_pretrained(result.model, out / "model", tokenizer=written or ByteTokenizer())
+            nosa_jax.save_pretrained(result.model, out / "model", tokenizer=tokenizer)
         if writes:
             self._report(result, out)
         return 130 if result.interrupted else 0
 
-    def _tokenizer(self, model: NosaLM | None) -> Path | None:
-        """Where the tokenizer is, None for bytes."""
-        if self.tokenizer is not None or model is None:
-            return self.tokenizer
-        return self.init if "tokenizer.json" in model.origin.files else None
+    def _tokenizer(self, model: NosaLM | None, vocab_size: int) -> ByteTokenizer | FileTokenizer | None:
+        """What turns --data into tokens, and is written with the model; bytes for --files. None where nobody knows."""
+        if not self.data or (self.tokenizer is None and self.format in ("text", "jsonl") and model is None):
+            return ByteTokenizer()
+        if self.tokenizer is not None:
+            file = self.tokenizer
+            return FileTokenizer(file) if file.is_file() else load_tokenizer(file, vocab_size)
+        if model is not None and "tokenizer.json" in model.origin.files:
+            assert self.init is not None
+            return tokenizer_of(model.origin.files, vocab_size, self.init)
+        return ByteTokenizer() if vocab_size == ByteTokenizer.vocab_size else None
 
     def _report(self, result: TrainResult, out: Path) -> None:
         heading(f"{'Interrupted' if result.interrupted else 'Done'} after step {result.step}")

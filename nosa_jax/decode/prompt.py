@@ -46,6 +46,9 @@ def prefill(
     cache: where the KV cache lives.
     chunk: tokens read at once; None reads all, a number bounds the memory of activations.
 
+    On a mesh every device reads its own rows with the whole model: weights that are cut along `fsdp` or `tensor` are
+    gathered at every call. To decode much, place them whole first: `jax.device_put(model, NamedSharding(mesh, P()))`.
+
     Raises ValueError for bad input and CacheTooLargeError, before anything is allocated, when the cache does not fit.
     """
     prompt = checks.as_prompt(model, tokens, lengths)

@@ -47,8 +47,8 @@ def decode_step(model: NosaLM, state: DecodeState, tokens: IntegersLike) -> tupl
 
     A plain function of int tokens [B]; `jit_decode_step` is it compiled for a loop. Under jit, where values cannot be
     checked, a row that is already `max_length` long stays as it is, and its logits are NaN; so are those of an id out
-    of the vocabulary. Raises TypeError or ValueError for a state of another model, wrong shapes and, outside jit, wrong
-    values.
+    of the vocabulary. On a mesh every device does its own rows, with weights as `prefill` has them. Raises TypeError or
+    ValueError for a state of another model, wrong shapes and, outside jit, wrong values.
     """
     checks.check_model(model)
     tokens = layout.as_tokens(tokens, model.config.vocab_size, rank=1)

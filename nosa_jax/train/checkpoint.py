@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh
 
-from nosa_jax import parallel
+from nosa_jax import parallel, processes
 from nosa_jax._paths import user_path
 from nosa_jax._pytree import by_name
 from nosa_jax.model import NosaLM
@@ -189,13 +189,17 @@ class Checkpoints:
         """
         damaged: list[tuple[int, DamagedCheckpointError]] = []
         for step in sorted(self._manager.all_steps(), reverse=True):
+            found: DamagedCheckpointError | None = None
             try:
                 meta = self._meta(step)
                 with self.reading(step, *_NOT_AS_SAVED):
                     resume(meta)
                 state = self._restore(like, step, meta)
             except DamagedCheckpointError as error:
-                damaged.append((step, error))
+                found = error
+            if processes.any_of(found is not None):  # all go on from the same step
+                where = self.directory / str(step)
+                damaged.append((step, found or DamagedCheckpointError(f"{where} is damaged for another process.")))
                 continue
             for other, reason in damaged:
                 aside = self._move_aside(other)
@@ -205,7 +209,9 @@ class Checkpoints:
 
     def _move_aside(self, step: int) -> Path:
         folder, aside = self.directory / str(step), self.directory / f"damaged-{step}-{uuid.uuid4().hex[:8]}"
-        folder.rename(aside)
+        with processes.writing("moving a damaged checkpoint") as writes:
+            if writes:
+                folder.rename(aside)
         self._manager.reload()
         return aside
 

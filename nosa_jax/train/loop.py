@@ -40,7 +40,7 @@ from nosa_jax.train.plots import PICTURE_NAME, plot_run
 from nosa_jax.train.profile import Profiler
 from nosa_jax.train.step import Loss, TrainState, init_state, jit_train_step
 from nosa_jax.train.trackers import as_trackers
-from pallas_kernels.checks import bad_value, require_type
+from pallas_kernels.checks import bad_type, bad_value, require_type
 
 Record = dict[str, Any]
 
@@ -92,8 +92,9 @@ def train(
     loss: what is minimised instead of the next-token loss; see `train_step`.
     evaluation: numbers of your own, made of the model whenever it is evaluated; they go into the record.
     resume: continue from the newest checkpoint in `directory` that is whole (from the start if there is none at all)
-        on exactly the batches that would have come. Everything but the model's shape, the seed, the batches and the
-        text may change, the mesh and the number of processes too.
+        on exactly the batches that would have come. The model's configuration, the seed, the batches and the text must
+        be as they were, and so must what trains and how moments are kept; the mesh, the number of processes and all
+        else may change.
     progress: whether a bar is shown on standard error.
     on_record: called with every log record.
     trackers: what else is told of the run: "tensorboard", "wandb", a Tracker, or several of them; see `as_trackers`.
@@ -124,7 +125,11 @@ def train(
             model.config,
             "Change the variant with nosa_jax.with_attention.",
         )
+    _check_processes(mesh)
     told = as_trackers(trackers if processes.is_writer() else None)
+    if config.profile_steps is not None and (root is None or config.profile_steps[0] > config.steps):
+        rule = f"must begin within the {config.steps} steps of a run that has a directory"
+        raise bad_value("TrainConfig.profile_steps", rule, config.profile_steps, "Pass a directory, or earlier steps.")
     feed = Feed(source, config, mesh)
     state, origin = _first_state(config, model, mesh, optimizer)
     del model
@@ -165,11 +170,12 @@ def train(
         run = _Run(config, source, state, feed, checkpoints, log, bar, tell, profiler, options, evaluation)
         run.start(root)
         run.advance(stop)
-        run.finish(interrupted=stop.is_set())
+        run.finish()
         if root is not None and writes:
             _draw(root)
         run.state.model.origin = origin  # the compiled step may be that of a run with another
-        return TrainResult(run.state.model, run.step, run.history, run.evaluations, root, stop.is_set())
+        interrupted = processes.any_of(stop.is_set())
+        return TrainResult(run.state.model, run.step, run.history, run.evaluations, root, interrupted)
 
 
 class _Run:
@@ -199,6 +205,7 @@ class _Run:
         self.history: list[Record] = []
         self.evaluations: list[Record] = []
         self.logged: list[Record] = []  # by an earlier part of this run
+        self.ended = False  # by a signal to some process
 
     def record(self, kind: str, **fields: Any) -> Record:
         record = {"kind": kind, "step": self.step, **fields}
@@ -260,17 +267,17 @@ class _Run:
                 begin, since = time.perf_counter(), self.step
 
     def _stopped(self, stop: threading.Event) -> bool:
-        """Whether to end here; all processes come to the same answer at the same step."""
-        if jax.process_count() > 1 and processes.any_of(stop.is_set()):
-            stop.set()
-        return stop.is_set()
+        """Whether to end here; all processes come to the same answer at the same step, which `ended` keeps."""
+        # A signal may come while they vote: then the next vote tells the others.
+        self.ended = processes.any_of(stop.is_set())
+        return self.ended
 
-    def finish(self, *, interrupted: bool) -> None:
+    def finish(self) -> None:
         """Saves and, unless the user is waiting for the prompt, evaluates."""
         saved = self.save()
         if self.checkpoints is not None:
             self.checkpoints.wait()
-        if interrupted and self.step < self.config.steps:
+        if self.ended and self.step < self.config.steps:
             where = "nothing was saved (no directory)" if saved is None else f"saved {saved}; resume=True continues"
             self.bar.say(f"Interrupted after step {self.step}: {where}.")
         else:
@@ -301,7 +308,7 @@ class _Run:
         hopeless = not all(math.isfinite(value) for name, value in values.items() if name.startswith("param_norm"))
         if skipped < self.config.max_skipped and not hopeless:
             return
-        name = next(name for name in ("loss", "grad_norm") if not math.isfinite(values[name]))
+        name = next((name for name in ("loss", "grad_norm") if not math.isfinite(values[name])), "loss")
         rate = f" (now {values['learning_rate']:.3g})" if "learning_rate" in values else ""
         raise FloatingPointError(
             f"{name}: must stay finite, got {values[name]} in step {self.step}. Lower the learning rate{rate} or warm "
@@ -315,8 +322,11 @@ class _Run:
         path = self.checkpoints.directory.parent / f"not_finite-{self.step}-{jax.process_index()}.npz"
         arrays = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
         held: Any = {name: _held(array) for name, array in arrays.items() if array is not None}
-        with replacing(path) as file:
-            np.savez(file, **held)
+        try:
+            with replacing(path) as file:
+                np.savez(file, **held)
+        except OSError as error:  # the loss is what the user must hear of
+            return f"; what the step read could not be written ({error})"
         return f", and what the step read is in {path}"
 
     def _log_step(self, begin: float, since: int) -> None:
@@ -340,7 +350,7 @@ class _Run:
             compute_dtype=self.dtype,
             selection=config.eval_selection,
         )
-        own = {} if self.evaluation is None else self.evaluation(self.state.model)
+        own = {} if self.evaluation is None else _own_numbers(self.evaluation(self.state.model))
         if result is None and not own:
             return
         seconds = time.perf_counter() - begin
@@ -353,6 +363,16 @@ class _Run:
         if result is not None:
             bits = f"{result.bits_per_byte:.4f} bits per byte"
             self.bar.say(f"step {self.step}: held-out {result.loss:.4f} nats, {bits}")
+
+
+def _own_numbers(found: Any) -> dict[str, float]:
+    """What `evaluation` returned, as numbers of Python. Raises TypeError or ValueError for anything else."""
+    taken = {"kind", "step", "seconds", *(field.name for field in dataclasses.fields(Evaluation))}
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+        raise bad_type("evaluation", "must return a dict of numbers by name", f"{found!r:.60}", "Name each number.")
+    if taken & found.keys():
+        raise bad_value("evaluation", "must name its numbers otherwise", sorted(taken & found.keys()), "Rename them.")
+    return {name: float(value) for name, value in found.items()}
 
 
 def _draw(root: Path) -> None:
@@ -370,14 +390,29 @@ def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
 
 
 def _held(array: Any) -> np.ndarray:
-    """The rows of a batch's array that this process holds."""
-    if not isinstance(array, jax.Array) or array.is_fully_addressable:
+    """A batch's array, 0 where its rows or tokens are on devices of other processes."""
+    if not isinstance(array, jax.Array):
         return np.asarray(array)
-    return np.concatenate([np.asarray(shard.data) for shard in array.addressable_shards if shard.replica_id == 0])
+    whole = np.zeros(array.shape, array.dtype)
+    for shard in array.addressable_shards:
+        whole[shard.index] = np.asarray(shard.data)
+    return whole
 
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
+
+
+def _check_processes(mesh: Mesh | None) -> None:
+    """Raises ValueError where some process would have no part in the run, or all of them the same."""
+    if jax.process_count() == 1:
+        return
+    taking_part = set() if mesh is None else {device.process_index for device in mesh.devices.flat}
+    if len(taking_part) < jax.process_count():
+        rule = f"must have devices of all {jax.process_count()} processes"
+        raise bad_value(
+            "mesh", rule, f"those of {sorted(taking_part)}", "Pass parallel.make_mesh(data=-1), for example."
+        )
 
 
 def _first_state(
