@@ -47,6 +47,13 @@ def any_of(flag: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
 
 
+def differs(number: int) -> bool:
+    """Whether a number, below 2**32, is not the same in all processes; all of them must ask."""
+    if jax.process_count() == 1:
+        return False
+    return len(np.unique(multihost_utils.process_allgather(np.array(number, np.uint32)))) > 1
+
+
 @contextlib.contextmanager
 def failing_together(what: str) -> Iterator[None]:
     """An error inside, in any process, ends the block with an error in all of them; else some would wait for ever."""

@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from hypothesis import given, settings
@@ -110,6 +111,18 @@ def test_moments_lie_as_their_parameters_do():
         elif not name.startswith("model."):
             assert sharding.spec == P(), name
     assert moments >= 2 * len(CUT)
+
+
+def test_moments_of_another_rank_lie_whole():
+    """As the factors that Adafactor keeps in place of a moment."""
+    mesh = abstract(fsdp=2)
+    model = jax.eval_shape(lambda: NosaLM(small_config(), rngs=nnx.Rngs(0)))
+    factored = by_name(
+        parallel.specs(jax.eval_shape(optax.adafactor(1e-3, min_dim_size_to_factor=8).init, model), mesh)
+    )
+    rows = {name: wanted for name, wanted in factored.items() if "v_row" in name}
+    assert rows and set(rows.values()) == {P()}
+    assert by_name(parallel.specs(model, mesh))["embed"] == P(None, "fsdp")
 
 
 def test_a_mesh_that_does_not_divide_is_refused_with_all_that_it_cuts():

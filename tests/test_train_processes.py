@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -17,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import nosa_jax
 from nosa_jax import parallel, presets, processes, train
 from nosa_jax.cli.train import as_sizes
+from nosa_jax.train import loop
 from nosa_jax.train.feed import Feed, _rows_here
 
 WORKER = Path(__file__).parent / "train_processes.py"
@@ -83,6 +85,19 @@ def test_one_process_is_all_processes():
         raise ValueError("here")
     with processes.writing("a test") as writes:
         assert writes
+
+
+def test_a_signal_while_processes_vote_waits_for_the_next_vote(monkeypatch):
+    """Else the process that got it would end alone, and the others would wait for it."""
+    stop = threading.Event()
+
+    def vote(flag: bool) -> bool:
+        stop.set()
+        return flag
+
+    monkeypatch.setattr(processes, "any_of", vote)
+    run = object.__new__(loop._Run)
+    assert [run._stopped(stop) for _ in range(2)] == [False, True]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nosa_jax import train
+from nosa_jax.cli.flags import called
 from nosa_jax.cli.terminal import working
 from nosa_jax.hf import ByteTokenizer, FileTokenizer
 from nosa_jax.train import Corpus, Source
@@ -34,15 +35,16 @@ def read_source(
     form: "auto" goes by how the files' names end, which must be one kind. cut: length, block_size, pack and
         heldout_fraction.
     """
-    files = train.find_files(*data)
-    if form == "auto":
-        form = _form(files)
-    if form == "tokens":
-        return train.tokens(files, end_of_document=end_of_text, **cut)
-    if form == "chat":
-        return train.chat(files, tokenizer, **cut)
-    make = train.jsonl if form == "jsonl" else train.text
-    return make(files, tokenizer, end_of_text=end_of_text, **cut)
+    with called("--data", "patterns", "files"):
+        files = train.find_files(*data)
+        if form == "auto":
+            form = _form(files)
+        if form == "tokens":
+            return train.tokens(files, end_of_document=end_of_text, **cut)
+        if form == "chat":
+            return train.chat(files, tokenizer, **cut)
+        make = train.jsonl if form == "jsonl" else train.text
+        return make(files, tokenizer, end_of_text=end_of_text, **cut)
 
 
 def _form(files: list[Path]) -> Any:

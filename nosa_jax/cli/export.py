@@ -9,8 +9,10 @@ from typing import Literal
 import nosa_jax
 from nosa_jax import train
 from nosa_jax._extras import require_extras
+from nosa_jax.cli.flags import called
 from nosa_jax.cli.terminal import facts, heading, working
 from nosa_jax.hf import ByteTokenizer
+from nosa_jax.hf.load import origin_of
 from nosa_jax.hf.save import check_folder
 from nosa_jax.hf.text import load_tokenizer
 
@@ -42,15 +44,17 @@ class Export:
             if self.importance_only:
                 nosa_jax.save_importance(model, self.out)
             else:
-                nosa_jax.save_pretrained(
-                    model, self.out, self.dtype, tokenizer=self._tokenizer(model.config.vocab_size)
-                )
+                nosa_jax.save_pretrained(model, self.out, self.dtype, tokenizer=self._tokenizer(model))
         heading("Written")
         facts([("from", self.run_folder), ("to", self.out)])
         return 0
 
-    def _tokenizer(self, vocab_size: int) -> ByteTokenizer | nosa_jax.hf.FileTokenizer | None:
-        written = self.run_folder / "model"
-        if self.tokenizer is not None or written.is_dir():
-            return load_tokenizer(self.tokenizer or written, vocab_size)
-        return ByteTokenizer() if vocab_size == ByteTokenizer.vocab_size else None
+    def _tokenizer(self, model: nosa_jax.NosaLM) -> ByteTokenizer | nosa_jax.hf.FileTokenizer | None:
+        """What to write; None for what the folder of the run's model brings along."""
+        if self.tokenizer is not None:
+            with called("--tokenizer", "path"):
+                return load_tokenizer(self.tokenizer, model.config.vocab_size)
+        if (self.run_folder / "model" / "config.json").is_file():
+            model.origin = origin_of(self.run_folder / "model")
+            return None
+        return ByteTokenizer() if model.config.vocab_size == ByteTokenizer.vocab_size else None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
+from collections.abc import Iterator
 from typing import Any
 
 # Arguments of the library that no flag has the name of, by subcommand.
@@ -22,6 +24,18 @@ _OTHER_NAMES = {
     "Generate": {"tokens": "--prompt", "max_length": "--prompt with --max-new-tokens"},
     "Locality": {"max_length": "--prompt-length with --new-tokens"},
 }
+
+
+@contextlib.contextmanager
+def called(flag: str, *arguments: str) -> Iterator[None]:
+    """What the library says inside of any of `arguments`, first in a message, it says of `flag`."""
+    try:
+        yield
+    except (TypeError, ValueError, FileNotFoundError, FileExistsError) as error:
+        name, colon, rest = str(error).partition(":")
+        if not colon or name not in arguments or (isinstance(error, OSError) and error.errno is not None):
+            raise
+        raise type(error)(f"{flag}:{rest}") from error
 
 
 def as_typed(message: str, command: Any) -> str:
@@ -43,6 +57,8 @@ def as_typed(message: str, command: Any) -> str:
 
     def flag(match: re.Match[str]) -> str:
         owner, name, value = match["owner"] or "", match["name"], match["value"]
+        if name == "data" and value is not None:  # an axis of a mesh
+            return match[0]
         if not (match.start() == 0 or owner or value or "_" in name):
             return match[0]
         text = names[name]

@@ -12,6 +12,7 @@ import nosa_jax
 from nosa_jax import NosaLM, parallel, train
 from nosa_jax._extras import require_extras
 from nosa_jax.cli.data import Format, describe, read_corpus, read_source
+from nosa_jax.cli.flags import called
 from nosa_jax.cli.plan import PresetName, preset
 from nosa_jax.cli.terminal import facts, heading, working
 from nosa_jax.config import ModelConfig, Variant
@@ -55,7 +56,7 @@ class Train:
     out: Path | None = None
     """Folder for checkpoints, log and model; default: runs/PRESET-VARIANT."""
     resume: bool = False
-    """Continue from the newest checkpoint in the folder of --out."""
+    """Continue from the newest checkpoint in the folder of --out; from the start where there is none."""
 
     mesh: str = ""
     """Devices that share the work, such as data=2,fsdp=4: axes data, fsdp, tensor and context; default: one device."""
@@ -177,7 +178,7 @@ class Train:
         mesh = parallel.make_mesh(**sizes) if self.mesh else None
         model = None
         if self.init is not None:
-            with working(f"loading {self.init}"):
+            with working(f"loading {self.init}"), called("--init", "path"):
                 model = nosa_jax.from_pretrained(self.init, variant=self.variant, mesh=mesh)
         config = self.config(None if model is None else model.config)
         start = self.preset if self.init is None else self.init.name
@@ -185,7 +186,7 @@ class Train:
             start = self.config_file.stem
         out = self.out or Path("runs", f"{start}-{config.model.attention.variant}")
         check_folder(out / "model")
-        tokenizer = self._tokenizer(model, config.model.vocab_size)
+        tokenizer, written = self._tokenizer(model, config.model.vocab_size)
         source: Any
         if self.data:
             cut = {"length": config.length, "block_size": config.model.attention.block_size, "pack": self.pack}
@@ -200,22 +201,30 @@ class Train:
             facts([("text", describe(source)), ("folder", out)])
         result = train.train(config, source, out, model=model, mesh=mesh, resume=self.resume, trackers=self.trackers)
         with working("writing the model"):
-            nosa_jax.save_pretrained(result.model, out / "model", tokenizer=tokenizer)
+            nosa_jax.save_pretrained(result.model, out / "model", tokenizer=written)
         if writes:
             self._report(result, out)
         return 130 if result.interrupted else 0
 
-    def _tokenizer(self, model: NosaLM | None, vocab_size: int) -> ByteTokenizer | FileTokenizer | None:
-        """What turns --data into tokens, and is written with the model; bytes for --files. None where nobody knows."""
-        if not self.data or (self.tokenizer is None and self.format in ("text", "jsonl") and model is None):
-            return ByteTokenizer()
+    def _tokenizer(
+        self, model: NosaLM | None, vocab_size: int
+    ) -> tuple[Path | None, ByteTokenizer | FileTokenizer | None]:
+        """Where the tokenizer of --data is, None for bytes; and the one to write, None for what --init brings along."""
+        own = model is not None and "tokenizer.json" in model.origin.files
+        if not self.data:
+            if own and model is not None and self.init is not None:
+                found = tokenizer_of(model.origin.files, vocab_size, self.init)
+                if not isinstance(found, ByteTokenizer):
+                    rule = "must be given where --init brings a tokenizer"
+                    raise bad_value("--data", rule, "none", "Pass the text as --data; --files are read as bytes.")
+            return None, ByteTokenizer()
         if self.tokenizer is not None:
             file = self.tokenizer
-            return FileTokenizer(file) if file.is_file() else load_tokenizer(file, vocab_size)
-        if model is not None and "tokenizer.json" in model.origin.files:
-            assert self.init is not None
-            return tokenizer_of(model.origin.files, vocab_size, self.init)
-        return ByteTokenizer() if vocab_size == ByteTokenizer.vocab_size else None
+            with called("--tokenizer", "path"):
+                return file, FileTokenizer(file) if file.is_file() else load_tokenizer(file, vocab_size)
+        if own:
+            return self.init, None
+        return None, ByteTokenizer() if vocab_size == ByteTokenizer.vocab_size else None
 
     def _report(self, result: TrainResult, out: Path) -> None:
         heading(f"{'Interrupted' if result.interrupted else 'Done'} after step {result.step}")

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from nosa_jax import processes
 from nosa_jax._extras import import_extra
 from nosa_jax._paths import replacing, user_path
 from nosa_jax.attention.importance import Importance
@@ -41,11 +42,13 @@ def save_importance(model: NosaLM, path: str | os.PathLike[str]) -> None:
     tensors = {}
     for piece in _pieces(model.config):
         values = piece.view(operator.attrgetter(piece.target)(model)[...])
-        tensors[piece.name] = np.ascontiguousarray(jax.device_get(values)).reshape(piece.shape)
+        tensors[piece.name] = np.ascontiguousarray(processes.whole(values)).reshape(piece.shape)
     metadata = {_SIZES_KEY: json.dumps({name: getattr(model.config, name) for name in _SIZES})}
     data = import_extra("safetensors.numpy").save(tensors, metadata=metadata)
-    with replacing(user_path("path", path)) as file:
-        file.write_bytes(data)
+    with processes.writing("writing importance") as writes:
+        if writes:
+            with replacing(user_path("path", path)) as file:
+                file.write_bytes(data)
 
 
 def load_importance(model: NosaLM, path: str | os.PathLike[str]) -> NosaLM:

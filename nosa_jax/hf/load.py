@@ -112,8 +112,18 @@ def _load(folder: Path, dtype: np.dtype, overrides: dict[str, Any], mesh: Mesh |
         )
     if fresh and mesh is not None:
         model = parallel.shard(model, mesh)
-    model.origin = Origin(unused(raw), read_texts(folder), raw["model_type"])
+    model.origin = _origin(raw, folder)
     return model
+
+
+def origin_of(path: str | os.PathLike[str]) -> Origin:
+    """What the folder `path` says beyond its model, as `from_pretrained` keeps it."""
+    folder = user_path("path", path)
+    return _origin(read_config_json(folder), folder)
+
+
+def _origin(raw: dict[str, Any], folder: Path) -> Origin:
+    return Origin(unused(raw), read_texts(folder), raw["model_type"])
 
 
 def _warn_if_dense(config: ModelConfig) -> None:

@@ -89,6 +89,7 @@ def summary(log: str | os.PathLike[str] | Sequence[Record]) -> str:
     """
     records = as_records(log)
     steps, evaluations, starts = ([r for r in records if r["kind"] == kind] for kind in ("train", "eval", "start"))
+    evaluations = [record for record in evaluations if record.get("loss") is not None]
     lines = []
     if evaluations:
         loss = lambda record: math.inf if math.isnan(record["loss"]) else record["loss"]

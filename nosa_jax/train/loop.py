@@ -9,6 +9,7 @@ import os
 import threading
 import time
 import warnings
+import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -125,8 +126,10 @@ def train(
             model.config,
             "Change the variant with nosa_jax.with_attention.",
         )
-    _check_processes(mesh)
-    told = as_trackers(trackers if processes.is_writer() else None)
+    _check_processes(mesh, source)
+    told = as_trackers(trackers)  # made everywhere, so that what cannot be made ends all processes
+    if not processes.is_writer():
+        told = as_trackers(None)
     if config.profile_steps is not None and (root is None or config.profile_steps[0] > config.steps):
         rule = f"must begin within the {config.steps} steps of a run that has a directory"
         raise bad_value("TrainConfig.profile_steps", rule, config.profile_steps, "Pass a directory, or earlier steps.")
@@ -403,16 +406,23 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _check_processes(mesh: Mesh | None) -> None:
-    """Raises ValueError where some process would have no part in the run, or all of them the same."""
+def _check_processes(mesh: Mesh | None, source: Source) -> None:
+    """Raises ValueError where some process would have no part in the run, or all of them the same, or another text."""
     if jax.process_count() == 1:
         return
     taking_part = set() if mesh is None else {device.process_index for device in mesh.devices.flat}
     if len(taking_part) < jax.process_count():
         rule = f"must have devices of all {jax.process_count()} processes"
-        raise bad_value(
-            "mesh", rule, f"those of {sorted(taking_part)}", "Pass parallel.make_mesh(data=-1), for example."
-        )
+        got = f"those of {sorted(taking_part)}" if taking_part else None
+        raise bad_value("mesh", rule, got, "Pass parallel.make_mesh(data=-1), for example.")
+    _require_one_text(source)
+
+
+def _require_one_text(source: Source) -> None:
+    """Raises ValueError, in all processes, where they would read different texts."""
+    if processes.differs(zlib.crc32(source.fingerprint().encode())):
+        rule = "must be the same in all processes"
+        raise bad_value("source", rule, f"{source.fingerprint()} here", "Give all of them the same files.")
 
 
 def _first_state(

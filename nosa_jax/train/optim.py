@@ -21,6 +21,8 @@ MomentDtype = Literal["float32", "bfloat16"]
 # this beta the second moment is at most a tenth off.
 _BFLOAT16_BETA = 0.98
 
+_BELOW_ONE = 1 - 1e-7  # a moment that forgets nothing is never a mean
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
@@ -69,8 +71,8 @@ class OptimizerConfig:
             ("final_learning_rate", 0.0, 1.0),
             ("warmup_fraction", 0.0, 1.0),
             ("decay_fraction", 0.0, 1.0),
-            ("beta1", 0.0, 1.0),
-            ("beta2", 0.0, 1.0),
+            ("beta1", 0.0, _BELOW_ONE),
+            ("beta2", 0.0, _BELOW_ONE),
             ("epsilon", 1e-16, 1.0),
             ("weight_decay", 0.0, 100.0),
             ("clip_norm", 1e-6, 1e6),

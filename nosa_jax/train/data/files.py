@@ -62,11 +62,12 @@ def find_files(*patterns: str | os.PathLike[str]) -> list[Path]:
 
 
 def _is_part_of_run(path: Path) -> bool:
-    """Whether `path` is a checkpoint, or the log, the checkpoints or the model of a run, which lie side by side."""
+    """Whether `path` is a checkpoint, or what else a run writes, which lies beside its log and checkpoints."""
     if os.path.exists(path / _CHECKPOINT):
         return True
     run = path.parent
-    return path.name in (LOG_NAME, "checkpoints", "model") and (
+    written = (LOG_NAME, "checkpoints", "model", "wandb", "tensorboard", "profile", "training.png")
+    return (path.name in written or path.name.startswith("not_finite-")) and (
         (run / "checkpoints").is_dir() and (run / LOG_NAME).is_file()
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Sequence
 from functools import partial
@@ -28,6 +29,8 @@ class MixtureSource(RowSource):
         self.bytes_per_token = float(sum(weight * source.bytes_per_token for source, weight in shares))
         self.train_tokens = sum(source.train_tokens for source in sources)
         self.heldout_tokens = sum(source.heldout_tokens for source in sources)
+        packed = [source.block_size for source in sources if source.block_size is not None]
+        self.block_size = math.gcd(*packed) if packed else None
         samples = [source.train_rows(0)[0] for source in sources]
         self._mask = any(row.mask is not None for row in samples)
         self._segment_ids = any(row.segment_ids is not None for row in samples)
