@@ -126,6 +126,7 @@ def test_rows_stop_at_stop_tokens_and_the_loop_ends(model, tokens, greedy):
     assert len(list(nosa_jax.stream(model, tokens, LENGTHS, **options))) == int(np.max(gen.lengths))
 
 
+@pytest.mark.slow
 def test_forced_tokens_and_selections_replay_a_run(model, tokens, greedy):
     def replayed(block_ids):
         options = dict(max_new_tokens=NEW, cache=OFFLOADED, forced_tokens=greedy.tokens, record=True)

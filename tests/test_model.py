@@ -122,6 +122,7 @@ def test_locality_of_random_models(seed, variant):
         assert locality.unchanged_inside_block(ids, positions, attention).all()
 
 
+@pytest.mark.slow
 def test_biases_and_norms_of_heads():
     """Where the configuration asks for them: by hand for one token, and the same in decode as in the whole row."""
     config = dataclasses.replace(small_config(kv_heads=2, group=3), qkv_bias=True, qk_norm=True, output_bias=True)

@@ -94,6 +94,7 @@ def test_memory_kinds(running):
     assert state.pool.sharding.memory_kind != "pinned_host"
 
 
+@pytest.mark.slow
 def test_host_store_holds_the_blocks_of_the_on_device_cache(model, tokens):
     """Every full block lies in the host store, written back once it filled up, as the on-device cache has it."""
     feed = random_tokens(40, 3, seed=9)

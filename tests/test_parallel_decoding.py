@@ -19,6 +19,7 @@ def assert_same(found):
         assert difference <= (0 if name in EXACT else 5e-5), (name, difference)
 
 
+@pytest.mark.slow
 def test_forward():
     assert_same(of_case("parallel_decoding", "few", "all"))
 

@@ -15,6 +15,7 @@ from parallel_ops import AXES, LEARNED, sharded
 import pallas_kernels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", AXES)
 def test_values_and_gradients_are_those_outside(op):
     found = of_case("parallel_ops", "ops", op)

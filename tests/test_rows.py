@@ -110,6 +110,7 @@ def test_extend_equals_whole_prefill(width, offload):
         np.testing.assert_array_equal(state.table.blocks, whole.table.blocks)
 
 
+@pytest.mark.slow
 def test_extend_after_decode_finds_the_unfinished_block():
     """A second turn: the block that decode was writing lives in its slot alone until it is full."""
     model = lively_model(small_config())

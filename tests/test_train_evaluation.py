@@ -124,6 +124,7 @@ def test_the_longest_document_counts_as_if_alone():
     assert set(short.misses.values()) == {0.0}
 
 
+@pytest.mark.slow
 def test_the_bias_is_the_root_mean_square_of_the_importance():
     scaled = with_attention(MODEL)
     scaled.layers.attention.importance = jax.tree.map(jnp.zeros_like, MODEL.layers.attention.importance)

@@ -53,6 +53,7 @@ def run(source, directory=None, **options):
     return train.train(dataclasses.replace(CONFIG, **changed), source, directory, progress=False, **options)
 
 
+@pytest.mark.slow
 def test_a_source_is_trained_on_and_evaluated(source, tmp_path):
     result = run(source, tmp_path, evaluation=lambda model: {"layers": float(model.config.num_layers)})
     losses = [record["loss"] for record in result.history]

@@ -46,6 +46,7 @@ def step_of_parts(model, opt_state, skipped, tokens, *, patterns, parts, compute
     return merge(trainable, frozen), opt_state, skipped, value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("x64", but_slow([False, True], True))
 def test_a_step_of_parts_is_the_step_at_once(x64):
     """Also where 64 bits are allowed: every array keeps its dtype."""
