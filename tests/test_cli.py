@@ -83,6 +83,29 @@ def test_train_saves_checkpoints_log_and_model(trained):
     assert same_bits(model.embed[...], loaded.embed[...])
 
 
+def test_any_checkpoint_of_a_run_is_exported(trained, tmp_path, capsys):
+    """As the folder that the run wrote itself, and its importance alone."""
+    assert main(["export", str(trained), str(tmp_path / "model"), "--step", "2"]) == 0
+    names = sorted(path.name for path in (trained / "model").iterdir())
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == names
+    theirs = nosa_jax.from_pretrained(trained / "model")
+    for model in (
+        nosa_jax.from_pretrained(tmp_path / "model"),
+        nosa_jax.load_importance(theirs, exported_importance(trained, tmp_path)),
+    ):
+        for a, b in zip(jax.tree.leaves(model), jax.tree.leaves(theirs), strict=True):
+            assert same_bits(a, b)
+    capsys.readouterr()
+    assert fails(["export", str(trained), str(tmp_path / "other"), "--step", "1"], capsys).startswith("--step: must be")
+    assert not (tmp_path / "other").exists()
+
+
+def exported_importance(trained: Path, folder: Path) -> Path:
+    file = folder / "importance.safetensors"
+    assert main(["export", str(trained), str(file), "--importance-only"]) == 0
+    return file
+
+
 def test_train_has_a_flag_for_every_setting():
     flags = Train()
     for cls in (TrainConfig, OptimizerConfig):

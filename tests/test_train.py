@@ -23,12 +23,10 @@ from nosa_jax.train import (
     Corpus,
     OptimizerConfig,
     TrainConfig,
-    bits_per_byte,
     evaluate,
     init_state,
     jit_train_step,
     learning_rate_schedule,
-    length_mask,
     load_model,
     make_optimizer,
     model_config_from_dict,
@@ -71,34 +69,6 @@ def make_model(config=MODEL, seed=0):
 
 def leaves_equal(a, b):
     return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
-
-
-# Loss.
-
-
-def test_loss_is_the_mean_negative_log_likelihood_of_unmasked_targets():
-    logits = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 5)), jnp.float32)
-    targets = jnp.array([[0, 1, 2], [3, 4, 0]])
-    by_hand = -np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), np.asarray(targets)[..., None], -1)[..., 0]
-    loss, count = next_token_loss(logits, targets)
-    np.testing.assert_allclose(loss, by_hand.mean(), rtol=1e-6)
-    assert count == 6
-    mask = length_mask(jnp.array([2, 3]), 3)
-    np.testing.assert_array_equal(mask, [[True, False, False], [True, True, False]])
-    poisoned = logits.at[0, 2].set(jnp.nan)
-    loss, count = next_token_loss(poisoned, targets, mask)
-    np.testing.assert_allclose(loss, by_hand[np.asarray(mask)].mean(), rtol=1e-6)
-    assert count == 3
-    gradient = jax.grad(lambda x: next_token_loss(x, targets, mask)[0])(logits)
-    assert not gradient[0, 1:].any() and gradient[0, 0].any()
-    assert next_token_loss(logits, targets, jnp.zeros((2, 3), bool))[0] == 0
-
-
-def test_loss_is_float32_for_bfloat16_logits_and_uniform_logits_cost_eight_bits():
-    loss, _ = next_token_loss(jnp.zeros((1, 2, 256), jnp.bfloat16), jnp.array([[3, 255]]))
-    assert loss.dtype == jnp.float32
-    assert bits_per_byte(float(loss)) == pytest.approx(8)
-    assert bits_per_byte(float(loss), bytes_per_token=4.0) == pytest.approx(2)
 
 
 # Optimizer.

@@ -1,4 +1,4 @@
-"""The loss in chunks, and gradients in parts: the same as at once."""
+"""The loss, in chunks the same as at once, and gradients in parts."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nosa_jax.train import accumulate, chunked_loss, next_token_loss
+from nosa_jax.train import accumulate, bits_per_byte, chunked_loss, length_mask, next_token_loss
 from nosa_jax.train.loss import CHUNK_LOGITS, _even_chunk
 
 BATCH, LENGTH, HIDDEN, VOCAB = 4, 13, 6, 11
@@ -45,6 +45,31 @@ def in_chunks(head, hidden, mask=None, *, chunk=None, z_loss=0.0):
 def assert_close(ours, theirs):
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_loss_is_the_mean_negative_log_likelihood_of_unmasked_targets():
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 5)), jnp.float32)
+    targets = jnp.array([[0, 1, 2], [3, 4, 0]])
+    by_hand = -np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), np.asarray(targets)[..., None], -1)[..., 0]
+    loss, count = next_token_loss(logits, targets)
+    np.testing.assert_allclose(loss, by_hand.mean(), rtol=1e-6)
+    assert count == 6
+    mask = length_mask(jnp.array([2, 3]), 3)
+    np.testing.assert_array_equal(mask, [[True, False, False], [True, True, False]])
+    poisoned = logits.at[0, 2].set(jnp.nan)
+    loss, count = next_token_loss(poisoned, targets, mask)
+    np.testing.assert_allclose(loss, by_hand[np.asarray(mask)].mean(), rtol=1e-6)
+    assert count == 3
+    gradient = jax.grad(lambda x: next_token_loss(x, targets, mask)[0])(logits)
+    assert not gradient[0, 1:].any() and gradient[0, 0].any()
+    assert next_token_loss(logits, targets, jnp.zeros((2, 3), bool))[0] == 0
+
+
+def test_loss_is_float32_for_bfloat16_logits_and_uniform_logits_cost_eight_bits():
+    loss, _ = next_token_loss(jnp.zeros((1, 2, 256), jnp.bfloat16), jnp.array([[3, 255]]))
+    assert loss.dtype == jnp.float32
+    assert bits_per_byte(float(loss)) == pytest.approx(8)
+    assert bits_per_byte(float(loss), bytes_per_token=4.0) == pytest.approx(2)
 
 
 @pytest.mark.parametrize("mask", [None, MASK])

@@ -18,8 +18,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import nosa_jax
 from nosa_jax import parallel, presets, processes, train
 from nosa_jax.cli.train import as_sizes
-from nosa_jax.train import loop
 from nosa_jax.train.feed import Feed, _rows_here
+from nosa_jax.train.run import Run
 
 WORKER = Path(__file__).parent / "train_processes.py"
 
@@ -96,7 +96,7 @@ def test_a_signal_while_processes_vote_waits_for_the_next_vote(monkeypatch):
         return flag
 
     monkeypatch.setattr(processes, "any_of", vote)
-    run = object.__new__(loop._Run)
+    run = object.__new__(Run)
     assert [run._stopped(stop) for _ in range(2)] == [False, True]
 
 

@@ -9,6 +9,7 @@ from nosa_jax import train
 from nosa_jax.cli.flags import called
 from nosa_jax.cli.terminal import working
 from nosa_jax.hf import ByteTokenizer, FileTokenizer
+from nosa_jax.hf.text import load_tokenizer
 from nosa_jax.train import Corpus, Source
 from pallas_kernels.checks import bad_value
 
@@ -45,6 +46,12 @@ def read_source(
             return train.chat(files, tokenizer, **cut)
         make = train.jsonl if form == "jsonl" else train.text
         return make(files, tokenizer, end_of_text=end_of_text, **cut)
+
+
+def read_tokenizer(path: Path, vocab_size: int) -> ByteTokenizer | FileTokenizer:
+    """The tokenizer of --tokenizer, a folder or its tokenizer.json."""
+    with called("--tokenizer", "path"):
+        return FileTokenizer(path) if path.is_file() else load_tokenizer(path, vocab_size)
 
 
 def _form(files: list[Path]) -> Any:

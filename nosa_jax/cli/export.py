@@ -9,12 +9,11 @@ from typing import Literal
 import nosa_jax
 from nosa_jax import train
 from nosa_jax._extras import require_extras
-from nosa_jax.cli.flags import called
+from nosa_jax.cli.data import read_tokenizer
 from nosa_jax.cli.terminal import facts, heading, working
 from nosa_jax.hf import ByteTokenizer
 from nosa_jax.hf.load import origin_of
 from nosa_jax.hf.save import check_folder
-from nosa_jax.hf.text import load_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Export:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of the weights in the files."""
     tokenizer: Path | None = None
-    """Folder with the tokenizer to write, too; default: that of the run's model, else bytes for 256 tokens."""
+    """Folder with the tokenizer to write, or its file; default: that of the run's model, else bytes for 256 tokens."""
     importance_only: bool = False
     """Write A and delta alone, as one small safetensors file."""
 
@@ -52,8 +51,7 @@ class Export:
     def _tokenizer(self, model: nosa_jax.NosaLM) -> ByteTokenizer | nosa_jax.hf.FileTokenizer | None:
         """What to write; None for what the folder of the run's model brings along."""
         if self.tokenizer is not None:
-            with called("--tokenizer", "path"):
-                return load_tokenizer(self.tokenizer, model.config.vocab_size)
+            return read_tokenizer(self.tokenizer, model.config.vocab_size)
         if (self.run_folder / "model" / "config.json").is_file():
             model.origin = origin_of(self.run_folder / "model")
             return None

@@ -6,19 +6,17 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
-
 import nosa_jax
-from nosa_jax import NosaLM, parallel, train
+from nosa_jax import NosaLM, parallel, processes, train
 from nosa_jax._extras import require_extras
-from nosa_jax.cli.data import Format, describe, read_corpus, read_source
+from nosa_jax.cli.data import Format, describe, read_corpus, read_source, read_tokenizer
 from nosa_jax.cli.flags import called
 from nosa_jax.cli.plan import PresetName, preset
 from nosa_jax.cli.terminal import facts, heading, working
 from nosa_jax.config import ModelConfig, Variant
 from nosa_jax.hf import ByteTokenizer, FileTokenizer
 from nosa_jax.hf.save import check_folder
-from nosa_jax.hf.text import load_tokenizer, tokenizer_of
+from nosa_jax.hf.text import tokenizer_of
 from nosa_jax.model import Remat
 from nosa_jax.train import OptimizerConfig, TrainConfig, TrainResult
 from pallas_kernels.checks import bad_value
@@ -195,14 +193,13 @@ class Train:
             )
         else:
             source = read_corpus(self.files, self.heldout_fraction)
-        writes = jax.process_index() == 0
-        if writes:
+        if processes.is_writer():
             heading(f"Training {out.name} ({config.model.attention.variant}) for {config.steps} steps")
             facts([("text", describe(source)), ("folder", out)])
         result = train.train(config, source, out, model=model, mesh=mesh, resume=self.resume, trackers=self.trackers)
         with working("writing the model"):
             nosa_jax.save_pretrained(result.model, out / "model", tokenizer=written)
-        if writes:
+        if processes.is_writer():
             self._report(result, out)
         return 130 if result.interrupted else 0
 
@@ -212,16 +209,15 @@ class Train:
         """Where the tokenizer of --data is, None for bytes; and the one to write, None for what --init brings along."""
         own = model is not None and "tokenizer.json" in model.origin.files
         if not self.data:
-            if own and model is not None and self.init is not None:
+            if own:
+                assert model is not None and self.init is not None
                 found = tokenizer_of(model.origin.files, vocab_size, self.init)
                 if not isinstance(found, ByteTokenizer):
                     rule = "must be given where --init brings a tokenizer"
                     raise bad_value("--data", rule, "none", "Pass the text as --data; --files are read as bytes.")
             return None, ByteTokenizer()
         if self.tokenizer is not None:
-            file = self.tokenizer
-            with called("--tokenizer", "path"):
-                return file, FileTokenizer(file) if file.is_file() else load_tokenizer(file, vocab_size)
+            return self.tokenizer, read_tokenizer(self.tokenizer, vocab_size)
         if own:
             return self.init, None
         return None, ByteTokenizer() if vocab_size == ByteTokenizer.vocab_size else None

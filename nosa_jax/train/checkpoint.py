@@ -108,11 +108,11 @@ class Checkpoints:
         """
         step = int(state.step)
         skipped = {name: int(getattr(state.skipped, name)) for name in ("total", "in_a_row")}
-        if self._background and current_device().platform == "cpu":
-            # Arrays of other devices are on the host when this returns; a CPU's are written from where they lie, which
-            # the next step overwrites.
-            state = _copy(state)
         if step != self.latest_step():
+            if self._background and current_device().platform == "cpu":
+                # Arrays of other devices are on the host when this returns; a CPU's are written from where they lie,
+                # which the next step overwrites.
+                state = _copy(state)
             saved = self._manager.save(
                 step,
                 args=ocp.args.Composite(

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nosa_jax import parallel
@@ -50,19 +49,10 @@ class Feed:
         self._batches.set_state(state)
 
     def _put(self, batch: Batch) -> Batch:
-        sharding, first = self._sharding, self._first
+        sharding, first, rows = self._sharding, self._first, self._config.batch_size
         if sharding is None:
             return batch
-        shape = (self._config.batch_size, self._source.length)
-
-        def put(array: np.ndarray) -> jax.Array:
-            def piece(index: Any) -> Any:
-                start, stop, _ = index[0].indices(shape[0])
-                return array[start - first : stop - first, index[1]]
-
-            return jax.make_array_from_callback(shape, sharding, piece)
-
-        placed: Batch = jax.tree.map(put, batch)
+        placed: Batch = jax.tree.map(lambda array: parallel.from_host(array, sharding, first=first, rows=rows), batch)
         return placed
 
 
@@ -130,11 +120,11 @@ def _check_shape(config: TrainConfig, mesh: Mesh, shape: tuple[int, int]) -> Non
             shape[0],
             f"Use {max(parts, shape[0] // parts * parts)}, or another mesh.",
         )
-    pieces = 2 * parallel.size_of(mesh, "context")
-    if pieces > 2 and shape[1] % pieces:
+    pieces = parallel.PIECES * parallel.size_of(mesh, "context")
+    if pieces > parallel.PIECES and shape[1] % pieces:
         raise bad_value(
             "TrainConfig.length",
-            f"must be a multiple of 2 x context = {pieces}, two pieces of each row for every device",
+            f"must be a multiple of {parallel.PIECES} x context = {pieces}, two pieces of each row for every device",
             shape[1],
             f"Use {max(pieces, shape[1] // pieces * pieces)}, or another mesh.",
         )

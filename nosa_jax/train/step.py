@@ -169,8 +169,7 @@ def train_step(
     A step whose loss or gradient is not finite changes nothing but the counts. Returns the new state and float32
     scalars: `loss` (nats, before the step), `grad_norm` (before clipping), `learning_rate` where `optimizer` is an
     OptimizerConfig, and with `watch` `grad_norm_<group>` and `param_norm_<group>` (see `norms_by_group`), `skipped` and
-    `skipped_in_a_row`. Raises ValueError when `accumulate`
-    does not divide B.
+    `skipped_in_a_row`. Raises ValueError when `accumulate` does not divide B.
     """
     transformation = as_optimizer(optimizer, steps)
     of_batch = partial(token_loss, chunk=loss_chunk, z_loss=z_loss, remat=remat) if loss is None else _with_parts(loss)

@@ -21,11 +21,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from nosa_jax._extras import import_extra
 from nosa_jax._paths import user_path
+from nosa_jax.train.log import Record
 from pallas_kernels.checks import bad_type, bad_value
-
-Record = dict[str, Any]
-
-START = "start"
 
 
 @runtime_checkable
@@ -72,7 +69,7 @@ class TensorBoard:
 
     def record(self, record: Record) -> None:
         """Raises ValueError when there is no folder to write to."""
-        if record["kind"] == START:
+        if record["kind"] == "start":
             self._start(record)
             return
         for name, value in scalars(record).items():
@@ -115,7 +112,7 @@ class WandB:
         self._run: Any = None
 
     def record(self, record: Record) -> None:
-        if record["kind"] == START:
+        if record["kind"] == "start":
             self.close()
             own = {"config": record.get("config"), "dir": record.get("directory")}
             self._run = self._wandb.init(**{**own, **self._options})

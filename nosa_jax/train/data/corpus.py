@@ -24,6 +24,7 @@ from jaxtyping import Integer
 from nosa_jax._extras import import_extra
 from nosa_jax.train.data.documents import Tokens
 from nosa_jax.train.data.files import are, is_binary, read_bytes, unique_files, warn_skipped
+from nosa_jax.train.data.rows import read_here
 from nosa_jax.train.data.source import Cut, DocumentSource
 from nosa_jax.train.data.split import kept_sizes
 from pallas_kernels.checks import bad_type, bad_value, require_int, require_number
@@ -150,11 +151,8 @@ def train_batches(tokens: Integer[np.ndarray, " S"], *, batch_size: int, length:
     """
     require_int("batch_size", batch_size, 1)
     require_int("seed", seed, 0)
-    grain = import_extra("grain")
-    windows = grain.MapDataset.source(Windows(tokens, length))
-    batches = windows.shuffle(seed=seed).repeat().batch(batch_size, drop_remainder=True)
-    # The text is in memory: reader threads would only compete for the interpreter.
-    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+    windows = import_extra("grain").MapDataset.source(Windows(tokens, length))
+    return iter(read_here(windows.shuffle(seed=seed).repeat().batch(batch_size, drop_remainder=True)))
 
 
 def heldout_batches(

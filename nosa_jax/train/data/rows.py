@@ -9,9 +9,17 @@ from typing import Any, overload
 import numpy as np
 from jaxtyping import Int64
 
+from nosa_jax._extras import import_extra
 from nosa_jax.train.data.batch import Row
 from nosa_jax.train.data.documents import Tokens
 from nosa_jax.train.data.packing import pack
+
+
+def read_here(dataset: Any) -> Any:
+    """A grain MapDataset as an IterDataset that this thread reads. Rows are copied from memory or from mapped files:
+    reader threads would only compete for the interpreter."""
+    grain = import_extra("grain")
+    return dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
 
 
 class Rows(Sequence[Row]):

@@ -13,7 +13,7 @@ from jaxtyping import Int64
 from nosa_jax._extras import import_extra
 from nosa_jax.train.data.batch import Batch, Batches, Row, stack
 from nosa_jax.train.data.documents import Tokens
-from nosa_jax.train.data.rows import PackedRows, Rows, WindowRows
+from nosa_jax.train.data.rows import PackedRows, Rows, WindowRows, read_here
 from nosa_jax.train.data.split import split_spans
 from pallas_kernels.checks import bad_type, bad_value, require_bool, require_int, require_number, require_size
 
@@ -62,10 +62,8 @@ class RowSource:
         batch_size = require_int("batch_size", batch_size, 1)
         seed = require_size("seed", seed, 0, 2**32 - 1)
         index, count = _shard(shard)
-        grain = import_extra("grain")
         rows = self.train_rows(seed).batch(batch_size, drop_remainder=True, batch_fn=stack)
-        # Rows are copied from memory or from mapped files: reader threads would only compete for the interpreter.
-        return Batches(rows[index::count].to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+        return Batches(read_here(rows[index::count]))
 
     def heldout(
         self, batch_size: int, max_batches: int | None = None, shard: tuple[int, int] = (0, 1)
