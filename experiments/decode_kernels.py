@@ -47,9 +47,15 @@ def random_moves(shape: tuple[int, ...], moves: int) -> tuple[Array, Array]:
 
 def cache(batch: int) -> tuple[Array, Array]:
     """(pool, host store) of a batch."""
-    shape = lambda blocks: (LAYERS, batch, KV_HEADS, blocks, 2, SIZE, DIM)
-    host = jax.jit(lambda: jax.device_put(jnp.ones(shape(BLOCKS), jnp.bfloat16), jax.memory.Space.Host))
-    return jnp.ones(shape(SLOTS), jnp.bfloat16), host()
+    block = (2, SIZE, DIM)
+    store = (LAYERS, batch * BLOCKS, KV_HEADS, *block)
+    host = jax.jit(lambda: jax.device_put(jnp.ones(store, jnp.bfloat16), jax.memory.Space.Host))
+    return jnp.ones((LAYERS, batch, KV_HEADS, SLOTS, *block), jnp.bfloat16), host()
+
+
+def pages(batch: int) -> Array:
+    """The page table of a batch."""
+    return jnp.arange(batch * BLOCKS, dtype=jnp.int32).reshape(batch, BLOCKS)
 
 
 def kernel_us(loop: Callable[..., Array], pool: Array, *arguments: Any) -> dict[str, float]:
@@ -64,10 +70,12 @@ def fetch(batch: int, moves: int, link: float) -> dict[str, Any]:
     """`moves` blocks per row and KV head, of 64 entries each, one launch."""
 
     def loop(pool: Array, host: Array, ids: Array, slots: Array) -> Array:
-        body = lambda i, pool: fetch_blocks(pool, host, ids[i], slots[i], i % LAYERS, implementation="triton")
+        body = lambda i, pool: fetch_blocks(
+            pool, host, pages(batch), ids[i], slots[i], i % LAYERS, implementation="triton"
+        )
         return jax.lax.fori_loop(0, CALLS, body, pool)
 
-    us = kernel_us(loop, *cache(batch), *random_moves((CALLS, batch, KV_HEADS), moves))["move_blocks"]
+    us = kernel_us(loop, *cache(batch), *random_moves((CALLS, batch, KV_HEADS), moves))["fetch_blocks"]
     size = batch * KV_HEADS * moves * BLOCK_BYTES
     return {
         "kernel": "fetch_blocks", "batch": batch, "blocks_per_head": moves, "mib": size / 2**20, "us": round(us, 2),
@@ -90,7 +98,7 @@ def attend(batch: int, misses: float, link: float, memory: float) -> dict[str, A
     def loop(pool: Array, host: Array, loads: Array, slots: Array, ids: Array) -> Array:
         def body(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             out, pool = carry
-            store = Store(pool, host if misses else None, bias)
+            store = Store(pool, host if misses else None, pages(batch) if misses else None, bias)
             residence = Residence(ids, slots, loads[i] if misses else None)
             token = Token(out, kv, kv)
             return update_and_attend(token, store, residence, positions, i % LAYERS, implementation="triton")

@@ -33,7 +33,7 @@ from experiments import traces
 from experiments.environment import gpu_arguments, save
 from experiments.profiling import link_rate, memory_rate, profile
 from nosa_jax import CacheConfig, ModelConfig, NosaLM, decode, from_pretrained, presets
-from nosa_jax.cache import host_store, slots
+from nosa_jax.cache import slots
 from nosa_jax.cache.plan import plan, step_bytes
 from nosa_jax.cache.state import DecodeState, empty_state
 from nosa_jax.locality import replay_misses
@@ -78,8 +78,9 @@ def make_state(config: ModelConfig, run: Run, max_length: int, ids: Array | None
     lengths = jnp.asarray(run.lengths)
     state = dataclasses.replace(state, pool=fill(state.pool), lengths=lengths)
     if state.host is not None:
-        layer = normal(state.host.shape[1:], state.host.dtype)
-        host = jax.lax.fori_loop(0, config.num_layers, lambda i, h: host_store.store_layer(h, layer, i), state.host)
+        layer = jax.device_put(normal((1, *state.host.shape[1:]), state.host.dtype), jax.memory.Space.Host)
+        put = lambda i, host: jax.lax.dynamic_update_index_in_dim(host, layer, i, 0)
+        host = jax.lax.fori_loop(0, config.num_layers, put, state.host)
         assert ids is not None
         step = jnp.broadcast_to(lengths[:, None] - 1, ids.shape[:-1])
         state = dataclasses.replace(state, host=host, table=slots.filled_table(ids, step, state.pool.shape[3]))

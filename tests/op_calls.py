@@ -21,9 +21,9 @@ def ints(*shape):
     return jnp.zeros(shape, jnp.int32)
 
 
-HOST = jax.device_put(floats(L, B, K, M, 2, P, D), jax.memory.Space.Host)
+HOST = jax.device_put(floats(L, B * M, K, 2, P, D), jax.memory.Space.Host)
 TOKEN = Token(floats(B, N, D), floats(B, K, D), floats(B, K, D))
-STORE = Store(floats(L, B, K, J, 2, P, D), HOST, floats(L, B, K, M, P))
+STORE = Store(floats(L, B, K, J, 2, P, D), HOST, ints(B, M), floats(L, B, K, M, P))
 RESIDENCE = Residence(ints(B, K, J), ints(B, K, J), ints(B, K, J))
 
 # For each op: array arguments that are right, static arguments.
@@ -85,14 +85,14 @@ CALLS = {
     ),
     "fetch_blocks": (
         {
-            "pool": floats(L, B, K, J, 2, P, D), "host": HOST,
+            "pool": floats(L, B, K, J, 2, P, D), "host": HOST, "page_table": ints(B, M),
             "block_ids": ints(B, K, X), "slots": ints(B, K, X), "layer": LAYER,
         },
         {},
     ),
     "write_back_blocks": (
         {
-            "host": HOST, "pool": floats(L, B, K, J, 2, P, D),
+            "host": HOST, "pool": floats(L, B, K, J, 2, P, D), "page_table": ints(B, M),
             "block_ids": ints(L, B, K, X), "slots": ints(L, B, K, X),
         },
         {},

@@ -16,6 +16,7 @@ import pallas_kernels
 from pallas_kernels.append_token import cases as append_cases
 from pallas_kernels.block_attention import cases as attention_cases
 from pallas_kernels.block_scores import cases as score_cases
+from pallas_kernels.decode_attention import Store
 from pallas_kernels.decode_attention import cases as decode_cases
 from pallas_kernels.fetch_blocks import cases as fetch_cases
 from pallas_kernels.pooled_keys import cases as key_cases
@@ -42,13 +43,13 @@ AXES: dict[str, tuple[dict[str, str], Any]] = {
         dict(q="bk", pool=".bk", bias=".bk", slots="bk", block_ids="bk", positions="b", layer=""), "bk",
     ),
     "update_and_attend": (
-        dict(token="bk", store=".bk", residence="bk", positions="b", layer=""), ("bk", ".bk"),
+        dict(token="bk", store=Store(".bk", ".bk", "b", ".bk"), residence="bk", positions="b", layer=""), ("bk", ".bk"),
     ),
     "resolve_slots": (
         dict(blocks=".bk", last_used=".bk", wanted="bk", step="b", layer=""), (".bk", ".bk", "bk", "bk"),
     ),
-    "fetch_blocks": (dict(pool=".bk", host=".bk", block_ids="bk", slots="bk", layer=""), ".bk"),
-    "write_back_blocks": (dict(host=".bk", pool=".bk", block_ids=".bk", slots=".bk"), ".bk"),
+    "fetch_blocks": (dict(pool=".bk", host=".bk", page_table="b", block_ids="bk", slots="bk", layer=""), ".bk"),
+    "write_back_blocks": (dict(host=".bk", pool=".bk", page_table="b", block_ids=".bk", slots=".bk"), ".bk"),
 }  # fmt: skip
 LEARNED = {"block_attention": ("q", "k", "v", "bias"), "pool_keys": ("keys",)}
 
@@ -58,7 +59,7 @@ def specs_of(op: str, arguments: dict[str, Any]) -> tuple[dict[str, PartitionSpe
     names = {"b": "data", "k": "tensor", ".": None}
     spec = lambda letters: PartitionSpec(*(names[letter] for letter in letters))
     given, out = AXES[op]
-    return {name: spec(given[name]) for name in arguments}, jax.tree.map(spec, out)
+    return {name: jax.tree.map(spec, given[name]) for name in arguments}, jax.tree.map(spec, out)
 
 
 def sharded(call: Callable[..., Any], op: str, arguments: dict[str, Any], mesh: Any) -> Callable[..., Any]:
@@ -75,7 +76,14 @@ def placed(op: str, arguments: dict[str, Any], mesh: Any) -> dict[str, Any]:
         return jax.tree.map(put, part)
 
     specs, _ = specs_of(op, arguments)
-    return {name: place(specs[name], part) for name, part in arguments.items()}
+    is_spec = lambda x: isinstance(x, PartitionSpec)
+    return {name: jax.tree.map(place, specs[name], part, is_leaf=is_spec) for name, part in arguments.items()}
+
+
+def in_order(arrays: dict[str, Any]) -> dict[str, Any]:
+    """With the pages of each row on the device that has the row."""
+    table = arrays["page_table"]
+    return arrays | {"page_table": jnp.arange(table.size, dtype=table.dtype).reshape(table.shape)}
 
 
 def calls() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
@@ -84,9 +92,9 @@ def calls() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     attention, scores = attention_cases.SMALL["k2_g1_packed"], score_cases.SMALL["k2_g1_packed"]
     selection, token = select_cases.SMALL["k2_g8_chunk"], append_cases.SMALL["nosa"]
     decoding = decode_cases.make_inputs(decode_cases.Case((100, 205), 9), key)
-    offloaded = decode_cases.offloaded(decoding, key, 0.3)
+    offloaded = in_order(decode_cases.offloaded(decoding, key, 0.3))
     keys = key_cases.make_inputs(key_cases.SMALL["importance"], key)
-    moves = fetch_cases.make_inputs(fetch_cases.SMALL["all"], key)
+    moves = in_order(fetch_cases.make_inputs(fetch_cases.SMALL["all"], key))
     batch, heads, length, dim = keys.shape
     every = lambda ids: jnp.stack([ids] * moves["pool"].shape[0])
     return {
@@ -114,7 +122,9 @@ def calls() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
         "resolve_slots": (slot_cases.make_inputs(slot_cases.SMALL["some_move"], key), {}),
         "fetch_blocks": (moves, {}),
         "write_back_blocks": (
-            {name: moves[name] for name in ("host", "pool")} | {n: every(moves[n]) for n in ("block_ids", "slots")}, {},
+            {name: moves[name] for name in ("host", "pool", "page_table")}
+            | {name: every(moves[name]) for name in ("block_ids", "slots")},
+            {},
         ),
     }  # fmt: skip
 

@@ -267,18 +267,19 @@ def test_rows_over_all_gpus():
 
 def test_transport_above_4_gib():
     """The last blocks of a host store of 5 GB, there and back, beside ids and slots that mean nothing."""
-    shape, rng = (2, 2, 2, 20000, 2, 64, 128), np.random.default_rng(0)
+    shape, rng = (2, 2 * 20000, 2, 2, 64, 128), np.random.default_rng(0)
     host = jax.jit(lambda: host_store.allocate(shape, jnp.bfloat16))()
-    pool = jnp.asarray(rng.standard_normal((*shape[:3], 8, *shape[4:]), np.float32), jnp.bfloat16)
+    pool = jnp.asarray(rng.standard_normal((2, 2, 2, 8, *shape[3:]), np.float32), jnp.bfloat16)
+    pages = jnp.asarray(rng.permutation(shape[1]).reshape(2, -1), jnp.int32)
     everywhere = lambda *numbers: jnp.broadcast_to(jnp.asarray(numbers, jnp.int32), (2, 2, 2, len(numbers)))
     ids, layer = everywhere(19999, 3, 10007, *WILD, 20000, 5, 6), jnp.int32(1)
     slots = everywhere(0, 1, 2, 3, 3, 3, 3, WILD[0], 8)
     back = everywhere(4, 5, 6, 7, 7, 7, 7, WILD[2], 8)
     write = jax.jit(functools.partial(write_back_blocks, implementation="triton"), donate_argnums=0)
-    host = write(host, pool, ids, slots)
+    host = write(host, pool, pages, ids, slots)
     before = np.asarray(pool, np.float32)
     fetch = jax.jit(functools.partial(fetch_blocks, implementation="triton"))
-    after = np.array(fetch(pool, host, ids[1], back[1], layer), np.float32)
+    after = np.array(fetch(pool, host, pages, ids[1], back[1], layer), np.float32)
     np.testing.assert_array_equal(after[1, :, :, 4:7], before[1, :, :, :3])
     after[1, :, :, 4:7] = before[1, :, :, 4:7]
     np.testing.assert_array_equal(after, before)

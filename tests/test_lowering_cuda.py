@@ -193,7 +193,8 @@ def decode_arguments(shape, slots=80):
         "k": row(dtype, kv_heads, dim),
         "v": row(dtype, kv_heads, dim),
         "pool": cache(dtype, slots, 2, size, dim),
-        "host": cache(dtype, m, 2, size, dim),
+        "host": jax.ShapeDtypeStruct((2, 2 * m, kv_heads, 2, size, dim), dtype),
+        "pages": row("int32", m),
         "bias": cache("float32", m, size),
         "table": cache("int32", slots),
         "pooled": cache(dtype, blocks.num_windows(m * size, attention.pooling_stride), dim),
@@ -229,16 +230,19 @@ def test_decode_attention(decoding):
 
 
 def test_update_and_attend(decoding):
-    def step(q, k, v, pool, host, bias, ids, positions, layer):
-        return update_and_attend(Token(q, k, v), Store(pool, host, bias), Residence(ids, ids, ids), positions, layer)
+    def step(q, k, v, pool, host, pages, bias, ids, positions, layer):
+        store = Store(pool, host, pages, bias)
+        return update_and_attend(Token(q, k, v), store, Residence(ids, ids, ids), positions, layer)
 
-    names = ("q", "k", "v", "pool", "host", "bias", "ids", "positions", "layer")
+    names = ("q", "k", "v", "pool", "host", "pages", "bias", "ids", "positions", "layer")
     assert decode_kernels(decoding, step, *names) == ["update_and_attend", "decode_attention_sum"]
 
 
 def test_transport(decoding):
-    assert decode_kernels(decoding, fetch_blocks, "pool", "host", "ids", "ids", "layer") == ["move_blocks"]
-    assert decode_kernels(decoding, write_back_blocks, "host", "pool", "all_ids", "all_ids") == ["move_blocks"]
+    assert decode_kernels(decoding, fetch_blocks, "pool", "host", "pages", "ids", "ids", "layer") == ["fetch_blocks"]
+    assert decode_kernels(decoding, write_back_blocks, "host", "pool", "pages", "all_ids", "all_ids") == [
+        "write_back_blocks"
+    ]
 
 
 def test_the_rest_of_a_decode_step(decoding):

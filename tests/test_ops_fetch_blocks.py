@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pallas_kernels import fetch_blocks, write_back_blocks
 from pallas_kernels.bench.work import on_numpy
 from pallas_kernels.fetch_blocks import reference
-from pallas_kernels.fetch_blocks.cases import SMALL, make_inputs, of_all_layers
+from pallas_kernels.fetch_blocks.cases import SMALL, make_inputs, of_all_layers, staged
 
 fetch = jax.jit(functools.partial(fetch_blocks, implementation="xla"))
 write_back = jax.jit(functools.partial(write_back_blocks, implementation="xla"))
@@ -29,8 +29,10 @@ def assert_moves_like_numpy(inputs):
     assert inputs["host"].sharding.memory_kind == "pinned_host"
     plain = on_numpy(inputs)
     assert_same(fetch(**inputs), reference.fetch_blocks_ref(**plain), "device")
-    back = of_all_layers(inputs)
-    assert_same(write_back(**back), reference.write_back_blocks_ref(**on_numpy(back)), "pinned_host")
+    layer = staged(inputs)
+    assert_same(fetch(**layer), reference.fetch_blocks_ref(**on_numpy(layer)), "device")
+    for back in (of_all_layers(inputs), layer):
+        assert_same(write_back(**back), reference.write_back_blocks_ref(**on_numpy(back)), "pinned_host")
     # Neither changes what it reads, nor where that lies.
     assert_same(inputs["host"], plain["host"], "pinned_host")
     assert_same(inputs["pool"], plain["pool"], "device")
@@ -67,7 +69,12 @@ def test_out_of_range_moves_nothing(data):
         return jnp.asarray([n if w is None else w for n, w in zip(order, wild, strict=True)], jnp.int32)[None, None]
 
     layer = jnp.asarray(data.draw(st.integers(0, CASE.layers - 1)), jnp.int32)
-    inputs = one_head() | {"block_ids": draw(CASE.blocks), "slots": draw(CASE.slots), "layer": layer}
+    # A page beyond the store is the same modulo its pages; a negative one is none.
+    table = np.asarray(one_head()["page_table"])
+    table = np.where(data.draw(st.booleans()), table + table.size, table)
+    table[0, data.draw(st.integers(0, CASE.blocks - 1))] = data.draw(st.sampled_from([-1, -(2**31), table[0, 0]]))
+    ids = {"block_ids": draw(CASE.blocks), "slots": draw(CASE.slots), "page_table": jnp.asarray(table)}
+    inputs = one_head() | ids | {"layer": layer}
     assert_moves_like_numpy(inputs)
 
 
@@ -75,9 +82,8 @@ def test_there_and_back():
     """Blocks fetched into slots and written back leave the host as it was; written elsewhere, they are copies."""
     inputs = make_inputs(SMALL["all"], jax.random.key(1))
     host, pool, layer = np.asarray(inputs["host"]), fetch(**inputs), inputs["layer"]
-    moved = {name: jnp.full((SMALL["all"].layers, *inputs[name].shape), -1) for name in ("block_ids", "slots")}
-    moved = {name: listed.at[layer].set(inputs[name]) for name, listed in moved.items()}
-    assert_same(write_back(inputs["host"], pool, **moved), host, "pinned_host")
+    moved = {name: inputs[name] for name in ("page_table", "block_ids", "slots")}
+    assert_same(write_back(inputs["host"], pool, **moved, layer=layer), host, "pinned_host")
 
 
 def test_inside_loops_with_donated_arrays():
@@ -86,15 +92,15 @@ def test_inside_loops_with_donated_arrays():
     case = SMALL["all"]
     inputs = make_inputs(case, jax.random.key(2))
     plain = on_numpy(inputs)
-    ids, slots = inputs["block_ids"], inputs["slots"]
+    table, ids, slots = (inputs[name] for name in ("page_table", "block_ids", "slots"))
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(host, pool):
         def body(_, carry):
             host, pool = carry
-            layer_step = lambda layer, pool: fetch_blocks(pool, host, ids, slots, layer) + 1
+            layer_step = lambda layer, pool: fetch_blocks(pool, host, table, ids, slots, layer) + 1
             pool = jax.lax.fori_loop(0, case.layers, layer_step, pool)
-            back = of_all_layers({"host": host, "pool": pool, "block_ids": ids, "slots": slots})
+            back = of_all_layers({"host": host, "pool": pool, "page_table": table, "block_ids": ids, "slots": slots})
             return write_back_blocks(**back), pool
 
         return jax.lax.fori_loop(0, 2, body, (host, pool))
@@ -104,7 +110,7 @@ def test_inside_loops_with_donated_arrays():
     back = on_numpy(of_all_layers(inputs))
     for _ in range(2):
         for layer in range(case.layers):
-            moves = {"block_ids": plain["block_ids"], "slots": plain["slots"], "layer": layer}
+            moves = {name: plain[name] for name in ("page_table", "block_ids", "slots")} | {"layer": layer}
             true_pool = reference.fetch_blocks_ref(pool=true_pool, host=true_host, **moves) + np.asarray(
                 1, true_pool.dtype
             )

@@ -109,7 +109,8 @@ WRONG_PARTS = [
     ("token", TOKEN._replace(q=floats(B, N, D + 1)), "store.pool"),
     ("token", TOKEN._replace(k=floats(B, N, D)), "token.k"),
     ("store", STORE._replace(bias=floats(L, B, K, M)), "store.bias"),
-    ("store", STORE._replace(host=floats(L, B, K, M, 2, P, D + 1)), "store.host"),
+    ("store", STORE._replace(host=floats(L, B * M, K, 2, P, D + 1)), "store.host"),
+    ("store", STORE._replace(page_table=ints(B + 1, M)), "store.page_table"),
     ("residence", RESIDENCE._replace(slots=ints(B, K, J + 1)), "residence.slots"),
     ("residence", RESIDENCE._replace(loads=ints(B, J)), "residence.loads"),
 ]
@@ -121,7 +122,9 @@ def test_wrong_shapes_name_the_part(without_type_checker, argument, wrong, part)
         call("update_and_attend", **{argument: wrong})
 
 
-def test_a_host_store_needs_loads():
+def test_a_host_store_needs_loads_and_a_page_table():
+    with pytest.raises(ValueError, match=r"^store\.page_table: must be given with store\.host, got None"):
+        call("update_and_attend", store=STORE._replace(page_table=None))
     with pytest.raises(ValueError, match=r"^residence\.loads: must be given with store\.host, got None"):
         call("update_and_attend", residence=RESIDENCE._replace(loads=None))
     call("update_and_attend", residence=RESIDENCE._replace(loads=None), store=STORE._replace(host=None))

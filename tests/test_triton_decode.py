@@ -59,10 +59,12 @@ def test_moves_like_numpy(name):
     inputs["block_ids"] = jnp.asarray(ids)
     plain = on_numpy(inputs)
     np.testing.assert_array_equal(run(fetch_blocks, inputs), fetch_reference.fetch_blocks_ref(**plain))
-    back = fetch_cases.of_all_layers(inputs)
-    host = run(write_back_blocks, back)
-    assert host.sharding.memory_kind == "pinned_host"
-    np.testing.assert_array_equal(host, fetch_reference.write_back_blocks_ref(**on_numpy(back)))
+    layer = fetch_cases.staged(inputs)
+    np.testing.assert_array_equal(run(fetch_blocks, layer), fetch_reference.fetch_blocks_ref(**on_numpy(layer)))
+    for back in (fetch_cases.of_all_layers(inputs), layer):
+        host = run(write_back_blocks, back)
+        assert host.sharding.memory_kind == "pinned_host"
+        np.testing.assert_array_equal(host, fetch_reference.write_back_blocks_ref(**on_numpy(back)))
 
 
 # ---- attention ----
@@ -125,10 +127,10 @@ def offloaded(name):
     """(inputs with a pool in which blocks are stale, the same with all of them in it)."""
     given = attention_cases.offloaded(attention_of(name), jax.random.key(0), 0.3)
     given["loads"] = given["loads"].at[0, 0, 0].set(WILD[3])
-    moves = {"pool": given["pool"], "host": given["host"], "block_ids": given["loads"], "slots": given["slots"]}
-    fetched = run(fetch_blocks, moves | {"layer": given["layer"]})
+    moves = {name: given[name] for name in ("pool", "host", "page_table", "slots", "layer")}
+    fetched = run(fetch_blocks, moves | {"block_ids": given["loads"]})
     assert (np.asarray(given["loads"]) >= 0).sum() > 1
-    return given, given | {"pool": fetched, "host": None, "loads": None}
+    return given, given | {"pool": fetched, "host": None, "page_table": None, "loads": None}
 
 
 @pytest.mark.parametrize(

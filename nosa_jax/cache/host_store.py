@@ -1,6 +1,7 @@
-"""The KV cache in host memory, [L, B, K, M, 2, P, D] in `pinned_host`: allocation and moves of whole layers.
+"""The KV cache in host memory, pages [L, pages, K, 2, P, D] in `pinned_host`, and how much of a row crosses at once.
 
-Single blocks cross in the op `update_and_attend`; nothing else touches host arrays.
+Every row has a page for each block that it may fill, the same in all layers; `DecodeState.page_table` says which.
+Blocks cross in the ops `fetch_blocks`, `write_back_blocks` and `update_and_attend`; nothing else touches host arrays.
 """
 
 from __future__ import annotations
@@ -9,9 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
-
-from pallas_kernels.blocks import slice_start
+from jaxtyping import Array, Int32
 
 
 def allocate(shape: tuple[int, ...], dtype: Any) -> Array:
@@ -19,37 +18,10 @@ def allocate(shape: tuple[int, ...], dtype: Any) -> Array:
     return jax.device_put(jnp.empty(shape, dtype), jax.memory.Space.Host)
 
 
-def load_layer(host: Float[Array, "L B K M 2 P D"], layer: Int32[Array, ""]) -> Float[Array, "B K M 2 P D"]:
-    """One layer of the store, on the device."""
-    data = jax.lax.dynamic_slice(host, slice_start(layer, 0, 0, 0, 0, 0, 0), (1, *host.shape[1:]))
-    return jax.device_put(data, jax.memory.Space.Device)[0]
+def blocks_between(first: Int32[Array, " B"], end: Int32[Array, " B"], width: int) -> Int32[Array, "B 1 width"]:
+    """Lists of the blocks first[b] <= block < end[b] of every row, the same for all KV heads, with -1 after them.
 
-
-def store_layer(
-    host: Float[Array, "L B K M 2 P D"], blocks: Float[Array, "B K m 2 P D"], layer: Int32[Array, ""]
-) -> Float[Array, "L B K M 2 P D"]:
-    """Writes the first m blocks of every row."""
-    return jax.lax.dynamic_update_slice(
-        host, jax.device_put(blocks[None], jax.memory.Space.Host), slice_start(layer, *(0,) * (host.ndim - 1))
-    )
-
-
-def store_rows(
-    host: Float[Array, "L B K M 2 P D"],
-    blocks: Float[Array, "B K M 2 P D"],
-    first: Int32[Array, " B"],
-    count: int,
-    layer: Int32[Array, ""],
-) -> Float[Array, "L B K M 2 P D"]:
-    """Writes `count` blocks of every row, each row from its own `first` (clipped so that they fit)."""
-    batch, kv_heads, m = blocks.shape[:3]
-    first = jnp.clip(first, 0, m - count)
-
-    def body(row: Array, host: Array) -> Array:
-        start = slice_start(row, 0, first[row], 0, 0, 0)
-        data = jax.lax.dynamic_slice(blocks, start, (1, kv_heads, count, *blocks.shape[3:]))
-        return jax.lax.dynamic_update_slice(
-            host, jax.device_put(data[None], jax.memory.Space.Host), slice_start(layer, *start)
-        )
-
-    return jax.lax.fori_loop(0, batch, body, host)
+    width: the most that any row has.
+    """
+    listed = first[:, None] + jnp.arange(width, dtype=jnp.int32)
+    return jnp.where(listed < end[:, None], listed, -1)[:, None]

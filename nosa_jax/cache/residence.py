@@ -41,7 +41,7 @@ def attend(
     layer: Int32[Array, ""],
 ) -> tuple[DecodeState, Float[Array, "B N D"]]:
     """Adds one token per row, fetches the missing blocks and attends."""
-    store = Store(state.pool, state.host, state.importance)
+    store = Store(state.pool, state.host, state.page_table, state.importance)
     out, pool = update_and_attend(token, store, residence, positions, layer, transport=state.transport)
     return dataclasses.replace(state, pool=pool), out
 
@@ -58,5 +58,5 @@ def write_back(state: DecodeState, positions: Int32[Array, " B"]) -> DecodeState
     match = (state.table.blocks == filled[..., None]) & (filled >= 0)[..., None]
     slot = jnp.where(match.any(-1), jnp.argmax(match, axis=-1).astype(jnp.int32), -1)[..., None]
     filled = jnp.broadcast_to(filled[..., None], slot.shape)
-    host = write_back_blocks(state.host, state.pool, filled, slot, transport=state.transport)
+    host = write_back_blocks(state.host, state.pool, state.page_table, filled, slot, transport=state.transport)
     return dataclasses.replace(state, host=host)

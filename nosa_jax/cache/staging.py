@@ -1,6 +1,7 @@
-"""A whole layer of the cache on the device, while many new tokens are read into it.
+"""One layer of the cache on the device, while many new tokens are read into it.
 
-Whole [L, ...] arrays in, whole arrays out, `layer` an int32 scalar; one layer is staged at a time.
+Whole [L, ...] arrays in, whole arrays out, `layer` an int32 scalar; one layer is staged at a time, and only the blocks
+that are there cross the link.
 """
 
 from __future__ import annotations
@@ -14,36 +15,54 @@ from jaxtyping import Array, Float, Int32
 from nosa_jax.cache import host_store, slots
 from nosa_jax.cache.slots import SlotTable
 from nosa_jax.cache.state import DecodeState, put_table, table_at
-from pallas_kernels import blocks
+from pallas_kernels import blocks, fetch_blocks, write_back_blocks
 
 
-def stage(state: DecodeState, layer: Int32[Array, ""], *, fresh: bool) -> Float[Array, "B K M 2 P D"]:
-    """All blocks of one layer on the device. fresh: the rows are empty, nothing need be read."""
+def staged_blocks(state: DecodeState, width: int, *, fresh: bool) -> int:
+    """How many blocks of each row are staged for `width` new tokens: all, or what they fill of rows that were empty."""
+    return min(state.num_blocks, blocks.num_blocks(width, state.block_size)) if fresh else state.num_blocks
+
+
+def stage(
+    state: DecodeState, count: Int32[Array, " B"], width: int, layer: Int32[Array, ""], *, fresh: bool
+) -> Float[Array, "B K m 2 P D"]:
+    """The blocks of one layer on the device, of the rows that are to grow.
+
+    count: new tokens of each row.
+    width: the most that any row may get.
+    layer: which layer.
+    fresh: the rows are empty, nothing need be read.
+    """
+    m = staged_blocks(state, width, fresh=fresh)
     if state.host is None:
-        return jax.lax.dynamic_index_in_dim(state.pool, layer, keepdims=False)
+        return jax.lax.dynamic_index_in_dim(state.pool, layer, keepdims=False)[:, :, :m]
+    shape = (1, *state.pool.shape[1:3], m, *state.pool.shape[4:])
+    staged = jnp.zeros(shape, state.pool.dtype)
     if fresh:
-        return jnp.zeros(state.host.shape[1:], state.pool.dtype)
-    staged = host_store.load_layer(state.host, layer)
-    # A block that is not full yet lives in its slot alone.
+        return staged[0]
     size = state.block_size
+    full = jnp.where(count > 0, state.lengths // size, 0)
+    ids = host_store.blocks_between(jnp.zeros_like(full), full, m)
+    staged = fetch_blocks(staged, state.host, state.page_table, ids, ids, layer, transport=state.transport)[0]
+    # A block that is not full yet lives in its slot alone.
     own = jnp.where(state.lengths % size > 0, state.lengths // size, -1)
     table = table_at(state, layer).blocks
     slot = jnp.argmax(table == own[:, None, None], axis=-1)
     row, head = jnp.arange(slot.shape[0])[:, None], jnp.arange(slot.shape[1])[None, :]
-    target = jnp.where(own >= 0, own, state.num_blocks)[:, None]
+    target = jnp.where(own >= 0, own, m)[:, None]
     return staged.at[row, head, target].set(state.pool[layer, row, head, slot], mode="drop")
 
 
 def write_tokens(
     state: DecodeState,
-    staged: Float[Array, "B K M 2 P D"],
+    staged: Float[Array, "B K m 2 P D"],
     k: Float[Array, "B K n D"],
     v: Float[Array, "B K n D"],
     count: Int32[Array, " B"],
-) -> Float[Array, "B K M 2 P D"]:
+) -> Float[Array, "B K m 2 P D"]:
     """Puts the new tokens where they belong."""
     size = staged.shape[4]
-    place = blocks.new_places(state.lengths, count, k.shape[2], state.num_blocks * size)
+    place = blocks.new_places(state.lengths, count, k.shape[2], staged.shape[2] * size)
     row, head = jnp.arange(k.shape[0])[:, None, None], jnp.arange(k.shape[1])[None, :, None]
     kv = jnp.stack([k, v], axis=3).astype(staged.dtype)
     return staged.at[row, head, place // size, :, place % size].set(kv, mode="drop")
@@ -51,37 +70,36 @@ def write_tokens(
 
 def unstage(
     state: DecodeState,
-    staged: Float[Array, "B K M 2 P D"],
+    staged: Float[Array, "B K m 2 P D"],
     last_ids: Int32[Array, "B K J"] | None,
     count: Int32[Array, " B"],
     width: int,
     layer: Int32[Array, ""],
-    *,
-    fresh: bool,
 ) -> DecodeState:
-    """Stores a staged layer after new tokens.
+    """Stores a staged layer after new tokens: the blocks that they filled, and the slots.
 
     staged: the layer with them.
     last_ids: selection of each row's last new token, which the slots hold afterwards; None without a host store.
     count: new tokens of each row.
     width: the most that any row may have got.
     layer: which layer.
-    fresh: the rows were empty before.
     """
     if state.host is None:
-        return dataclasses.replace(state, pool=jax.lax.dynamic_update_index_in_dim(state.pool, staged, layer, 0))
+        start = blocks.slice_start(layer, *(0,) * (state.pool.ndim - 1))
+        return dataclasses.replace(state, pool=jax.lax.dynamic_update_slice(state.pool, staged[None], start))
     assert last_ids is not None
-    size, m = state.block_size, state.num_blocks
-    touched = min(m, -(-width // size) + 1)
-    if fresh:
-        host = host_store.store_layer(state.host, staged[:, :, :touched], layer)
-    else:
-        host = host_store.store_rows(state.host, staged, state.lengths // size, touched, layer)
+    size, m = state.block_size, staged.shape[2]
+    filled = host_store.blocks_between(
+        state.lengths // size, (state.lengths + count) // size, min(m, blocks.num_blocks(width, size) + 1)
+    )
+    host = write_back_blocks(
+        state.host, staged[None], state.page_table, filled, filled, layer, transport=state.transport
+    )
 
     num_slots = state.num_slots
     held = min(last_ids.shape[-1], num_slots)
     row, head = jnp.arange(last_ids.shape[0])[:, None, None], jnp.arange(last_ids.shape[1])[None, :, None]
-    selected = staged[row, head, jnp.maximum(last_ids[..., :held], 0)]
+    selected = staged[row, head, jnp.clip(last_ids[..., :held], 0, m - 1)]
     start = blocks.slice_start(layer, *(0,) * (state.pool.ndim - 1))
     kept = jax.lax.dynamic_slice(state.pool, start, (1, *selected.shape))[0]
     grows = count > 0

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from nosa_jax import parallel
 from nosa_jax._pytree import pytree_dataclass, short_repr, static_field
@@ -37,7 +37,8 @@ class DecodeState:
     """A running batch; every row has its own length.
 
     pool: [L, B, K, slots, 2, P, D], blocks on the device (index 0: K, 1: V). Without offload, slot = block id.
-    host: [L, B, K, M, 2, P, D] in pinned_host; holds every full block. None without offload.
+    host: [L, pages, K, 2, P, D] in pinned_host; holds every full block. None without offload.
+    page_table: int32 [B, M], the page of each row's blocks in all layers, -1 for none. None without offload.
     table: which block lies in which slot. None without offload.
     pooled_keys: None where the variant does not score by query.
     importance: [L, B, K, M, P] float32, the bias of each token. None without bias.
@@ -50,6 +51,7 @@ class DecodeState:
 
     pool: Any
     host: Any
+    page_table: Any
     table: Any
     pooled_keys: Any
     importance: Any
@@ -71,11 +73,21 @@ class DecodeState:
     @property
     def num_blocks(self) -> int:
         """M, blocks that a row may fill."""
-        return self.num_slots if self.host is None else self.host.shape[3]
+        return self.num_slots if self.page_table is None else self.page_table.shape[1]
 
 
-def empty_state(config: ModelConfig, batch: int, max_length: int, cache: CacheConfig, dtype: Any) -> DecodeState:
-    """The state of `batch` empty rows; call it under `jax.jit`, so that the host store needs no device memory."""
+def empty_state(
+    config: ModelConfig,
+    batch: int,
+    max_length: int,
+    cache: CacheConfig,
+    dtype: Any,
+    page_table: Int32[Array, "B M"] | None = None,
+) -> DecodeState:
+    """The state of `batch` empty rows; call it under `jax.jit`, so that the host store needs no device memory.
+
+    page_table: of these rows, as `own_pages` makes it; None where they are the whole batch.
+    """
     attention = config.attention
     size, stride, dim = attention.block_size, attention.pooling_stride, config.head_dim
     m = blocks.num_blocks(max_length, size)
@@ -89,7 +101,8 @@ def empty_state(config: ModelConfig, batch: int, max_length: int, cache: CacheCo
 
     return DecodeState(
         pool=jnp.zeros((*lead, m if slots is None else slots, *block), dtype),
-        host=None if slots is None else host_store.allocate((*lead, m, *block), dtype),
+        host=None if slots is None else host_store.allocate((lead[0], batch * m, lead[2], *block), dtype),
+        page_table=None if slots is None else own_pages(batch, m) if page_table is None else page_table,
         table=None if slots is None else empty_table((*lead, slots)),
         pooled_keys=pooled(dim, dtype) if attention.uses_query_scores else None,
         importance=jnp.zeros((*lead, m, size), jnp.float32) if attention.uses_importance else None,
@@ -100,10 +113,16 @@ def empty_state(config: ModelConfig, batch: int, max_length: int, cache: CacheCo
     )
 
 
+def own_pages(batch: int, num_blocks: int) -> Int32[Array, "B M"]:
+    """The page table of rows that each have a page for every block, one row's after the other's."""
+    return jnp.arange(batch * num_blocks, dtype=jnp.int32).reshape(batch, num_blocks)
+
+
 def specs(state: DecodeState) -> DecodeState:
     """How a state, or shapes of one, lies on a mesh: by rows."""
     placed: DecodeState = jax.tree.map(lambda _: PartitionSpec(None, parallel.ROWS), state)
-    return dataclasses.replace(placed, lengths=PartitionSpec(parallel.ROWS))
+    rows = PartitionSpec(parallel.ROWS)
+    return dataclasses.replace(placed, lengths=rows, page_table=None if state.page_table is None else rows)
 
 
 def require_fitting(state: DecodeState, config: ModelConfig, dtype: Any) -> None:
@@ -113,9 +132,9 @@ def require_fitting(state: DecodeState, config: ModelConfig, dtype: Any) -> None
     """
     remedy = "Prefill with this model: a state fits no other layers, heads, attention or dtype."
     max_length = require_int("state.max_length", state.max_length, 1)
-    for name, axes in (("pool", 7), ("host", 7), ("lengths", 1)):
+    for name, axes in (("pool", 7), ("host", 6), ("page_table", 2), ("lengths", 1)):
         value = getattr(state, name)
-        if getattr(value, "ndim", None) != axes and not (name == "host" and value is None):
+        if getattr(value, "ndim", None) != axes and not (name in ("host", "page_table") and value is None):
             raise bad_value(
                 "state", f"{name} must be an array of {axes} axes", f"{_names(value) or value!r:.200}", remedy
             )

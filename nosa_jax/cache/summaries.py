@@ -14,7 +14,7 @@ from nosa_jax.attention.importance import Importance
 from nosa_jax.attention.selection import select
 from nosa_jax.cache.state import DecodeState
 from nosa_jax.config import AttentionConfig
-from pallas_kernels import Summaries, Token, append_summaries, append_token
+from pallas_kernels import Summaries, Token, append_summaries, append_token, blocks
 
 
 def append_tokens(
@@ -63,21 +63,26 @@ def select_in(
     q: Float[Array, "B n N D"],
     positions: Int32[Array, "B n"],
     layer: Int32[Array, ""],
+    num_blocks: int | None = None,
 ) -> Int32[Array, "B K n J"]:
-    """The blocks of one layer's cache that each query selects."""
-    pooled_importance = None if state.pooled_importance is None else state.pooled_importance.pooled[layer, ..., 0]
+    """The blocks of one layer's cache that each query selects. num_blocks: look at the first ones only; None at all."""
+    num_blocks = state.num_blocks if num_blocks is None else num_blocks
+    windows = blocks.num_windows(num_blocks * config.block_size, config.pooling_stride)
+    pooled_importance = None
+    if state.pooled_importance is not None:
+        pooled_importance = state.pooled_importance.pooled[layer, :, :, :windows, 0]
     pooled_keys = None if state.pooled_keys is None else state.pooled_keys.pooled
     of_layer: Array | None = layer
     if pooled_keys is not None and q.shape[1] > 1:  # one query alone is not worth a copy of the layer
-        pooled_keys, of_layer = pooled_keys[layer], None
-    return select(config, q, pooled_keys, pooled_importance, positions, num_blocks=state.num_blocks, layer=of_layer)
+        pooled_keys, of_layer = pooled_keys[layer, :, :, :windows], None
+    return select(config, q, pooled_keys, pooled_importance, positions, num_blocks=num_blocks, layer=of_layer)
 
 
-def bias_of(state: DecodeState, layer: Int32[Array, ""]) -> Float[Array, "B K tokens"] | None:
-    """The bias of every token of one layer's cache, None where there is none."""
+def bias_of(state: DecodeState, layer: Int32[Array, ""], num_blocks: int) -> Float[Array, "B K tokens"] | None:
+    """The bias of every token in the first blocks of one layer's cache, None where there is none."""
     if state.importance is None:
         return None
-    bias = state.importance[layer]
+    bias = state.importance[layer, :, :, :num_blocks]
     return jnp.reshape(bias, (*bias.shape[:2], -1))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,14 +16,14 @@ from nosa_jax.attention import layout
 from nosa_jax.attention.layer import Attention
 from nosa_jax.attention.selection import replace_selection
 from nosa_jax.cache import staging, summaries
-from nosa_jax.cache.state import DecodeState, empty_state, specs
+from nosa_jax.cache.state import DecodeState, empty_state, own_pages, specs
 from nosa_jax.config import CacheConfig, ModelConfig
 from nosa_jax.decode import checks
 from nosa_jax.decode.checks import Prompt
 from nosa_jax.decode.program import program
 from nosa_jax.decode.step import StepOutput, output_specs
 from nosa_jax.model import Layers, NosaLM
-from pallas_kernels import block_attention
+from pallas_kernels import block_attention, blocks
 from pallas_kernels.checks import IntegersLike
 from pallas_kernels.promotion import usual_promotion
 
@@ -110,27 +109,26 @@ def read_prompt(
 
     forced_block_ids: replace the selection of each row's last token, see `replace_selection`.
     """
-    make = lambda batch: empty_state(model.config, batch, max_length, cache, model.embed.dtype)
-    read = functools.partial(_read_rows, make=make, chunk=chunk)
-    mesh = parallel.mesh_of(model, prompt)
-    if mesh is None:
-        return read(model, prompt, forced_block_ids)
-    of_state = specs(jax.eval_shape(lambda: make(prompt.batch)))
-    given = (PartitionSpec(), PartitionSpec(parallel.ROWS), PartitionSpec(None, parallel.ROWS))
-    out = (of_state, output_specs(model.config))
-    return parallel.by_rows(mesh, read, (model, prompt, forced_block_ids), given, out)
+    make = lambda pages: empty_state(model.config, len(pages), max_length, cache, model.embed.dtype, pages)
+    pages = own_pages(prompt.batch, blocks.num_blocks(max_length, model.config.attention.block_size))
+    rows, of_layers = PartitionSpec(parallel.ROWS), PartitionSpec(None, parallel.ROWS)
+    return parallel.by_rows(
+        parallel.mesh_of(model, prompt),
+        lambda model, prompt, forced, pages: _read_rows(model, prompt, forced, make(pages), chunk),
+        (model, prompt, forced_block_ids, pages),
+        (PartitionSpec(), rows, of_layers, rows),
+        (specs(jax.eval_shape(make, pages)), output_specs(model.config)),
+    )
 
 
 def _read_rows(
     model: NosaLM,
     prompt: Prompt,
     forced_block_ids: Int32[Array, "L B K J"] | None,
-    *,
-    make: Callable[[int], DecodeState],
+    state: DecodeState,
     chunk: int | None,
 ) -> tuple[DecodeState, StepOutput]:
-    """make: the state of so many empty rows."""
-    state = make(prompt.batch)
+    """state: of empty rows."""
     if chunk is None or chunk >= prompt.width:
         return _extend(model, state, prompt.tokens, prompt.lengths, forced_block_ids, fresh=True)
     chunks = -(-prompt.width // chunk)
@@ -228,18 +226,20 @@ def _attend(
     q, k, v, importance = attention.project(config, x, *rope.of_positions(config, place))
     count = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
     state = summaries.append_tokens(config.attention, state, k, importance, count, layer)
-    staged = staging.write_tokens(state, staging.stage(state, layer, fresh=fresh), k, v, count)
+    width = x.shape[1]
+    staged = staging.write_tokens(state, staging.stage(state, count, width, layer, fresh=fresh), k, v, count)
+    num_blocks = staged.shape[2]
     ids = last_ids = None
     if config.attention.is_sparse:
-        ids = summaries.select_in(config.attention, state, q, positions, layer)
+        ids = summaries.select_in(config.attention, state, q, positions, layer, num_blocks)
         last = jnp.maximum(count - 1, 0)[:, None, None, None]
         if forced_block_ids is not None:
-            is_last = (jnp.arange(x.shape[1]) == count[:, None] - 1)[:, None, :, None]
+            is_last = (jnp.arange(width) == count[:, None] - 1)[:, None, :, None]
             ids = replace_selection(ids, forced_block_ids[:, :, None], is_last)
         last_ids = jnp.take_along_axis(ids, last, axis=2)[:, :, 0]
     flat = (*staged.shape[:2], -1, staged.shape[-1])
     keys, values = (staged[:, :, :, i].reshape(flat) for i in (0, 1))
-    bias = summaries.bias_of(state, layer)
+    bias = summaries.bias_of(state, layer, num_blocks)
     out, _ = block_attention(q, keys, values, bias, ids, positions, block_size=config.attention.block_size)
-    state = staging.unstage(state, staged, last_ids, count, x.shape[1], layer, fresh=fresh)
+    state = staging.unstage(state, staged, last_ids, count, width, layer)
     return attention.merge(out), (state, last_ids)

@@ -146,8 +146,8 @@ def decode_attention(inputs: dict[str, Any]) -> Floor:
 
 def moved_blocks(inputs: dict[str, Any]) -> Floor:
     """Counts `fetch_blocks` and `write_back_blocks`: once through device memory and once over the link."""
-    pool, host = inputs["pool"], inputs["host"]
+    pool, blocks = inputs["pool"], inputs["page_table"].shape[1]
     ids, slots = jax.device_get((inputs["block_ids"], inputs["slots"]))
-    valid = (ids >= 0) & (ids < host.shape[3]) & (slots >= 0) & (slots < pool.shape[3])
+    valid = (ids >= 0) & (ids < blocks) & (slots >= 0) & (slots < pool.shape[3])
     moved = int(valid.sum()) * int(np.prod(pool.shape[4:])) * pool.dtype.itemsize
     return Floor(moved + nbytes(ids, slots), link_bytes=moved)

@@ -85,14 +85,16 @@ def update_and_attend(
     layer: which of the L layers; one out of range is refused, or means nothing where it is traced.
     scale: of the logits, 1/sqrt(D) by default.
     transport: how blocks cross, "auto" or "device_put", which moves them so whatever implementation attends.
-    Raises ValueError or TypeError for arguments that do not go together, and for a host store without loads.
+    Raises ValueError or TypeError for arguments that do not go together, and for a host store without loads or
+    page table.
     """
     for name, value, kind in (("token", token, Token), ("store", store, Store), ("residence", residence, Residence)):
         require_type(name, value, kind, f"Pass pallas_kernels.{kind.__name__}(...).")
     token = Token(*as_floats(**{f"token.{name}": x for name, x in token._asdict().items()}))
     pool, bias = as_floats(**{"store.pool": store.pool, "store.bias": store.bias})
     host = None if store.host is None else in_host_memory("store.host", store.host)
-    store = Store(pool, host, bias)
+    (page_table,) = as_integers(**{"store.page_table": store.page_table})
+    store = Store(pool, host, page_table, bias)
     residence = Residence(*as_integers(**{f"residence.{name}": x for name, x in residence._asdict().items()}))
     block_ids, slots, loads = residence
     (positions,) = as_integers(positions=positions)
@@ -101,7 +103,10 @@ def update_and_attend(
     require_shape("token.k", token.k, (batch, kv_heads, dim), "[B, K, D]")
     require_shape("token.v", token.v, token.k.shape, "[B, K, D]")
     if host is not None:
-        require_shape("store.host", host, (layers, batch, kv_heads, None, two, size, dim), "[L, B, K, M, 2, P, D]")
+        require_shape("store.host", host, (layers, None, kv_heads, two, size, dim), "[L, pages, K, 2, P, D]")
+        if page_table is None:
+            raise bad_value("store.page_table", "must be given with store.host", None, "Pass the page of each block.")
+        require_shape("store.page_table", page_table, (batch, None), "[B, M]")
         if loads is None:
             raise bad_value(
                 "residence.loads", "must be given with store.host", loads, "Pass -1 for blocks that are resident."

@@ -19,12 +19,14 @@ class Token(NamedTuple):
 class Store(NamedTuple):
     """Keys and values of all layers: K (index 0) and V (index 1) of each block are one contiguous run.
 
-    pool: the blocks that are resident on the device. host: every full block, in `pinned_host` memory; None where the
-    pool holds all blocks. bias: per token of each block, float32, on the device; None where attention has none.
+    pool: the blocks that are resident on the device. host: pages of every full block, in `pinned_host` memory; None
+    where the pool holds all blocks. page_table: the page of each row's blocks; None without `host`. bias: per token of
+    each block, float32, on the device; None where attention has none.
     """
 
     pool: Float[Array, "L B K slots 2 P D"]
-    host: Float[Array, "L B K M 2 P D"] | None
+    host: Float[Array, "L pages K 2 P D"] | None
+    page_table: Int32[Array, "B M"] | None
     bias: Float[Array, "L B K M P"] | None
 
     @property

@@ -100,10 +100,13 @@ def offloaded(inputs: dict[str, Any], key: Key[Array, ""], share: float = 0.05) 
     normal = lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32), pool.dtype)
     own = np.asarray(inputs["positions"])[:, None, None] // pool.shape[5]
     missing = (rng.random(ids.shape) < share) & (ids != own)
+    num_blocks = int(ids.max()) + 1
+    store = normal(pool.shape[0], batch * num_blocks, kv_heads, *pool.shape[4:])
     return inputs | {
         "k": normal(batch, kv_heads, pool.shape[6]),
         "v": normal(batch, kv_heads, pool.shape[6]),
-        "host": jax.device_put(normal(*pool.shape[:3], int(ids.max()) + 1, *pool.shape[4:]), jax.memory.Space.Host),
+        "host": jax.device_put(store, jax.memory.Space.Host),
+        "page_table": jnp.asarray(rng.permutation(batch * num_blocks).reshape(batch, -1), jnp.int32),
         "loads": jnp.asarray(np.where(missing, ids, -1)),
     }
 
@@ -112,7 +115,7 @@ def arguments(given: dict[str, Any]) -> dict[str, Any]:
     """Arguments of `update_and_attend` from arrays by name."""
     return {
         "token": Token(given["q"], given["k"], given["v"]),
-        "store": Store(given["pool"], given["host"], given["bias"]),
+        "store": Store(given["pool"], given["host"], given["page_table"], given["bias"]),
         "residence": Residence(given["block_ids"], given["slots"], given["loads"]),
         "positions": given["positions"],
         "layer": given["layer"],

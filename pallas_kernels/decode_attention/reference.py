@@ -57,8 +57,9 @@ def update_and_attend_ref(
     block_ids, slots, loads = residence
     pool = np.array(store.pool)
     if store.host is not None:
-        assert loads is not None
-        pool = fetch_blocks_ref(pool, np.asarray(store.host), np.asarray(loads), np.asarray(slots), layer)
+        assert loads is not None and store.page_table is not None
+        moves = (np.asarray(x) for x in (store.host, store.page_table, loads, slots))
+        pool = fetch_blocks_ref(pool, *moves, layer)
     for b, head, j in np.ndindex(*block_ids.shape):
         block, place = divmod(int(positions[b]), store.block_size)
         if positions[b] >= 0 and block_ids[b, head, j] == block and 0 <= slots[b, head, j] < store.num_slots:

@@ -17,7 +17,7 @@ from pallas_kernels import _backend
 from pallas_kernels._backend import LARGE, LOG2_E, pad_to_multiple
 from pallas_kernels._tuning import Launch, launch_of
 from pallas_kernels.decode_attention.arguments import Residence, Store, Token
-from pallas_kernels.fetch_blocks.triton import move_block
+from pallas_kernels.fetch_blocks.triton import fetch_block
 
 _BLOCK_BYTES = 32 * 1024  # keys of one block: three stages of keys and values fit in shared memory
 # Measured on an H200: without transfers two stages are 10 to 15 % faster at a batch of 64; with them three are as fast,
@@ -25,26 +25,26 @@ _BLOCK_BYTES = 32 * 1024  # keys of one block: three stages of keys and values f
 _RESIDENT, _FETCHING = Launch(rows=16, num_warps=4, num_stages=2), Launch(rows=16, num_warps=4, num_stages=3)
 
 
-def _fetch(host, pool, loads, slots, at, begin, width):
+def _fetch(host, pool, page_table, loads, slots, at, begin, width):
     """Copies the missing blocks of a run into their slots."""
 
     def body(entry, carry):
         listed = (*at[1:], begin + entry)
-        move_block(host, pool, at, loads[listed], slots[listed])
+        fetch_block(host, pool, page_table, at, loads[listed], slots[listed])
         return carry
 
     jax.lax.fori_loop(0, width, body, 0)
 
 
 def _update_kernel(
-    layer, positions, slots, block_ids, loads, k, v, q, bias, _pool_in, host, sums, tops, totals, pool,
+    layer, positions, slots, block_ids, loads, page_table, k, v, q, bias, _pool_in, host, sums, tops, totals, pool,
     *, width, scale,
 ):  # fmt: skip
     """`_split_kernel` after the run's part of the pool is brought up to date."""
     split, head, row = (_backend.program_id(axis) for axis in range(3))
     at, begin, position = (_backend.layer_index(layer, pool), row, head), split * width, positions[row]
     if host is not None:
-        _fetch(host, pool, loads, slots, at, begin, width)
+        _fetch(host, pool, page_table, loads, slots, at, begin, width)
         _backend.barrier()
     lane = jnp.arange(_backend.next_power_of_two(width), dtype=jnp.int32)
     listed = (row, head, begin + jnp.where(lane < width, lane, 0))
@@ -231,13 +231,13 @@ def update_and_attend(
     *,
     scale: float,
 ) -> tuple[Float[Array, "B N D"], Float[Array, "L B K slots 2 P D"]]:
-    (q, k, v), (pool, host, bias), (block_ids, slots, loads) = token, store, residence
+    (q, k, v), (pool, host, page_table, bias), (block_ids, slots, loads) = token, store, residence
     call = _prepare(_RESIDENT if host is None else _FETCHING, q, pool.shape[2], slots, block_ids, loads)
 
     def kernel(*refs: Any) -> None:
         _update_kernel(*refs, width=call.width, scale=scale)
 
-    operands = (jax.lax.reshape(layer, (1,)), positions, *call.listed, k, v, call.q, bias, pool, host)
+    operands = (jax.lax.reshape(layer, (1,)), positions, *call.listed, page_table, k, v, call.q, bias, pool, host)
     *parts, pool = _backend.triton_call(
         kernel,
         name="update_and_attend",

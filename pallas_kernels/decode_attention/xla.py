@@ -113,7 +113,7 @@ def update_and_attend(
     block_ids, slots, loads = residence
     pool = store.pool
     if store.host is not None:
-        assert loads is not None
-        pool = fetch_blocks(pool, store.host, loads, slots, layer)
+        assert loads is not None and store.page_table is not None
+        pool = fetch_blocks(pool, store.host, store.page_table, loads, slots, layer)
     pool = write_token(pool, token.k, token.v, slots, block_ids, positions, layer)
     return attend(token.q, pool, store.bias, slots, block_ids, positions, layer, scale=scale), pool

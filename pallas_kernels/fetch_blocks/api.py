@@ -48,63 +48,76 @@ def implementation_of(transport: str, implementation: str = "auto") -> str:
 
 
 def _checked(
-    pool: Any, host: Any, block_ids: Any, slots: Any, *, every_layer: bool
-) -> tuple[Array, Array, Array, Array]:
-    """The four as JAX arrays that go together. every_layer: ids and slots are those of all layers."""
-    require_given(pool=pool, host=host, block_ids=block_ids, slots=slots)
+    pool: Any, host: Any, page_table: Any, block_ids: Any, slots: Any, *, every_layer: bool
+) -> tuple[Array, ...]:
+    """The five as JAX arrays that go together. every_layer: ids and slots are those of all layers."""
+    require_given(pool=pool, host=host, page_table=page_table, block_ids=block_ids, slots=slots)
     (pool,), host = as_floats(pool=pool), in_host_memory("host", host)
-    block_ids, slots = as_integers(block_ids=block_ids, slots=slots)
+    page_table, block_ids, slots = as_integers(page_table=page_table, block_ids=block_ids, slots=slots)
     require_shape("pool", pool, (None,) * 7, "[L, B, K, slots, 2, P, D]")
     layers, batch, kv_heads, _, two, size, dim = pool.shape
-    require_shape("host", host, (layers, batch, kv_heads, None, two, size, dim), "[L, B, K, M, 2, P, D]")
+    require_shape("host", host, (None, None, kv_heads, two, size, dim), "[L, pages, K, 2, P, D]")
+    if layers != host.shape[0] and (every_layer or layers != 1):
+        rule = "must hold all layers of the store" + ("" if every_layer else ", or one")
+        raise bad_value("pool", rule, f"{layers} of {host.shape[0]}", "Check the first axis.")
     require_dtype("host", host, pool.dtype, "as the pool is")
+    require_shape("page_table", page_table, (batch, None), "[B, M]")
     lead, listed = ((layers,), "[L, B, K, X]") if every_layer else ((), "[B, K, X]")
-    require_shape("block_ids", block_ids, (*lead, batch, kv_heads, None), listed)
+    heads = 1 if block_ids.ndim == len(lead) + 3 and block_ids.shape[-2] == 1 else kv_heads
+    require_shape("block_ids", block_ids, (*lead, batch, heads, None), listed)
     require_shape("slots", slots, block_ids.shape, listed)
-    return pool, host, block_ids, slots
+    return pool, host, page_table, block_ids, slots
 
 
 def fetch_blocks(
-    pool: Float[ArrayLike, "L B K slots 2 P D"],
-    host: Float[ArrayLike, "L B K M 2 P D"],
-    block_ids: Integer[ArrayLike, "B K X"],
-    slots: Integer[ArrayLike, "B K X"],
+    pool: Float[ArrayLike, "layers B K slots 2 P D"],
+    host: Float[ArrayLike, "L pages K 2 P D"],
+    page_table: Integer[ArrayLike, "B M"],
+    block_ids: Integer[ArrayLike, "B heads X"],
+    slots: Integer[ArrayLike, "B heads X"],
     layer: Integer[ArrayLike, ""],
     *,
     transport: str = "auto",
     implementation: str = "auto",
-) -> Float[Array, "L B K slots 2 P D"]:
-    """pool[layer, b, k, slots[b, k, x]] = host[layer, b, k, block_ids[b, k, x]] for every valid x.
+) -> Float[Array, "layers B K slots 2 P D"]:
+    """pool[layer, b, k, slots[b, k, x]] = host[layer, page_table[b, block_ids[b, k, x]], k] for every valid x.
 
-    pool: the slots of all layers.
-    host: the host store, in `pinned_host` memory.
-    block_ids, slots: what moves where. An entry with a negative or too large id or slot moves nothing.
+    pool: the slots of all layers, or [1, ...] of this layer alone.
+    host: the store, in `pinned_host` memory.
+    page_table: the page of each row's blocks, modulo the pages of the store; a negative one stands for none.
+    block_ids, slots: what moves where, by KV head or, with heads = 1, the same for all of them. An entry with a
+        negative or too large id or slot moves nothing.
     layer: which of the L layers; one out of range is refused, or means nothing where it is traced.
     transport: see `implementation_of`.
     implementation: "auto" or the name of one.
     """
-    pool, host, block_ids, slots = _checked(pool, host, block_ids, slots, every_layer=False)
-    layer = as_layer(layer, pool.shape[0])
+    pool, host, *lists = _checked(pool, host, page_table, block_ids, slots, every_layer=False)
+    layer = as_layer(layer, host.shape[0])
     with jax.named_scope("fetch_blocks"):
-        return FETCH_BLOCKS(implementation_of(transport, implementation), pool, host, block_ids, slots, layer)
+        return FETCH_BLOCKS(implementation_of(transport, implementation), pool, host, *lists, layer)
 
 
 def write_back_blocks(
-    host: Float[ArrayLike, "L B K M 2 P D"],
-    pool: Float[ArrayLike, "L B K slots 2 P D"],
-    block_ids: Integer[ArrayLike, "L B K X"],
-    slots: Integer[ArrayLike, "L B K X"],
+    host: Float[ArrayLike, "L pages K 2 P D"],
+    pool: Float[ArrayLike, "layers B K slots 2 P D"],
+    page_table: Integer[ArrayLike, "B M"],
+    block_ids: Integer[ArrayLike, "*L B heads X"],
+    slots: Integer[ArrayLike, "*L B heads X"],
+    layer: Integer[ArrayLike, ""] | None = None,
     *,
     transport: str = "auto",
     implementation: str = "auto",
-) -> Float[Array, "L B K M 2 P D"]:
-    """host[l, b, k, block_ids[l, b, k, x]] = pool[l, b, k, slots[l, b, k, x]] for every valid x, of all layers.
+) -> Float[Array, "L pages K 2 P D"]:
+    """host[l, page_table[b, block_ids[l, b, k, x]], k] = pool[l, b, k, slots[l, b, k, x]] for every valid x.
 
-    host: in `pinned_host` memory, and so is the result. transport: see `implementation_of`.
+    host: in `pinned_host` memory, and so is the result. Where two entries name one page, either of them is written.
+    layer: the only layer to write, with ids and slots [B, heads, X]; None for all of them. The rest as in
+    `fetch_blocks`.
     """
-    pool, host, block_ids, slots = _checked(pool, host, block_ids, slots, every_layer=True)
+    pool, host, *lists = _checked(pool, host, page_table, block_ids, slots, every_layer=layer is None)
     if jax.typeof(host).memory_space != jax.memory.Space.Host:
         remedy = "Move it: jax.device_put(host, jax.memory.Space.Host)."
         raise bad_value("host", "must be in pinned_host memory", "an array in device memory", remedy)
+    number = None if layer is None else as_layer(layer, host.shape[0])
     with jax.named_scope("write_back_blocks"):
-        return WRITE_BACK_BLOCKS(implementation_of(transport, implementation), host, pool, block_ids, slots)
+        return WRITE_BACK_BLOCKS(implementation_of(transport, implementation), host, pool, *lists, number)

@@ -42,10 +42,12 @@ CASES = SMALL | REAL
 
 
 def make_inputs(case: Case, key: Key[Array, ""]) -> dict[str, Any]:
-    """Array arguments of `fetch_blocks`; the host array lies in pinned memory, and no id or slot comes twice."""
+    """Array arguments of `fetch_blocks`; the store lies in pinned memory, its pages in any order, and no id or slot
+    comes twice."""
     rng = _inputs.generator(key)
     lead, tail = (case.layers, case.batch, case.kv_heads), (2, case.block_size, case.dim)
-    host = rng.standard_normal((*lead, case.blocks, *tail), np.float32).astype(jnp.dtype(case.dtype))
+    pages = case.batch * case.blocks
+    host = rng.standard_normal((case.layers, pages, case.kv_heads, *tail), np.float32).astype(jnp.dtype(case.dtype))
     pool = rng.standard_normal((*lead, case.slots, *tail), np.float32).astype(jnp.dtype(case.dtype))
     block_ids, slots = (np.full((case.batch, case.kv_heads, case.width), -1, np.int32) for _ in range(2))
     for cell in np.ndindex(case.batch, case.kv_heads):
@@ -55,6 +57,7 @@ def make_inputs(case: Case, key: Key[Array, ""]) -> dict[str, Any]:
     return {
         "host": jax.device_put(host, jax.memory.Space.Host),
         "pool": jnp.asarray(pool),
+        "page_table": jnp.asarray(rng.permutation(pages).reshape(case.batch, -1), jnp.int32),
         "block_ids": jnp.asarray(block_ids),
         "slots": jnp.asarray(slots),
         "layer": jnp.asarray(case.layers - 1, jnp.int32),
@@ -65,4 +68,10 @@ def of_all_layers(inputs: dict[str, Any]) -> dict[str, Any]:
     """Array arguments of `write_back_blocks`: in layer l every row moves what that l rows before it fetches."""
     layers = range(len(inputs["pool"]))
     stacked = {name: jnp.stack([jnp.roll(inputs[name], n, axis=0) for n in layers]) for name in ("block_ids", "slots")}
-    return {"host": inputs["host"], "pool": inputs["pool"]} | stacked
+    return {name: inputs[name] for name in ("host", "pool", "page_table")} | stacked
+
+
+def staged(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The same with a pool of one layer and the lists of the first KV head for all of them."""
+    first = {name: inputs[name][:, :1] for name in ("block_ids", "slots")}
+    return inputs | first | {"pool": inputs["pool"][:1]}

@@ -2,86 +2,123 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import _backend
 
-_PROGRAMS = 8  # per row and KV head; few, since a layer moves few blocks, and enough to fill the link at any batch
+_PROGRAMS = 8  # per row and KV head: enough to fill the link at any batch, few where a layer moves few blocks
 _WARPS = 8
 
 
-def move_block(source, target, at, from_, to):
-    """In a kernel: target[*at, to] = source[*at, from_], where both are blocks. at: layer, row and KV head."""
+def with_place(host, pool, page_table, at, block, slot, then):
+    """In a kernel: calls `then` with where a block lies in the store and in the pool, where it lies in both.
 
-    @_backend.when((from_ >= 0) & (from_ < source.shape[3]) & (to >= 0) & (to < target.shape[3]))
+    at: layer, row and KV head; a pool of one layer holds that one.
+    """
+    layer, row, head = at
+    has_place = (block >= 0) & (block < page_table.shape[1]) & (slot >= 0) & (slot < pool.shape[3])
+    page = page_table[row, jnp.where(has_place, block, 0)]
+
+    @_backend.when(has_place & (page >= 0))
     def _():
-        target[(*at, to)] = source[(*at, from_)]
+        then((layer, page % host.shape[1], head), (layer if pool.shape[0] == host.shape[0] else 0, row, head, slot))
 
 
-def _move_kernel(layer, sources, targets, source, _, target, *, programs):
-    """target[l, b, k, targets[x]] = source[l, b, k, sources[x]]; every program takes each `programs`-th x.
+def fetch_block(host, pool, page_table, at, block, slot):
+    """In a kernel: a block from the store into a slot."""
 
-    layer: of ids [B, K, X]; None for ids [L, B, K, X], of all layers.
+    def copy(there, here):
+        pool[here] = host[there]
+
+    with_place(host, pool, page_table, at, block, slot, copy)
+
+
+def _store_block(host, pool, page_table, at, block, slot):
+    """In a kernel: a block from its slot into the store."""
+
+    def copy(there, here):
+        host[there] = pool[here]
+
+    with_place(host, pool, page_table, at, block, slot, copy)
+
+
+def _move_kernel(layer, block_ids, slots, page_table, host, pool, *, move, programs):
+    """`move` for every entry; every program takes each `programs`-th one.
+
+    layer: of lists [B, K or 1, X]; None for lists [L, B, K or 1, X], of all layers.
     """
     program, head, row = (_backend.program_id(axis) for axis in range(3))
-    number = program // programs if layer is None else _backend.layer_index(layer, source)
-    at = number, row, head
-    listed = at if layer is None else at[1:]
+    number = program // programs if layer is None else _backend.layer_index(layer, host)
+    listed = (row, 0 if block_ids.shape[-2] == 1 else head)
+    listed = (number, *listed) if layer is None else listed
 
     def body(trip, carry):
         entry = (*listed, trip * programs + program % programs)
-        move_block(source, target, at, sources[entry], targets[entry])
+        move(host, pool, page_table, (number, row, head), block_ids[entry], slots[entry])
         return carry
 
-    jax.lax.fori_loop(0, sources.shape[-1] // programs, body, 0)
+    jax.lax.fori_loop(0, block_ids.shape[-1] // programs, body, 0)
 
 
-def _move(source: Array, target: Array, sources: Array, targets: Array, layer: Array | None) -> Array:
-    """The target with the blocks that move, in place where the target is donated."""
-    programs = min(_PROGRAMS, _backend.next_power_of_two(sources.shape[-1]))
-    sources, targets = (_backend.pad_to_multiple(x, x.ndim - 1, programs, -1) for x in (sources, targets))
-    lead = 1 if layer is not None else len(sources)
-    operands = (None if layer is None else jax.lax.reshape(layer, (1,)), sources, targets, source, target)
+def _call(
+    move: Callable[..., None], host: Array, pool: Array, lists: tuple[Array, ...], layer: Array | None, *, fetch: bool
+) -> Array:
+    """The pool where blocks are fetched, else the store, in place where that is donated. lists: table, ids, slots."""
+    page_table, *listed = lists
+    programs = min(_PROGRAMS, _backend.next_power_of_two(listed[0].shape[-1]))
+    block_ids, slots = (_backend.pad_to_multiple(x, x.ndim - 1, programs, -1) for x in listed)
+    lead = 1 if layer is not None else host.shape[0]
+    number = None if layer is None else jax.lax.reshape(layer, (1,))
+    operands = (number, block_ids, slots, page_table, host, pool)
 
     def kernel(*refs: Any) -> None:
-        _move_kernel(*refs, programs=programs)
+        *inputs, source_host, source_pool, target = refs
+        pair = (source_host, target) if fetch else (target, source_pool)
+        _move_kernel(*inputs, *pair, move=move, programs=programs)
 
+    target = pool if fetch else host
     return _backend.triton_call(
         kernel,
-        name="move_blocks",
-        grid=(lead * programs, *sources.shape[-2:-4:-1]),
+        name="fetch_blocks" if fetch else "write_back_blocks",
+        grid=(lead * programs, *pool.shape[2:0:-1]),
         out_shape=jax.ShapeDtypeStruct(target.shape, target.dtype),
         num_warps=_WARPS,
-        aliases={sum(x is not None for x in operands) - 1: 0},
+        aliases={sum(x is not None for x in operands) - (1 if fetch else 2): 0},
     )(*operands)
 
 
-def unsupported(target: Array, source: Array, *ids: Any) -> str | None:
+def unsupported(target: Array, source: Array, *lists: Any) -> str | None:
     """Why these arguments cannot take the kernel; None where they can."""
-    for size in source.shape[5:]:
+    for size in source.shape[-2:]:
         if not _backend.is_power_of_two(size):
-            return f"tokens per block and head dim must be powers of two, got {list(source.shape[5:])}"
+            return f"tokens per block and head dim must be powers of two, got {list(source.shape[-2:])}"
     return None
 
 
 def fetch_blocks(
-    pool: Float[Array, "L B K slots 2 P D"],
-    host: Float[Array, "L B K M 2 P D"],
-    block_ids: Int32[Array, "B K X"],
-    slots: Int32[Array, "B K X"],
+    pool: Float[Array, "layers B K slots 2 P D"],
+    host: Float[Array, "L pages K 2 P D"],
+    page_table: Int32[Array, "B M"],
+    block_ids: Int32[Array, "B heads X"],
+    slots: Int32[Array, "B heads X"],
     layer: Int32[Array, ""],
-) -> Float[Array, "L B K slots 2 P D"]:
-    return _move(host, pool, block_ids, slots, layer)
+) -> Float[Array, "layers B K slots 2 P D"]:
+    return _call(fetch_block, host, pool, (page_table, block_ids, slots), layer, fetch=True)
 
 
 def write_back_blocks(
-    host: Float[Array, "L B K M 2 P D"],
-    pool: Float[Array, "L B K slots 2 P D"],
-    block_ids: Int32[Array, "L B K X"],
-    slots: Int32[Array, "L B K X"],
-) -> Float[Array, "L B K M 2 P D"]:
+    host: Float[Array, "L pages K 2 P D"],
+    pool: Float[Array, "layers B K slots 2 P D"],
+    page_table: Int32[Array, "B M"],
+    block_ids: Int32[Array, "*L B heads X"],
+    slots: Int32[Array, "*L B heads X"],
+    layer: Int32[Array, ""] | None,
+) -> Float[Array, "L pages K 2 P D"]:
+    moved = _call(_store_block, host, pool, (page_table, block_ids, slots), layer, fetch=False)
     # Moves nothing: it gives the result back the type of an array in host memory.
-    return jax.device_put(_move(pool, host, slots, block_ids, None), jax.memory.Space.Host)
+    return jax.device_put(moved, jax.memory.Space.Host)

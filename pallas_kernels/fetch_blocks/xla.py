@@ -10,54 +10,78 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.blocks import slice_start
 
+Places = tuple[tuple[Array, ...], tuple[Array, ...]]
+
 
 def _for_each_move(
-    block_ids: Int32[Array, "layers B K X"],
-    slots: Int32[Array, "layers B K X"],
-    limits: tuple[int, int],
-    move: Callable[[tuple[Array, ...], Array, Array, Array], Array],
+    host: Float[Array, "L pages K 2 P D"],
+    pool: Float[Array, "layers B K slots 2 P D"],
+    page_table: Int32[Array, "B M"],
+    block_ids: Int32[Array, "*L B heads X"],
+    slots: Int32[Array, "*L B heads X"],
+    layer: Int32[Array, ""] | None,
+    move: Callable[[Places, Array], Array],
     target: Array,
 ) -> Array:
-    """Folds `move((layer, b, k), block, slot, target)` over the valid entries, in order."""
-    valid = (block_ids >= 0) & (block_ids < limits[0]) & (slots >= 0) & (slots < limits[1])
-    # Valid entries first, so that the loop has as many trips as there are blocks to move.
+    """Folds `move(places, target)` over the entries that move, in order; the places are those in store and pool."""
+    rows = jnp.arange(pool.shape[1])[:, None, None]
+    known = (block_ids >= 0) & (block_ids < page_table.shape[1])
+    page = jnp.where(known, page_table[rows, jnp.where(known, block_ids, 0)], -1)
+    valid = (page >= 0) & (slots >= 0) & (slots < pool.shape[3])
+    page = page % host.shape[1]
+    if layer is not None:
+        page, slots, valid = (x[None] for x in (page, slots, valid))
+    # Entries that move first, so that the loop has as many trips as there are blocks to move.
     order = jnp.argsort(~valid.reshape(-1), stable=True).astype(jnp.int32)
 
     def body(trip: Array, target: Array) -> Array:
-        entry = jnp.unravel_index(order[trip], block_ids.shape)
-        return move(entry[:3], block_ids[entry], slots[entry], target)
+        entry = jnp.unravel_index(order[trip], valid.shape)
+        of_list, row, head = entry[:3]
+        number = of_list if layer is None else layer
+        own = number if pool.shape[0] == host.shape[0] else 0
+        there = slice_start(number, page[entry], head, 0, 0, 0)
+        return move((there, slice_start(own, row, head, slots[entry], 0, 0, 0)), target)
 
     return jax.lax.fori_loop(0, jnp.sum(valid, dtype=jnp.int32), body, target)
 
 
+def _sizes(pool: Array, block_ids: Array) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of what moves at once in the store and in the pool: all KV heads where their lists are the same."""
+    heads, block = pool.shape[2] // block_ids.shape[-2], pool.shape[4:]
+    return (1, 1, heads, *block), (1, 1, heads, 1, *block)
+
+
 def fetch_blocks(
-    pool: Float[Array, "L B K slots 2 P D"],
-    host: Float[Array, "L B K M 2 P D"],
-    block_ids: Int32[Array, "B K X"],
-    slots: Int32[Array, "B K X"],
+    pool: Float[Array, "layers B K slots 2 P D"],
+    host: Float[Array, "L pages K 2 P D"],
+    page_table: Int32[Array, "B M"],
+    block_ids: Int32[Array, "B heads X"],
+    slots: Int32[Array, "B heads X"],
     layer: Int32[Array, ""],
-) -> Float[Array, "L B K slots 2 P D"]:
-    size = (1, 1, 1, 1, *pool.shape[4:])
+) -> Float[Array, "layers B K slots 2 P D"]:
+    in_store, in_pool = _sizes(pool, block_ids)
 
-    def move(at: tuple[Array, ...], block: Array, slot: Array, pool: Array) -> Array:
-        data = jax.lax.dynamic_slice(host, slice_start(layer, *at[1:], block, 0, 0, 0), size)
-        data = jax.device_put(data, jax.memory.Space.Device)
-        return jax.lax.dynamic_update_slice(pool, data, slice_start(layer, *at[1:], slot, 0, 0, 0))
+    def move(places: Places, pool: Array) -> Array:
+        there, here = places
+        data = jax.device_put(jax.lax.dynamic_slice(host, there, in_store), jax.memory.Space.Device)
+        return jax.lax.dynamic_update_slice(pool, data.reshape(in_pool), here)
 
-    return _for_each_move(block_ids[None], slots[None], (host.shape[3], pool.shape[3]), move, pool)
+    return _for_each_move(host, pool, page_table, block_ids, slots, layer, move, pool)
 
 
 def write_back_blocks(
-    host: Float[Array, "L B K M 2 P D"],
-    pool: Float[Array, "L B K slots 2 P D"],
-    block_ids: Int32[Array, "L B K X"],
-    slots: Int32[Array, "L B K X"],
-) -> Float[Array, "L B K M 2 P D"]:
-    size = (1, 1, 1, 1, *pool.shape[4:])
+    host: Float[Array, "L pages K 2 P D"],
+    pool: Float[Array, "layers B K slots 2 P D"],
+    page_table: Int32[Array, "B M"],
+    block_ids: Int32[Array, "*L B heads X"],
+    slots: Int32[Array, "*L B heads X"],
+    layer: Int32[Array, ""] | None,
+) -> Float[Array, "L pages K 2 P D"]:
+    in_store, in_pool = _sizes(pool, block_ids)
 
-    def move(at: tuple[Array, ...], block: Array, slot: Array, host: Array) -> Array:
-        data = jax.lax.dynamic_slice(pool, slice_start(*at, slot, 0, 0, 0), size)
-        data = jax.device_put(data, jax.memory.Space.Host)
-        return jax.lax.dynamic_update_slice(host, data, slice_start(*at, block, 0, 0, 0))
+    def move(places: Places, host: Array) -> Array:
+        there, here = places
+        data = jax.lax.dynamic_slice(pool, here, in_pool).reshape(in_store)
+        return jax.lax.dynamic_update_slice(host, jax.device_put(data, jax.memory.Space.Host), there)
 
-    return _for_each_move(block_ids, slots, (host.shape[3], pool.shape[3]), move, host)
+    return _for_each_move(host, pool, page_table, block_ids, slots, layer, move, host)
