@@ -17,6 +17,7 @@ from nosa_jax.decode import (
     extend,
     generate,
     jit_decode_step,
+    jit_extend,
     prefill,
     stream,
 )
@@ -61,6 +62,7 @@ __all__ = [
     "from_pretrained",
     "generate",
     "jit_decode_step",
+    "jit_extend",
     "load_importance",
     "locality",
     "num_parameters",

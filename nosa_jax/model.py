@@ -60,6 +60,16 @@ class MLP(nnx.Module):
         self.gate_up = nnx.Param(0.02 * jax.random.normal(rngs.params(), (layers, hidden, 2, inner), dtype))
         self.down = nnx.Param(scale * jax.random.normal(rngs.params(), (layers, inner, hidden), dtype))
 
+    def in_pieces(self, x: Float[Array, "B T H"], tokens: int) -> Float[Array, "B T H"]:
+        """The same for so many tokens at a time, whatever their rows: what is held meanwhile does not grow with T."""
+        shape = x.shape
+        count = -(-shape[0] * shape[1] // tokens)
+        if count == 1:
+            return self(x)
+        flat = jnp.pad(x.reshape(-1, shape[-1]), ((0, count * tokens - shape[0] * shape[1]), (0, 0)))
+        out = jax.lax.map(self, flat.reshape(count, 1, tokens, -1))
+        return out.reshape(-1, shape[-1])[: shape[0] * shape[1]].reshape(shape)
+
     def __call__(self, x: Float[Array, "B T H"]) -> Float[Array, "B T H"]:
         both = jnp.einsum("bth,hcf->btcf", x, self.gate_up[...])
         return (jax.nn.silu(both[..., 0, :]) * both[..., 1, :]) @ self.down[...]
@@ -81,17 +91,22 @@ class Layers(nnx.Module):
         x: Float[Array, "B T H"],
         attend: Callable[[Attention, Float[Array, "B T H"]], tuple[Float[Array, "B T H"], R]],
         index: Int32[Array, ""] | None = None,
+        mlp_tokens: int | None = None,
     ) -> tuple[Float[Array, "B T H"], R]:
         """The way through one layer: norm, attend, residual, norm, MLP, residual.
 
         attend: from one layer's attention and its input to its output and anything else, which is returned too.
         index: which layer; None where this module is one layer's slice already, as a scan hands it out.
+        mlp_tokens: how many go through the MLP at once; None for all.
         """
         half = lambda parts, x: (parts, x) if index is None else _layer_at(parts, index, x)
         (norm, attention), x = half((self.attention_norm, self.attention), x)
         out, rest = attend(attention, rms_norm(x, norm[...], config.rms_norm_eps))
         (norm, mlp), x = half((self.mlp_norm, self.mlp), parallel.activations(x + out))
-        return parallel.activations(x + mlp(rms_norm(x, norm[...], config.rms_norm_eps))), rest
+        normed = rms_norm(x, norm[...], config.rms_norm_eps)
+        return parallel.activations(
+            x + (mlp(normed) if mlp_tokens is None else mlp.in_pieces(normed, mlp_tokens))
+        ), rest
 
 
 def _layer_at[Parts](parts: Parts, index: Int32[Array, ""], x: Array) -> tuple[Parts, Array]:

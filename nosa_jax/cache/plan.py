@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from nosa_jax.cache import memory
+from nosa_jax.cache.working_set import DEFAULT_BYTES, Reading, plan_reading
 from nosa_jax.config import CacheConfig, ModelConfig
 from nosa_jax.model import NosaLM
 from pallas_kernels import blocks
@@ -37,7 +38,8 @@ class CacheTooLargeError(MemoryError, ValueError):
 class Plan:
     """Bytes by part, and what one decode step moves. `str(plan)` is a table.
 
-    host_bytes: KV cache in host memory. device: bytes by part, weights included. pcie_bytes_per_token: expected,
+    host_bytes: KV cache in host memory. device: bytes by part, weights included; "prefill" is what reading the prompts
+    holds beside the rest, and free again while decoding. reading: how they are read. pcie_bytes_per_token: expected,
     blocks fetched and written back. hbm_bytes_per_token: read per generated token, the weights shared by the batch.
     tokens_per_second: of the whole batch, if a step took its HBM time plus its PCIe time: a bound, not a promise.
     """
@@ -49,6 +51,7 @@ class Plan:
     block_bytes: int
     host_bytes: int
     device: dict[str, int]
+    reading: Reading
     misses_per_step: float
     pcie_bytes_per_token: float
     hbm_bytes_per_token: float
@@ -79,6 +82,7 @@ class Plan:
         remedy = f"Lower {rows}, {tokens} or slots ({self.slots})"
         if self.slots is None:
             remedy = f"Lower {rows} or {tokens}, or offload the cache"
+        remedy += ", or lower working_set" if self.reading.bytes > DEFAULT_BYTES else ""
         host = memory.host_limit()
         needed = devices * self.host_bytes
         if needed > host.size:
@@ -104,7 +108,8 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         derived = ("device_bytes", "seconds_per_step", "tokens_per_second")
-        return dataclasses.asdict(self) | {name: getattr(self, name) for name in derived}
+        parts = dataclasses.asdict(self) | {"reading": self.reading._asdict()}
+        return parts | {name: getattr(self, name) for name in derived}
 
     def __str__(self) -> str:
         where = "all on the device" if self.slots is None else f"{self.slots} of {self.num_blocks} blocks on the device"
@@ -128,6 +133,9 @@ def plan(
     cache: CacheConfig = CacheConfig(),
     *,
     dtype: Any = jnp.bfloat16,
+    prompt: int | None = None,
+    chunk: int | None = None,
+    working_set: int | None = None,
     misses: float | None = None,
     link_bytes_per_second: float | None = None,
     hbm_bytes_per_second: float | None = None,
@@ -139,11 +147,13 @@ def plan(
     max_length: tokens that each may hold, prompt and new ones.
     cache: where the KV cache lives, and its slots.
     dtype: of weights and cache; importance is float32 in any.
+    prompt: tokens of the longest prompt; None for `max_length`.
+    chunk, working_set: how prompts are read, see `prefill`.
     misses: blocks fetched per step, layer, KV head and row; None takes published measurements by slots.
     link_bytes_per_second, hbm_bytes_per_second: rates of the link and of device memory; None takes what was measured
         on the card that JAX uses, if it is a known one (H100 or H200), else on an H200. Planning alone makes JAX use
         no device, so that `set_host_memory_limit` can follow it: before the first use it is an H200's, too.
-    Raises ValueError for sizes below 1 or slots that cannot work.
+    Raises ValueError for sizes below 1, slots that cannot work and a working set too small for one row.
     """
     require_type("config", config, ModelConfig, "Pass presets.nosa_8b() or model.config.")
     require_type("cache", cache, CacheConfig, "Pass CacheConfig(...).")
@@ -174,6 +184,12 @@ def plan(
         device["importance"] = tables * 4 * (m * attention.block_size + windows + 2)
     if slots is not None:
         device["slot tables"] = tables * slots * 2 * 4
+    reading = plan_reading(
+        config, batch, max_length if prompt is None else require_int("prompt", prompt, 1), m,
+        dtype=dtype, row_bytes=(sum(device.values()) - device["weights"]) // batch, fresh=True, chunk=chunk,
+        budget=working_set,
+    )  # fmt: skip
+    device["prefill"] = reading.bytes
 
     if slots is None or slots >= m:
         misses = 0.0
@@ -190,6 +206,7 @@ def plan(
         block_bytes=block_bytes,
         host_bytes=0 if slots is None else tables * m * block_bytes,
         device=device,
+        reading=reading,
         misses_per_step=misses,
         pcie_bytes_per_token=moved.link,
         hbm_bytes_per_token=(shared + batch * (moved.device - shared)) / batch,

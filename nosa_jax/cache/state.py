@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -123,6 +124,33 @@ def specs(state: DecodeState) -> DecodeState:
     placed: DecodeState = jax.tree.map(lambda _: PartitionSpec(None, parallel.ROWS), state)
     rows = PartitionSpec(parallel.ROWS)
     return dataclasses.replace(placed, lengths=rows, page_table=None if state.page_table is None else rows)
+
+
+def device_bytes(state: DecodeState) -> int:
+    """What the state takes in device memory."""
+    return sum(x.nbytes for x in jax.tree.leaves(dataclasses.replace(state, host=None)))
+
+
+def rows_of(state: DecodeState, first: Int32[Array, ""], count: int) -> DecodeState:
+    """The state of `count` rows alone. The host store stays whole: the pages of these rows are theirs."""
+    cut = lambda axis: lambda x: jax.lax.dynamic_slice_in_dim(x, first, count, axis)
+    return _by_rows(cut, state)
+
+
+def with_rows(state: DecodeState, part: DecodeState, first: Int32[Array, ""]) -> DecodeState:
+    """`state` with the rows of `part` in the place of those from `first` on."""
+    put = lambda axis: lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, first, axis)
+    return dataclasses.replace(_by_rows(put, state, part), host=part.host)
+
+
+def _by_rows(function: Callable[[int], Callable[..., Array]], state: DecodeState, *others: DecodeState) -> DecodeState:
+    """`function(axis of rows)` of every array but the host store."""
+    names = [name for name in _fields(state) if name != "host"]
+    axes = {name: 0 if name in ("lengths", "page_table") else 1 for name in names}
+    parts = {
+        name: jax.tree.map(function(axes[name]), *(getattr(each, name) for each in (state, *others))) for name in names
+    }
+    return dataclasses.replace(state, **parts)
 
 
 def require_fitting(state: DecodeState, config: ModelConfig, dtype: Any) -> None:

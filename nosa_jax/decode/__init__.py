@@ -6,7 +6,7 @@ Users find what they need under `nosa_jax`; scripts that measure or change a ste
 from nosa_jax.decode.checks import Prompt
 from nosa_jax.decode.generation import GREEDY, Generation, Step, generate, stream
 from nosa_jax.decode.program import COMPILER_OPTIONS
-from nosa_jax.decode.prompt import extend, prefill
+from nosa_jax.decode.prompt import extend, jit_extend, prefill
 from nosa_jax.decode.request import RECORDS
 from nosa_jax.decode.sampling import Sampling, row_keys, sample
 from nosa_jax.decode.step import StepOutput, decode_step, jit_decode_step, run_step
@@ -24,6 +24,7 @@ __all__ = [
     "extend",
     "generate",
     "jit_decode_step",
+    "jit_extend",
     "prefill",
     "row_keys",
     "run_step",

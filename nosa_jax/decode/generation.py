@@ -18,12 +18,21 @@ from nosa_jax.config import CacheConfig
 from nosa_jax.decode import checks
 from nosa_jax.decode.checks import Prompt
 from nosa_jax.decode.program import program
-from nosa_jax.decode.prompt import read_prompt
-from nosa_jax.decode.request import Options, Request, as_options, as_request
+from nosa_jax.decode.prompt import padded_prompt, read_prompt
+from nosa_jax.decode.request import Options, Request, as_options, as_request, max_length_of
 from nosa_jax.decode.sampling import Sampling, has_finite_best, sample
 from nosa_jax.decode.step import StepOutput, run_step
 from nosa_jax.model import NosaLM
-from pallas_kernels.checks import IntegersLike, bad_type, bad_value, is_concrete, require_shape, require_type
+from pallas_kernels.checks import (
+    IntegersLike,
+    bad_type,
+    bad_value,
+    is_concrete,
+    is_tracing,
+    require_int,
+    require_shape,
+    require_type,
+)
 
 GREEDY = Sampling(temperature=0.0)
 
@@ -102,6 +111,7 @@ def generate(
     forced_tokens: IntegersLike | None = None,
     forced_block_ids: IntegersLike | None = None,
     chunk: int | None = None,
+    working_set: int | None = None,
     mesh: Mesh | None = None,
 ) -> Generation:
     """Continues the prompts: prefill, then one `lax.while_loop` that ends when all rows stopped.
@@ -118,25 +128,27 @@ def generate(
     forced_tokens: int [B, new], taken instead of sampled ones.
     forced_block_ids: int [L, B, K, new, J] as recorded, used instead of selecting; where a selection is -1 alone, as
         after a row had stopped, the model selects.
-    chunk: prompt tokens read at once, see `prefill`.
+    chunk, working_set: how the prompts are read, see `prefill`.
     mesh: devices of this host that share the rows, each with its own part of the host store; B must be a multiple of
         their number. Every device holds all weights: place them once,
         `jax.device_put(model, NamedSharding(mesh, PartitionSpec()))`.
 
+    Outside `jax.jit` prompts and room for new tokens are padded to one of a few sizes, so that calls of most lengths
+    share a program, whatever the temperature.
     Raises ValueError or TypeError for bad input, CacheTooLargeError before anything is allocated, and, outside
     `jax.jit`, FloatingPointError where a row's logits have no finite best; inside look at `Generation.failed`.
     """
-    prompt = checks.as_prompt(model, tokens, lengths)
+    new = require_int("max_new_tokens", max_new_tokens, 1)
+    prompt = _as_prompt(model, tokens, lengths)
     mesh = None if mesh is None else _checked_mesh(mesh, model, prompt.batch)
     devices = 1 if mesh is None else mesh.size
-    options = as_options(max_new_tokens, cache, record, chunk)
-    request = as_request(model, prompt, options, sampling, key, stop_tokens, pad_token, devices)
+    options = as_options(new, cache, record, chunk, working_set)
+    request = as_request(model, prompt, options, new, sampling, key, stop_tokens, pad_token, devices)
     if forced_tokens is not None:
         forced_tokens = layout.as_tokens(forced_tokens, model.config.vocab_size, name="forced_tokens")
-        shape = (request.prompt.batch, options.max_new_tokens)
-        require_shape("forced_tokens", forced_tokens, shape, "[B, max_new_tokens]")
+        require_shape("forced_tokens", forced_tokens, (request.prompt.batch, new), "[B, max_new_tokens]")
     if forced_block_ids is not None:
-        forced_block_ids = checks.as_forced_block_ids(model, forced_block_ids, request.prompt, options.max_new_tokens)
+        forced_block_ids = checks.as_forced_block_ids(model, forced_block_ids, request.prompt, new)
     request = dataclasses.replace(request, forced_tokens=forced_tokens, forced_block_ids=forced_block_ids)
     if mesh is not None and is_concrete(*jax.tree.leaves((model, request))):
         place = lambda spec, part: jax.device_put(part, NamedSharding(mesh, spec))
@@ -144,7 +156,7 @@ def generate(
         # Here, as the program takes no weights that are cut along Explicit axes. Whole ones are not copied.
         model = place(PartitionSpec(), model)
     model, request = checks.untransformed((model, request))
-    generation = _generate(model, request, options=options, mesh=mesh)
+    generation = _first_steps(_generate(model, request, options=options, mesh=mesh), new)
     if is_concrete(generation.failed):
         _require_drawn(*jax.device_get((generation.failed, generation.lengths)))
     return generation
@@ -163,6 +175,7 @@ def stream(
     pad_token: int = 0,
     record: Record = False,
     chunk: int | None = None,
+    working_set: int | None = None,
 ) -> Iterator[Any]:
     """Yields one int32 array [B] per step, `pad_token` for rows that stopped; the tokens that `generate` would return.
 
@@ -175,30 +188,51 @@ def stream(
     stop_tokens: tokens that end a row.
     pad_token: stands after a row's end.
     record: True, or some of "logits", "block_ids", "fetched": then a `Step` per step comes, its arrays in host memory.
-    chunk: prompt tokens read at once, see `prefill`.
+    chunk, working_set: how the prompts are read, see `prefill`.
 
+    The device is a step ahead: it computes the next token while the caller has this one.
     Errors as in `generate`; arguments are checked at the call, not at the first token.
     """
-    options = as_options(max_new_tokens, cache, record, chunk)
-    prompt = checks.as_prompt(model, tokens, lengths)
-    request = as_request(model, prompt, options, sampling, key, stop_tokens, pad_token)
+    new = require_int("max_new_tokens", max_new_tokens, 1)
+    options = as_options(new, cache, record, chunk, working_set)
+    prompt = _as_prompt(model, tokens, lengths)
+    request = as_request(model, prompt, options, new, sampling, key, stop_tokens, pad_token)
     if not is_concrete(*jax.tree.leaves((model, request))):
         raise bad_type("stream", "cannot run inside jax.jit, jax.vmap or a gradient", "a traced array", "Use generate.")
-    steps = _stream(model, request, options)
+    steps = _stream(model, request, options, new)
     return (one.tokens for one in steps) if not options.names else steps
 
 
-def _stream(model: NosaLM, request: Request, options: Options) -> Iterator[Step]:
-    loop, following = _start(model, request, options)
-    for index in range(options.max_new_tokens):
-        if index:
-            loop, following = _stream_step(model, request, loop, options=options)
-        # One transfer a step; copied, as the buffers may be donated to the next step.
-        following, done, failed, lengths = jax.device_get((following, loop.done, loop.failed, loop.lengths))
+def _as_prompt(model: NosaLM, tokens: Any, lengths: Any) -> Prompt:
+    prompt = checks.as_prompt(model, tokens, lengths)
+    return prompt if is_tracing() else padded_prompt(prompt)
+
+
+def _first_steps(generation: Generation, new: int) -> Generation:
+    """Without the room that was not asked for."""
+    axes = {"tokens": 1, "logits": 1, "block_ids": 3, "fetched": 3}
+    found = {name: getattr(generation, name) for name in axes}
+    cut = {
+        name: jax.lax.slice_in_dim(x, 0, new, axis=axes[name])
+        for name, x in found.items()
+        if x is not None and x.shape[axes[name]] > new
+    }
+    return dataclasses.replace(generation, **cut)
+
+
+def _stream(model: NosaLM, request: Request, options: Options, new: int) -> Iterator[Step]:
+    loop, following, ends = _stream_start(model, request, options=options)
+    for index in range(new):
+        more = index + 1 < new
+        if more:  # before this step is looked at: the device goes on while it crosses and the caller has it
+            loop, ahead, ends_ahead = _stream_step(model, request, loop, options=options)
+        here, (done, failed, lengths) = jax.device_get((following, ends))
         _require_drawn(failed, lengths)
-        yield jax.tree.map(np.array, following)
+        yield jax.tree.map(np.array, here)
         if done.all():
             return
+        if more:
+            following, ends = ahead, ends_ahead
 
 
 def _require_drawn(failed: np.ndarray, lengths: np.ndarray) -> None:
@@ -212,18 +246,29 @@ def _require_drawn(failed: np.ndarray, lengths: np.ndarray) -> None:
         )
 
 
-@program(static_argnames="options", donate_argnames="loop")
-def _stream_step(model: NosaLM, request: Request, loop: Loop, *, options: Options) -> tuple[Loop, Step]:
-    return _advance(model, request, loop, options, None, None)
+Ends = tuple[Array, Array, Array]  # done, failed and lengths of a loop, which outlive its donation
 
 
 @program(static_argnames="options")
+def _stream_start(model: NosaLM, request: Request, *, options: Options) -> tuple[Loop, Step, Ends]:
+    loop, following = _start(model, request, options)
+    return loop, following, (loop.done, loop.failed, loop.lengths)
+
+
+@program(static_argnames="options", donate_argnames="loop")
+def _stream_step(model: NosaLM, request: Request, loop: Loop, *, options: Options) -> tuple[Loop, Step, Ends]:
+    loop, following = _advance(model, request, loop, options, None, None)
+    return loop, following, (loop.done, loop.failed, loop.lengths)
+
+
 def _start(model: NosaLM, request: Request, options: Options) -> tuple[Loop, Step]:
     """Reads the prompt and draws the first token."""
     prompt = request.prompt
     token, block_ids = request.forced(0)
-    max_length = prompt.width + options.max_new_tokens
-    state, out = read_prompt(model, prompt, block_ids, max_length=max_length, cache=options.cache, chunk=options.chunk)
+    state, out = read_prompt(
+        model, prompt, block_ids,
+        max_length=max_length_of(prompt, options), cache=options.cache, limits=options.limits,
+    )  # fmt: skip
     nothing = jnp.zeros(prompt.lengths.shape, jnp.int32)
     return _draw(request, Loop(state, nothing, nothing > 0, nothing, nothing > 0), out, options, token)
 
@@ -272,7 +317,7 @@ def _generate_rows(model: NosaLM, request: Request, options: Options) -> Generat
     loop, first = _start(model, request, options)
     # One entry per step first, so that a step writes one contiguous piece.
     fills = Step(request.pad, 0, -1, 0)
-    whole = lambda x, fill: jnp.full((options.max_new_tokens, *x.shape), fill, x.dtype).at[0].set(x)
+    whole = lambda x, fill: jnp.full((options.room, *x.shape), fill, x.dtype).at[0].set(x)
     records = Step(
         **{
             field.name: None if (x := getattr(first, field.name)) is None else whole(x, getattr(fills, field.name))
@@ -282,7 +327,7 @@ def _generate_rows(model: NosaLM, request: Request, options: Options) -> Generat
 
     def unfinished(carry: tuple[Array, Loop, Step]) -> Array:
         index, loop, _ = carry
-        return (index < options.max_new_tokens) & ~loop.done.all()
+        return (index < request.new) & ~loop.done.all()
 
     def body(carry: tuple[Array, Loop, Step]) -> tuple[Array, Loop, Step]:
         index, loop, records = carry
@@ -305,7 +350,7 @@ def _request_specs(mesh: Mesh) -> Request:
     """How a request is split over the devices of a mesh: by rows, on any of its axes."""
     rows, of_layers, all_ = PartitionSpec(mesh.axis_names), PartitionSpec(None, mesh.axis_names), PartitionSpec()
     return Request(
-        prompt=Prompt(rows, rows), keys=rows, filter=all_, stop=all_, pad=all_,
+        prompt=Prompt(rows, rows), keys=rows, filter=all_, stop=all_, pad=all_, new=all_,
         forced_tokens=rows, forced_block_ids=of_layers,
     )  # fmt: skip
 

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Float, Int32
 
-from nosa_jax import parallel, rope
+from nosa_jax import parallel
 from nosa_jax.attention import layout
-from nosa_jax.attention.layer import Attention
-from nosa_jax.attention.selection import replace_selection
-from nosa_jax.cache import staging, summaries
-from nosa_jax.cache.state import DecodeState, empty_state, own_pages, specs
-from nosa_jax.config import CacheConfig, ModelConfig
-from nosa_jax.decode import checks
-from nosa_jax.decode.checks import Prompt
+from nosa_jax.cache.state import DecodeState, device_bytes, empty_state, own_pages, specs
+from nosa_jax.cache.working_set import plan_reading
+from nosa_jax.config import CacheConfig
+from nosa_jax.decode import checks, widths
+from nosa_jax.decode.checks import Limits, Prompt
 from nosa_jax.decode.program import program
+from nosa_jax.decode.reading import read_groups
 from nosa_jax.decode.step import StepOutput, output_specs
-from nosa_jax.model import Layers, NosaLM
-from pallas_kernels import block_attention, blocks
-from pallas_kernels.checks import IntegersLike
-from pallas_kernels.promotion import usual_promotion
+from nosa_jax.model import NosaLM
+from pallas_kernels import blocks
+from pallas_kernels.checks import IntegersLike, is_concrete, is_tracing
+
+State = tuple[DecodeState, Float[Array, "B V"]]
 
 
 def prefill(
@@ -36,6 +36,7 @@ def prefill(
     max_length: int,
     cache: CacheConfig = CacheConfig(),
     chunk: int | None = None,
+    working_set: int | None = None,
 ) -> tuple[DecodeState, Float[Array, "B V"]]:
     """Reads the prompts into a new state. Returns it with the float32 logits after each prompt's last token.
 
@@ -43,59 +44,135 @@ def prefill(
     lengths: int [B], tokens of each row; None: all T.
     max_length: what a row may grow to, prompt included.
     cache: where the KV cache lives.
-    chunk: tokens read at once; None reads all, a number bounds the memory of activations.
+    chunk: tokens of a row read at once, each chunk over the cache of those before it; None reads rows whole where they
+        fit `working_set`, and else in chunks that do.
+    working_set: bytes of device memory to hold meanwhile, beside weights and cache; None for 2 GiB. Rows are read in
+        groups that fit; more memory does not make it much faster.
 
     On a mesh every device reads its own rows with the whole model: weights that are cut along `fsdp` or `tensor` are
     gathered at every call. To decode much, place them whole first: `jax.device_put(model, NamedSharding(mesh, P()))`.
 
-    Raises ValueError for bad input and CacheTooLargeError, before anything is allocated, when the cache does not fit.
+    Outside `jax.jit` the tokens are padded to one of a few widths, so that prompts of most lengths share a program.
+    Raises ValueError for bad input, a working set too small for one row included, and CacheTooLargeError, before
+    anything is allocated, when cache and working set do not fit.
     """
     prompt = checks.as_prompt(model, tokens, lengths)
-    max_length = checks.check_cache(model, prompt, max_length, cache)
-    chunk = checks.check_chunk(chunk)
+    limits = checks.as_limits(chunk, working_set)
+    max_length = checks.check_cache(model, prompt, max_length, cache, limits)
+    if not is_tracing():
+        prompt = padded_prompt(prompt)
     model, prompt = checks.untransformed((model, prompt))
-    state, out = read_prompt(model, prompt, max_length=max_length, cache=cache, chunk=chunk)
+    state, out = read_prompt(model, prompt, max_length=max_length, cache=cache, limits=limits)
     return state, out.logits
 
 
+def padded_prompt(prompt: Prompt) -> Prompt:
+    """The prompt, padded to a width that others share."""
+    return Prompt(widths.padded(prompt.tokens, widths.rounded(prompt.width)), prompt.lengths)
+
+
 def extend(
-    model: NosaLM, state: DecodeState, tokens: IntegersLike, lengths: IntegersLike | None = None
+    model: NosaLM,
+    state: DecodeState,
+    tokens: IntegersLike,
+    lengths: IntegersLike | None = None,
+    *,
+    working_set: int | None = None,
 ) -> tuple[DecodeState, Float[Array, "B V"]]:
     """Reads any number of further tokens into a running state: the next turn, or the next chunk of a prompt.
 
     tokens: int [B, n]; row b gets the first `lengths[b]` of them, 0 leaves it as it is. Returns the new state and the
-    logits after each row's last token (meaningless where a row got none). The old state stays valid; to reuse its
-    memory, jit this function with the state donated. Under jit, where values cannot be checked, tokens beyond
-    `max_length` are dropped. Each layer's cache is staged on the device as a whole, [B, K, M, 2, P, D], one at a time.
+    logits after each row's last token (meaningless where a row got none). The old state stays valid, so what it holds
+    is copied, in host memory, too; `jit_extend` goes on in place. Outside `jax.jit` the tokens are read in pieces of
+    64, 512 or 4096, so that turns of any lengths share a few programs. Under jit, where values cannot be checked,
+    tokens beyond `max_length` are dropped. What a layer holds of the rows that grow is staged on the device, one layer
+    at a time, in groups of rows that fit `working_set` (see `prefill`).
+
+    Raises TypeError or ValueError for a state of another model, wrong shapes and, outside jit, wrong values, and
+    CacheTooLargeError where the working set does not fit.
     """
+    return _extend(_read_more, model, state, tokens, lengths, working_set, copies=True)
+
+
+def jit_extend(
+    model: NosaLM,
+    state: DecodeState,
+    tokens: IntegersLike,
+    lengths: IntegersLike | None = None,
+    *,
+    working_set: int | None = None,
+) -> tuple[DecodeState, Float[Array, "B V"]]:
+    """`extend` with the state donated: go on with the state that it returns, as the one passed in is gone.
+
+    Errors as in `extend`, before the state is touched.
+    """
+    return _extend(_read_more_in_place, model, state, tokens, lengths, working_set, copies=False)
+
+
+def _extend(
+    run: Callable[..., State], model: NosaLM, state: DecodeState, tokens: Any, lengths: Any, working_set: Any, *,
+    copies: bool,
+) -> State:  # fmt: skip
+    """copies: whether `run` leaves the state as it is."""
     checks.check_model(model)
     tokens = layout.as_tokens(tokens, model.config.vocab_size)
     batch, width = tokens.shape
     checks.check_state(model, state, batch)
     lengths = layout.as_lengths(lengths, batch, width, minimum=0)
-    count = jnp.full((batch,), width, jnp.int32) if lengths is None else lengths
+    count = jnp.asarray(np.full(batch, width, np.int32)) if lengths is None else lengths
     checks.check_room(state, count)
+    limits = checks.as_limits(None, working_set)
     model, state, tokens, count = checks.untransformed((model, state, tokens, count))
-    state, out = _read_more(model, state, tokens, count)
-    return state, out.logits
+    logits = jnp.zeros((batch, model.config.vocab_size), jnp.float32)
+    if is_tracing() or not is_concrete(tokens, count):
+        checks.check_working_set(model, state, width, limits, copies=copies)
+        return run(model, state, tokens, count, logits, limits=limits)
+    tokens, count = np.asarray(tokens), np.asarray(count)
+    parts = list(widths.pieces(width))
+    checks.check_working_set(model, state, max(size for _, size in parts), limits, copies=copies)
+    for begin, size in parts:
+        part = jnp.asarray(widths.padded(tokens[:, begin : begin + size], size))
+        in_part = jnp.asarray(np.clip(count - begin, 0, size))
+        state, logits = run(model, state, part, in_part, logits, limits=limits)
+        run = _read_more_in_place  # the states in between are nobody's
+    return state, logits
 
 
-@program()
-def _read_more(
-    model: NosaLM, state: DecodeState, tokens: Int32[Array, "B n"], count: Int32[Array, " B"]
-) -> tuple[DecodeState, StepOutput]:
-    """`extend` by checked tokens."""
+def _more(
+    model: NosaLM,
+    state: DecodeState,
+    tokens: Int32[Array, "B n"],
+    count: Int32[Array, " B"],
+    logits: Float[Array, "B V"],
+    *,
+    limits: Limits,
+) -> State:
+    """`extend` by checked tokens. logits: of rows that get none."""
     rows, of_state = PartitionSpec(parallel.ROWS), specs(state)
+
+    def body(model: NosaLM, state: DecodeState, tokens: Array, count: Array, logits: Array) -> State:
+        reading = plan_reading(
+            model.config, len(tokens), tokens.shape[1], state.num_blocks,
+            dtype=model.embed.dtype, row_bytes=device_bytes(state) // len(tokens), fresh=False,
+            budget=limits.working_set,
+        )  # fmt: skip
+        state, out = read_groups(model, state, tokens, count, None, reading, fresh=False)
+        return state, jnp.where((count > 0)[:, None], out.logits, logits)
+
     return parallel.by_rows(
         parallel.mesh_of(model, state, tokens),
-        _extend,
-        (model, state, tokens, count),
-        (PartitionSpec(), of_state, rows, rows),
-        (of_state, output_specs(model.config)),
+        body,
+        (model, state, tokens, count, logits),
+        (PartitionSpec(), of_state, rows, rows, rows),
+        (of_state, rows),
     )
 
 
-@program(static_argnames=("max_length", "cache", "chunk"))
+_read_more = program(static_argnames="limits")(_more)
+_read_more_in_place = program(static_argnames="limits", donate_argnames="state")(_more)
+
+
+@program(static_argnames=("max_length", "cache", "limits"))
 def read_prompt(
     model: NosaLM,
     prompt: Prompt,
@@ -103,143 +180,31 @@ def read_prompt(
     *,
     max_length: int,
     cache: CacheConfig,
-    chunk: int | None,
+    limits: Limits,
 ) -> tuple[DecodeState, StepOutput]:
     """`prefill` of a checked prompt.
 
     forced_block_ids: replace the selection of each row's last token, see `replace_selection`.
     """
-    make = lambda pages: empty_state(model.config, len(pages), max_length, cache, model.embed.dtype, pages)
-    pages = own_pages(prompt.batch, blocks.num_blocks(max_length, model.config.attention.block_size))
+    config, dtype = model.config, model.embed.dtype
+    num_blocks = blocks.num_blocks(max_length, config.attention.block_size)
+    make = lambda pages: empty_state(config, len(pages), max_length, cache, dtype, pages)
+
+    def body(model: NosaLM, prompt: Prompt, forced: Array | None, pages: Array) -> tuple[DecodeState, StepOutput]:
+        state = make(pages)
+        reading = plan_reading(
+            config, prompt.batch, prompt.width, num_blocks,
+            dtype=dtype, row_bytes=device_bytes(state) // len(pages), fresh=True, chunk=limits.chunk,
+            budget=limits.working_set,
+        )  # fmt: skip
+        return read_groups(model, state, prompt.tokens, prompt.lengths, forced, reading, fresh=True)
+
+    pages = own_pages(prompt.batch, num_blocks)
     rows, of_layers = PartitionSpec(parallel.ROWS), PartitionSpec(None, parallel.ROWS)
     return parallel.by_rows(
         parallel.mesh_of(model, prompt),
-        lambda model, prompt, forced, pages: _read_rows(model, prompt, forced, make(pages), chunk),
+        body,
         (model, prompt, forced_block_ids, pages),
         (PartitionSpec(), rows, of_layers, rows),
-        (specs(jax.eval_shape(make, pages)), output_specs(model.config)),
+        (specs(jax.eval_shape(make, pages)), output_specs(config)),
     )
-
-
-def _read_rows(
-    model: NosaLM,
-    prompt: Prompt,
-    forced_block_ids: Int32[Array, "L B K J"] | None,
-    state: DecodeState,
-    chunk: int | None,
-) -> tuple[DecodeState, StepOutput]:
-    """state: of empty rows."""
-    if chunk is None or chunk >= prompt.width:
-        return _extend(model, state, prompt.tokens, prompt.lengths, forced_block_ids, fresh=True)
-    chunks = -(-prompt.width // chunk)
-    tokens = jnp.pad(prompt.tokens, ((0, 0), (0, chunks * chunk - prompt.width)))
-    tokens = jnp.moveaxis(tokens.reshape(prompt.batch, chunks, chunk), 1, 0)
-    ends = chunk * jnp.arange(1, chunks + 1, dtype=jnp.int32)
-
-    def body(carry: tuple[DecodeState, StepOutput], inputs: tuple[Array, Array]) -> tuple[Any, None]:
-        state, kept = carry
-        tokens, end = inputs
-        count = jnp.clip(prompt.lengths - (end - chunk), 0, chunk)
-        forced = forced_block_ids
-        if forced is not None:  # only the chunk with a row's last token may use them
-            is_last = (prompt.lengths > end - chunk) & (prompt.lengths <= end)
-            forced = jnp.where(is_last[None, :, None, None], forced, -1)
-        state, out = _extend(model, state, tokens, count, forced)
-        grew = count > 0
-        return (state, jax.tree.map(lambda new, old: _where_rows(grew, new, old), out, kept)), None
-
-    shapes = jax.eval_shape(_extend, model, state, tokens[0], prompt.lengths, None)[1]
-    kept = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    (state, out), _ = jax.lax.scan(body, (state, kept), (tokens, ends))
-    return state, out
-
-
-def _where_rows(condition: Bool[Array, " B"], new: Array, old: Array) -> Array:
-    """Per row; logits have it first, what is stacked over layers has it second."""
-    axis = 0 if new.ndim == 2 else 1
-    return jnp.where(jnp.expand_dims(condition, tuple(i for i in range(new.ndim) if i != axis)), new, old)
-
-
-@functools.partial(jax.jit, static_argnames="fresh")
-@usual_promotion
-def _extend(
-    model: NosaLM,
-    state: DecodeState,
-    tokens: Int32[Array, "B n"],
-    count: Int32[Array, " B"],
-    forced_block_ids: Int32[Array, "L B K J"] | None = None,
-    *,
-    fresh: bool = False,
-) -> tuple[DecodeState, StepOutput]:
-    """`extend` by the first `count[b]` tokens of each row.
-
-    forced_block_ids: replace the selection of each row's last token. fresh: the rows were empty before.
-    """
-    config = model.config
-    n = tokens.shape[1]
-    count = jnp.clip(count, 0, jnp.minimum(n, state.max_length - state.lengths))
-    place = state.lengths[:, None] + jnp.arange(n, dtype=jnp.int32)
-    positions = jnp.where(jnp.arange(n) < count[:, None], place, -1)
-
-    def body(carry: tuple[Array, DecodeState], inputs: tuple[Layers, Array, Array | None]) -> tuple[Any, Any]:
-        x, state = carry
-        layer, index, forced = inputs
-        attend = lambda attention, x: _attend(config, attention, x, state, place, positions, forced, index, fresh)
-        x, (state, last_ids) = layer.block(config, x, attend)
-        return (x, state), last_ids
-
-    indices = jnp.arange(config.num_layers, dtype=jnp.int32)
-    inputs = (model.layers, indices, forced_block_ids)
-    (x, state), ids = jax.lax.scan(body, (model.embed[...][tokens], state), inputs)
-    last = jnp.maximum(count - 1, 0)
-    hidden = model.final_norm(jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0])
-    fetched = None if ids is None else jnp.zeros(ids.shape[:3], jnp.int32)
-    state = dataclasses.replace(state, lengths=state.lengths + count)
-    return state, StepOutput(model.logits(hidden), ids, fetched)
-
-
-def _attend(
-    config: ModelConfig,
-    attention: Attention,
-    x: Float[Array, "B n H"],
-    state: DecodeState,
-    place: Int32[Array, "B n"],
-    positions: Int32[Array, "B n"],
-    forced_block_ids: Int32[Array, "B K J"] | None,
-    layer: Int32[Array, ""],
-    fresh: bool,
-) -> tuple[Float[Array, "B n H"], tuple[DecodeState, Int32[Array, "B K J"] | None]]:
-    """Attention of many new tokens over a staged copy of the layer's cache.
-
-    config: of the model.
-    attention: of this layer.
-    x: input of the layer's attention.
-    state: of all layers, before the tokens.
-    place: positions of the tokens, padding counted on.
-    positions: the same, -1 for padding.
-    forced_block_ids: replace the selection of each row's last token.
-    layer: index into what the state stacks.
-    fresh: the rows were empty before.
-
-    Returns the output, and the state with the ids that each row's last query selected (None for `full`).
-    """
-    q, k, v, importance = attention.project(config, x, *rope.of_positions(config, place))
-    count = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
-    state = summaries.append_tokens(config.attention, state, k, importance, count, layer)
-    width = x.shape[1]
-    staged = staging.write_tokens(state, staging.stage(state, count, width, layer, fresh=fresh), k, v, count)
-    num_blocks = staged.shape[2]
-    ids = last_ids = None
-    if config.attention.is_sparse:
-        ids = summaries.select_in(config.attention, state, q, positions, layer, num_blocks)
-        last = jnp.maximum(count - 1, 0)[:, None, None, None]
-        if forced_block_ids is not None:
-            is_last = (jnp.arange(width) == count[:, None] - 1)[:, None, :, None]
-            ids = replace_selection(ids, forced_block_ids[:, :, None], is_last)
-        last_ids = jnp.take_along_axis(ids, last, axis=2)[:, :, 0]
-    flat = (*staged.shape[:2], -1, staged.shape[-1])
-    keys, values = (staged[:, :, :, i].reshape(flat) for i in (0, 1))
-    bias = summaries.bias_of(state, layer, num_blocks)
-    out, _ = block_attention(q, keys, values, bias, ids, positions, block_size=config.attention.block_size)
-    state = staging.unstage(state, staged, last_ids, count, width, layer)
-    return attention.merge(out), (state, last_ids)

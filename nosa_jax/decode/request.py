@@ -12,11 +12,11 @@ from jaxtyping import Array
 
 from nosa_jax._pytree import pytree_dataclass
 from nosa_jax.config import CacheConfig, ModelConfig
-from nosa_jax.decode import checks
+from nosa_jax.decode import checks, widths
 from nosa_jax.decode.checks import Prompt
 from nosa_jax.decode.sampling import Filter, Sampling, row_keys
 from nosa_jax.model import NosaLM
-from pallas_kernels.checks import as_integers, bad_type, bad_value, is_concrete, require_int, require_type
+from pallas_kernels.checks import as_integers, bad_type, bad_value, is_concrete, is_tracing, require_int, require_type
 
 RECORDS = ("logits", "block_ids", "fetched")
 _LEAST_STOP_TOKENS = 8
@@ -31,6 +31,7 @@ class Request:
     filter: of the sampling.
     stop: int32 [n], tokens that end a row, -1 after them up to a power of two, so that lists share a program.
     pad: int32 scalar, the token of rows that have ended.
+    new: int32 scalar, tokens to generate per row, at most.
     forced_tokens: int32 [B, new], taken instead of drawn ones; None draws all.
     forced_block_ids: int32 [L, B, K, new, J], replace the selections; None selects.
     """
@@ -40,6 +41,7 @@ class Request:
     filter: Any
     stop: Any
     pad: Any
+    new: Any
     forced_tokens: Any = None
     forced_block_ids: Any = None
 
@@ -50,24 +52,29 @@ class Request:
 
 
 class Options(NamedTuple):
-    """What a generation is compiled for. names: what is recorded."""
+    """What a generation is compiled for.
 
-    max_new_tokens: int
+    room: for new tokens of a row, at least as many as are asked for. names: what is recorded. limits: of reading the
+    prompt.
+    """
+
+    room: int
     cache: CacheConfig
     names: tuple[str, ...]
-    chunk: int | None
+    limits: checks.Limits
 
 
-def as_options(max_new_tokens: Any, cache: Any, record: Any, chunk: Any) -> Options:
-    """The checked options of `generate` and `stream`; see there."""
-    max_new_tokens = require_int("max_new_tokens", max_new_tokens, 1)
-    return Options(max_new_tokens, cache, _record_names(record), checks.check_chunk(chunk))
+def as_options(max_new_tokens: int, cache: Any, record: Any, chunk: Any, working_set: Any) -> Options:
+    """The checked options of `generate` and `stream`; see there. max_new_tokens: checked."""
+    room = max_new_tokens if is_tracing() else widths.rounded(max_new_tokens)
+    return Options(room, cache, _record_names(record), checks.as_limits(chunk, working_set))
 
 
 def as_request(
     model: NosaLM,
     prompt: Prompt,
     options: Options,
+    max_new_tokens: int,
     sampling: Any,
     key: Any,
     stop_tokens: Any,
@@ -76,11 +83,13 @@ def as_request(
 ) -> Request:
     """The checked request of `generate` and `stream`, which say what the arguments are.
 
-    devices: how many share the rows.
+    max_new_tokens: checked. devices: how many share the rows.
     """
     require_type("sampling", sampling, Sampling, "Pass Sampling(temperature=0.8), for example.")
-    max_length = prompt.width + options.max_new_tokens
-    checks.check_cache(model, prompt, max_length, options.cache, devices, _record_bytes(model.config, options))
+    checks.check_cache(
+        model, prompt, max_length_of(prompt, options), options.cache, options.limits, devices,
+        _record_bytes(model.config, options),
+    )  # fmt: skip
     stop = _as_stop_tokens(stop_tokens)
     pad = require_int("pad_token", pad_token, 0, f"must be an int in [0, vocab_size = {model.config.vocab_size})")
     vocab = model.config.vocab_size
@@ -91,7 +100,13 @@ def as_request(
     padded = np.full(max(_LEAST_STOP_TOKENS, 1 << (stop.size - 1).bit_length()), -1, np.int32)
     padded[: stop.size] = stop
     keys = row_keys(key, prompt.batch, sampling)
-    return Request(prompt, keys, *jax.tree.map(jnp.asarray, (Filter.of(sampling), padded, np.int32(pad))))
+    numbers = (Filter.of(sampling), padded, np.int32(pad), np.int32(max_new_tokens))
+    return Request(prompt, keys, *jax.tree.map(jnp.asarray, numbers))
+
+
+def max_length_of(prompt: Prompt, options: Options) -> int:
+    """What the rows of a generation may grow to."""
+    return prompt.width + options.room
 
 
 def _as_stop_tokens(stop_tokens: Any) -> np.ndarray:
@@ -122,7 +137,7 @@ def _record_bytes(config: ModelConfig, options: Options) -> int:
     heads, selected = config.num_layers * config.num_kv_heads, config.attention.num_selected_blocks
     sizes = {"logits": config.vocab_size, "block_ids": heads * selected, "fetched": heads}
     names = options.names if config.attention.is_sparse else set(options.names) & {"logits"}
-    return 2 * 4 * options.max_new_tokens * sum(sizes[name] for name in names)
+    return 2 * 4 * options.room * sum(sizes[name] for name in names)
 
 
 def _record_names(record: Any) -> tuple[str, ...]:

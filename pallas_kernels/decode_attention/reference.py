@@ -58,8 +58,8 @@ def update_and_attend_ref(
     pool = np.array(store.pool)
     if store.host is not None:
         assert loads is not None and store.page_table is not None
-        moves = (np.asarray(x) for x in (store.host, store.page_table, loads, slots))
-        pool = fetch_blocks_ref(pool, *moves, layer)
+        host, pages, missing, into = (np.asarray(x) for x in (store.host, store.page_table, loads, slots))
+        pool = fetch_blocks_ref(pool, host, pages, missing, into, layer)
     for b, head, j in np.ndindex(*block_ids.shape):
         block, place = divmod(int(positions[b]), store.block_size)
         if positions[b] >= 0 and block_ids[b, head, j] == block and 0 <= slots[b, head, j] < store.num_slots:

@@ -54,8 +54,8 @@ def _move_kernel(layer, block_ids, slots, page_table, host, pool, *, move, progr
     """
     program, head, row = (_backend.program_id(axis) for axis in range(3))
     number = program // programs if layer is None else _backend.layer_index(layer, host)
-    listed = (row, 0 if block_ids.shape[-2] == 1 else head)
-    listed = (number, *listed) if layer is None else listed
+    of_head = (row, 0 if block_ids.shape[-2] == 1 else head)
+    listed = (number, *of_head) if layer is None else of_head
 
     def body(trip, carry):
         entry = (*listed, trip * programs + program % programs)
@@ -77,9 +77,9 @@ def _call(
     operands = (number, block_ids, slots, page_table, host, pool)
 
     def kernel(*refs: Any) -> None:
-        *inputs, source_host, source_pool, target = refs
-        pair = (source_host, target) if fetch else (target, source_pool)
-        _move_kernel(*inputs, *pair, move=move, programs=programs)
+        layer, block_ids, slots, page_table, host, pool, target = refs
+        host, pool = (host, target) if fetch else (target, pool)
+        _move_kernel(layer, block_ids, slots, page_table, host, pool, move=move, programs=programs)
 
     target = pool if fetch else host
     return _backend.triton_call(

@@ -1,0 +1,90 @@
+"""How many rows, and how many tokens of each, are read at once, so that what is held meanwhile fits a budget."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from nosa_jax.config import ModelConfig
+from pallas_kernels import blocks
+from pallas_kernels.checks import bad_value, require_int
+
+DEFAULT_BYTES = 2 * 2**30
+MLP_TOKENS = 8192  # that go through the MLP at once: enough to keep a large GPU busy
+_LEAST_CHUNK = 256  # tokens; shorter chunks would read the cache again and again
+_SELECTION_BYTES = 2**28  # scores of queries that select together, twice
+
+
+class Reading(NamedTuple):
+    """rows: read together. chunk: tokens of each row at once; None for all. bytes: held meanwhile, beside the state."""
+
+    rows: int
+    chunk: int | None
+    bytes: int
+
+
+def plan_reading(
+    config: ModelConfig,
+    batch: int,
+    width: int,
+    num_blocks: int,
+    *,
+    dtype: Any,
+    row_bytes: int,
+    fresh: bool,
+    chunk: int | None = None,
+    budget: int | None = None,
+) -> Reading:
+    """The largest groups of rows that fit `budget`; where not even one row does, one row in chunks of its tokens.
+
+    width: new tokens of a row, at most.
+    num_blocks: blocks that a row may fill, new tokens included.
+    row_bytes: what the state of a row takes on the device.
+    fresh: whether the rows are empty before.
+    chunk: tokens at once, by wish; None leaves it open.
+    budget: bytes; None for DEFAULT_BYTES, or what one row needs where that is more.
+    Raises ValueError where the budget is too small for one row.
+    """
+    if budget is not None:
+        budget = require_int("working_set", budget, 1)
+    limit = DEFAULT_BYTES if budget is None else budget
+    given = chunk is not None
+    chunk = None if chunk is None or chunk >= width else chunk
+
+    def size(rows: int, chunk: int | None) -> int:
+        whole = fresh and chunk is None
+        staged = min(num_blocks, blocks.num_blocks(width, config.attention.block_size)) if whole else num_blocks
+        of_group = 0 if rows == batch else rows * row_bytes  # a group works on a copy of its rows
+        read = width if chunk is None else chunk
+        return of_group + _bytes(config, rows, read, staged, jnp.dtype(dtype).itemsize)
+
+    if size(1, chunk) > limit and not given:
+        tokens = width
+        while tokens > _LEAST_CHUNK and (chunk is None or size(1, chunk) > limit):
+            tokens = max(_LEAST_CHUNK, -(-tokens // 2))
+            chunk = tokens
+    least = size(1, chunk)
+    if budget is not None and least > budget:
+        rule = f"must hold {'a chunk of ' + str(chunk) + ' tokens of ' if chunk else ''}one row, {least} bytes"
+        raise bad_value("working_set", rule, budget, "Raise it, or lower max_length.")
+    rows = batch
+    while rows > 1 and size(rows, chunk) > limit:
+        rows -= 1
+    rows = -(-batch // -(-batch // rows))  # groups as even as they can be
+    return Reading(rows, chunk, size(rows, chunk))
+
+
+def _bytes(config: ModelConfig, rows: int, width: int, staged: int, itemsize: int) -> int:
+    """What reading so many tokens of so many rows holds, as XLA lays it out for a GPU."""
+    attention = config.attention
+    size, hidden, heads = attention.block_size, config.hidden_size, config.num_heads * config.head_dim
+    tokens = rows * width
+    layer = rows * staged * config.num_kv_heads * blocks.block_bytes(size, config.head_dim, itemsize)
+    by_token = itemsize * (4 * hidden + 4 * heads)
+    inner = min(tokens, MLP_TOKENS) * 3 * config.intermediate_size * itemsize
+    selection = 0
+    if attention.is_sparse:
+        by_token += 4 * config.num_kv_heads * (3 * attention.num_selected_blocks + staged // 4)
+        selection = min(_SELECTION_BYTES, 8 * tokens * config.num_kv_heads * staged)
+    return tokens * by_token + 2 * layer + inner + selection
