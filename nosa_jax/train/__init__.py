@@ -22,7 +22,6 @@ from nosa_jax.train.data import (
     chat,
     check_vocabulary,
     find_files,
-    heldout_batches,
     jsonl,
     load_corpus,
     mixture,
@@ -30,7 +29,6 @@ from nosa_jax.train.data import (
     stdlib_files,
     text,
     tokens,
-    train_batches,
 )
 from nosa_jax.train.evaluation import Evaluation, evaluate, evaluate_batches
 from nosa_jax.train.fields import model_config_from_dict
@@ -84,7 +82,6 @@ __all__ = [
     "find_files",
     "flops_per_token",
     "global_norm",
-    "heldout_batches",
     "init_state",
     "jit_train_step",
     "jsonl",
@@ -113,6 +110,5 @@ __all__ = [
     "text",
     "tokens",
     "train",
-    "train_batches",
     "train_step",
 ]

@@ -24,7 +24,7 @@ from nosa_jax.train._interrupt import interrupt_flag
 from nosa_jax.train._progress import Progress
 from nosa_jax.train.checkpoint import Checkpoints
 from nosa_jax.train.config import TrainConfig
-from nosa_jax.train.data import Corpus, Source
+from nosa_jax.train.data import Corpus, OtherOrderError, Source
 from nosa_jax.train.feed import Feed, as_source
 from nosa_jax.train.fields import model_config_from_dict
 from nosa_jax.train.log import LOG_NAME, JsonLines, Record
@@ -238,5 +238,7 @@ def _resume_data(config: TrainConfig, source: Source, feed: Feed, meta: dict[str
         )
     try:
         feed.set_state(meta["data"])
+    except OtherOrderError:
+        raise
     except ValueError as error:  # it is no position: damage, and not another run
         raise LookupError(str(error)) from error

@@ -20,7 +20,7 @@ from nosa_jax.model import NosaLM, num_parameters
 from nosa_jax.train._progress import Progress, describe
 from nosa_jax.train.checkpoint import Checkpoints
 from nosa_jax.train.config import TrainConfig
-from nosa_jax.train.data import Batch, Source
+from nosa_jax.train.data import Batch, Source, heldout_bytes_per_token
 from nosa_jax.train.evaluation import Evaluation, evaluate_batches
 from nosa_jax.train.feed import Feed
 from nosa_jax.train.flops import mfu, peak_flops
@@ -199,7 +199,7 @@ class Run:
         result: Evaluation | None = evaluate_batches(
             self.state.model,
             self.feed.heldout(config.eval_batches),
-            bytes_per_token=self.source.bytes_per_token,
+            bytes_per_token=heldout_bytes_per_token(self.source),
             compute_dtype=self.dtype,
             selection=config.eval_selection,
         )
