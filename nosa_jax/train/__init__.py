@@ -33,7 +33,7 @@ from nosa_jax.train.data import (
 from nosa_jax.train.evaluation import Evaluation, evaluate, evaluate_batches
 from nosa_jax.train.fields import model_config_from_dict
 from nosa_jax.train.finite import Skipped, keep_if_finite
-from nosa_jax.train.flops import FlopsPerToken, flops_per_token, mfu, peak_flops
+from nosa_jax.train.flops import FlopsPerToken, count_documents, flops_per_token, mfu, peak_flops
 from nosa_jax.train.log import read_log, summary
 from nosa_jax.train.loop import TrainResult, train
 from nosa_jax.train.loss import LossParts, bits_per_byte, chunked_loss, length_mask, next_token_loss
@@ -76,6 +76,7 @@ __all__ = [
     "check_vocabulary",
     "chunked_loss",
     "continued",
+    "count_documents",
     "environment",
     "evaluate",
     "evaluate_batches",
