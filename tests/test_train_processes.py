@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from sources import made
 
 import nosa_jax
 from nosa_jax import parallel, presets, processes, train
@@ -139,6 +140,18 @@ def test_batches_on_a_mesh_are_the_source_s():
     plain.set_state(state)
     np.testing.assert_array_equal(following.tokens, next(plain).tokens)
     assert len(list(feed.heldout(1))) == 1
+
+
+def test_what_was_read_is_counted_without_padding():
+    config = train.TrainConfig(presets.tiny(), batch_size=2, length=32)
+    feed = Feed(made(count=8, size=9, length=32), config, None)  # two documents of 12 places with padding to a row
+    for batches in (1, 2):
+        for _ in range(batches):
+            next(feed)
+        assert feed.take_documents() == ({9: 4 * batches}, 18 / 32)
+    whole = Feed(made(count=100, size=9, length=32, pack=False), config, None)
+    next(whole)
+    assert whole.take_documents() == ({32: 2}, 1.0)
 
 
 @pytest.mark.parametrize(

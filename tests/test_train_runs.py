@@ -204,6 +204,14 @@ def test_fields_of_a_later_version_are_named_and_nothing_is_moved(run, part):
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"3", "6"}
 
 
+def test_a_position_in_an_older_order_is_no_damage(run):
+    for step in ("3", "6"):
+        edit_meta(run / "checkpoints" / step, lambda meta: meta["data"].pop("order"))
+    with pytest.raises(ValueError, match=r"state: must be a position in the order .* train on from its weights"):
+        train(STEPS, CORPUS, run, resume=True, progress=False)
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"3", "6"}
+
+
 def test_where_no_checkpoint_is_whole_the_newest_is_named(run):
     for step in ("3", "6"):
         empty(run / "checkpoints" / step)

@@ -19,6 +19,7 @@ from nosa_jax.hf.save import check_folder
 from nosa_jax.hf.text import tokenizer_of
 from nosa_jax.model import Remat
 from nosa_jax.train import OptimizerConfig, TrainConfig, TrainResult
+from nosa_jax.train.optim import UNUSED
 from pallas_kernels.checks import bad_value
 
 
@@ -152,7 +153,10 @@ class Train:
         else:
             optimizer = OptimizerConfig(**self._fields_of(OptimizerConfig))
             return TrainConfig(given, optimizer, **self._fields_of(TrainConfig))
-        optimizer = dataclasses.replace(base.optimizer, **self._changed(OptimizerConfig))
+        changed = self._changed(OptimizerConfig)
+        if "schedule" in changed:  # what the one of the base needed, and this one has no use for
+            changed = {name: getattr(OptimizerConfig, name) for name in UNUSED.get(self.schedule, ())} | changed
+        optimizer = dataclasses.replace(base.optimizer, **changed)
         return dataclasses.replace(base, optimizer=optimizer, **self._changed(TrainConfig))
 
     def _fields_of(self, cls: Any) -> dict[str, Any]:

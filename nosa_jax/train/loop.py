@@ -24,7 +24,7 @@ from nosa_jax.train._interrupt import interrupt_flag
 from nosa_jax.train._progress import Progress
 from nosa_jax.train.checkpoint import Checkpoints
 from nosa_jax.train.config import TrainConfig
-from nosa_jax.train.data import Corpus, Source
+from nosa_jax.train.data import Corpus, OtherOrderError, Source
 from nosa_jax.train.feed import Feed, as_source
 from nosa_jax.train.fields import model_config_from_dict
 from nosa_jax.train.log import LOG_NAME, JsonLines, Record
@@ -92,10 +92,10 @@ def train(
     trackers: what else is told of the run: "tensorboard", "wandb", a Tracker, or several of them; see `as_trackers`.
 
     A record of kind `train` holds step, loss (nats), bits_per_byte, learning_rate, grad_norm, norms by group, `skipped`
-    (steps so far that were not finite and changed nothing), and tokens_per_second and mfu (see `train.mfu`; None for an
-    unknown card) over the `seconds` since the record before (the first one includes compiling). One of kind `eval`
-    holds what `Evaluation` does, and seconds; one of kind `start` tells how the run was made. At the end all that
-    becomes a picture in `directory`, training.png, where matplotlib is installed.
+    (steps so far that were not finite and changed nothing), and tokens_per_second (without padding) and mfu (see
+    `train.mfu`; None for an unknown card) over the `seconds` since the record before (the first one includes
+    compiling). One of kind `eval` holds what `Evaluation` does, and seconds; one of kind `start` tells how the run was
+    made. At the end all that becomes a picture in `directory`, training.png, where matplotlib is installed.
 
     Ctrl-C, SIGTERM and SIGHUP let the current step end, save, and return what there is; a second Ctrl-C stops at once.
     Raises ValueError for text shorter than a window or out of the vocabulary, for a directory that another run uses
@@ -119,6 +119,7 @@ def train(
         )
     _check_processes(mesh, source)
     told = as_trackers(trackers)  # made everywhere, so that what cannot be made ends all processes
+    told.check(root)
     if not processes.is_writer():
         told = as_trackers(None)
     if config.profile_steps is not None and (root is None or config.profile_steps[0] > config.steps):
@@ -238,5 +239,7 @@ def _resume_data(config: TrainConfig, source: Source, feed: Feed, meta: dict[str
         )
     try:
         feed.set_state(meta["data"])
+    except OtherOrderError:
+        raise
     except ValueError as error:  # it is no position: damage, and not another run
         raise LookupError(str(error)) from error

@@ -20,7 +20,7 @@ from nosa_jax.model import NosaLM, num_parameters
 from nosa_jax.train._progress import Progress, describe
 from nosa_jax.train.checkpoint import Checkpoints
 from nosa_jax.train.config import TrainConfig
-from nosa_jax.train.data import Batch, Source
+from nosa_jax.train.data import Batch, Source, heldout_bytes_per_token
 from nosa_jax.train.evaluation import Evaluation, evaluate_batches
 from nosa_jax.train.feed import Feed
 from nosa_jax.train.flops import mfu, peak_flops
@@ -185,12 +185,12 @@ class Run:
     def _log_step(self, begin: float, since: int) -> None:
         values = _numbers(self.metrics)
         seconds = time.perf_counter() - begin
-        tokens = (self.step - since) * self.config.batch_size * self.config.length
-        rate = tokens / seconds
+        documents, share = self.feed.take_documents()
+        rate = (self.step - since) * self.config.batch_size * self.config.length * share / seconds
         values["bits_per_byte"] = bits_per_byte(values["loss"], self.source.bytes_per_token)
         device, devices = jax.devices()[0].device_kind, self.state.step.sharding.num_devices
-        share = mfu(rate, self.config.model, self.config.length, peak=peak_flops(device), devices=devices)
-        self.history.append(self.record("train", **values, tokens_per_second=rate, mfu=share, seconds=seconds))
+        used = mfu(rate, self.config.model, documents or 1, peak=peak_flops(device), devices=devices)
+        self.history.append(self.record("train", **values, tokens_per_second=rate, mfu=used, seconds=seconds))
         self.bar.note(describe(self.history[-1]))
         self._check_before()
 
@@ -199,7 +199,7 @@ class Run:
         result: Evaluation | None = evaluate_batches(
             self.state.model,
             self.feed.heldout(config.eval_batches),
-            bytes_per_token=self.source.bytes_per_token,
+            bytes_per_token=heldout_bytes_per_token(self.source),
             compute_dtype=self.dtype,
             selection=config.eval_selection,
         )
