@@ -28,7 +28,7 @@ def initialize(
     given = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
     missing = [name for name, value in given.items() if value is None]
     if missing and len(missing) < len(given):
-        rule = f"must be given where {sorted(given.keys() - set(missing))} are"
+        rule = f"must be given with {' and '.join(name for name in given if name not in missing)}"
         raise bad_value(" and ".join(missing), rule, None, "Give all three, or none in a cluster that JAX knows.")
     if num_processes is not None and process_id is not None:
         require_size("process_id", process_id, 0, require_int("num_processes", num_processes, 1) - 1)

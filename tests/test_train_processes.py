@@ -106,7 +106,7 @@ def test_a_signal_while_processes_vote_waits_for_the_next_vote(monkeypatch):
     [({"num_processes": 2}, "coordinator_address and process_id"), ({"process_id": 0, "num_processes": 2}, "coord")],
 )
 def test_parts_of_an_address_are_refused(given, missing):
-    with pytest.raises(ValueError, match=f"^{missing}.*: must be given where"):
+    with pytest.raises(ValueError, match=f"^{missing}.*: must be given with"):
         parallel.initialize(**given)
 
 

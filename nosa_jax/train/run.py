@@ -131,7 +131,8 @@ class Run:
         if self.checkpoints is not None:
             self.checkpoints.wait()
         if self.ended and self.step < self.config.steps:
-            where = "nothing was saved (no directory)" if saved is None else f"saved {saved}; resume=True continues"
+            goes_on = f"saved {saved}; resume=True (--resume) continues"
+            where = "nothing was saved (no directory)" if saved is None else goes_on
             self.bar.say(f"Interrupted after step {self.step}: {where}.")
         else:
             self._evaluate()
