@@ -15,6 +15,7 @@ from nosa_jax.cli.plan import PresetName, preset
 from nosa_jax.cli.terminal import facts, heading, working
 from nosa_jax.config import ModelConfig, Variant
 from nosa_jax.hf import ByteTokenizer, FileTokenizer
+from nosa_jax.hf.load import outline
 from nosa_jax.hf.save import check_folder
 from nosa_jax.hf.text import tokenizer_of
 from nosa_jax.model import Remat
@@ -174,10 +175,10 @@ class Train:
             parallel.initialize(self.coordinator, self.num_processes, self.process_id)
         sizes: Any = as_sizes(self.mesh)
         mesh = parallel.make_mesh(**sizes) if self.mesh else None
-        model = None
+        model = None  # of shapes: the run loads the weights itself, where it starts from them
         if self.init is not None:
-            with working(f"loading {self.init}"), called("--init", "path"):
-                model = nosa_jax.from_pretrained(self.init, variant=self.variant, mesh=mesh)
+            with called("--init", "path"):
+                model = outline(self.init, variant=self.variant)
         config = self.config(None if model is None else model.config)
         start = self.preset if self.init is None else self.init.name
         if self.config_file is not None and self.init is None:
@@ -196,7 +197,9 @@ class Train:
         if processes.is_writer():
             heading(f"Training {out.name} ({config.model.attention.variant}) for {config.steps} steps")
             facts([("text", describe(source)), ("folder", out)])
-        result = train.train(config, source, out, model=model, mesh=mesh, resume=self.resume, trackers=self.trackers)
+        result = train.train(
+            config, source, out, model=self.init, mesh=mesh, resume=self.resume, trackers=self.trackers
+        )
         with working("writing the model"):
             nosa_jax.save_pretrained(result.model, out / "model", tokenizer=written)
         if processes.is_writer():
