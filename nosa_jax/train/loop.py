@@ -172,6 +172,7 @@ def train(
         options = {"optimizer": optimizer or config.optimizer, "loss": loss}
         run = Run(config, source, state, feed, checkpoints, log, bar, tell, profiler, options, evaluation)
         run.start(root)
+        run.peers.settle(False)  # what fails so early does so before anything is compiled
         run.advance(stop)
         run.finish()
         with run.peers.holding():
@@ -217,9 +218,8 @@ def _check_model(config: TrainConfig, model: NosaLM | str | os.PathLike[str] | N
     found = model if isinstance(model, NosaLM) else outline(model, attention=_attention(config))
     if found.config != config.model:
         got = f"one with {differences(found.config, config.model)}"
-        raise bad_value(
-            "model", "must be of TrainConfig.model", got, "Change the variant with nosa_jax.with_attention."
-        )
+        remedy = "Change one of them: nosa_jax.with_attention changes the variant."
+        raise bad_value("model", "must be of TrainConfig.model", got, remedy)
     return found.origin
 
 
