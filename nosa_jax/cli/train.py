@@ -18,6 +18,7 @@ from nosa_jax.cli.plan import PresetName, preset
 from nosa_jax.cli.terminal import facts, heading, working
 from nosa_jax.config import ModelConfig, Variant
 from nosa_jax.hf import ByteTokenizer, FileTokenizer
+from nosa_jax.hf.load import outline
 from nosa_jax.hf.save import check_folder
 from nosa_jax.hf.text import tokenizer_of
 from nosa_jax.model import Remat
@@ -208,10 +209,10 @@ class Train:
             parallel.initialize(self.coordinator, self.num_processes, self.process_id)
         sizes: Any = as_sizes(self.mesh)
         mesh = parallel.make_mesh(**sizes) if self.mesh else None
-        model = None
+        model = None  # of shapes: the run loads the weights itself, where it starts from them
         if self.init is not None:
-            with working(f"loading {self.init}"), called("--init", "path"):
-                model = nosa_jax.from_pretrained(self.init, variant=self._variant(), mesh=mesh)
+            with called("--init", "path"):
+                model = outline(self.init, variant=self._variant())
         given = self._fresh() if model is None else model.config
         tokenizer, written = self._tokenizer(model, given.vocab_size)
         if self.init is None and self._file is None and written is not None:
@@ -224,7 +225,9 @@ class Train:
         if processes.is_writer():
             heading(f"Training {out.resolve().name} ({config.model.attention.variant}) for {config.steps} steps")
             facts([("text", describe(source)), ("folder", out)])
-        result = train.train(config, source, out, model=model, mesh=mesh, resume=self.resume, trackers=self.trackers)
+        result = train.train(
+            config, source, out, model=self.init, mesh=mesh, resume=self.resume, trackers=self.trackers
+        )
         if self.data:
             told = (written, self.tokenizer, self.template, self.end_of_text)
             result.model.origin, written = origin_with(result.model.origin, *told), None
