@@ -4,8 +4,9 @@
     python -m experiments.kill_and_resume --processes 2 --output experiments/results/kill_and_resume_2_cpu.json
 
 A tiny model on devices of a CPU, checkpoints written in the background after every other step. Each time the run is
-resumed, and after a random while all its processes get SIGKILL at once, also while files are being written. It counts
-what the log and the checkpoints say at the end: losses of every step, to the bit, and every parameter and moment.
+resumed, and after a random while all its processes get SIGKILL at once, also while files are being written; how often
+that was so is counted by the unfinished folders that were left. It compares what the log and the checkpoints say at the
+end: losses of every step, to the bit, and every parameter and moment.
 """
 
 from __future__ import annotations
@@ -79,6 +80,12 @@ def wait(running: list[subprocess.Popen[bytes]], seconds: float | None) -> bool:
     return True
 
 
+def unfinished(folder: Path) -> set[tuple[str, int, int]]:
+    """The folders of checkpoints that were being written when the run was killed."""
+    found = [(path.name, path.stat()) for path in (folder / "checkpoints").glob("*.orbax-checkpoint-tmp*")]
+    return {(name, stat.st_ino, stat.st_mtime_ns) for name, stat in found}
+
+
 def outcome(folder: Path) -> dict[str, Any]:
     """The last loss that the log has of every step, and a sum over the newest checkpoint's arrays."""
     import jax
@@ -116,11 +123,12 @@ def main() -> None:
     wait(start(folder / "alone", args.processes), None)
     whole = time.monotonic() - begin
     expected = outcome(folder / "alone")
-    kills, ended, wrong = [], 0, 0
+    kills, hits, ended, wrong = [], 0, 0, 0
     killed = folder / "killed"
     while len(kills) < args.kills:
         # Most kills fall between the first step and the end; a run that was allowed to end begins anew.
         seconds = whole * random.uniform(0.4, 1.0)
+        before = unfinished(killed)  # a run that is killed early leaves them as they are
         if wait(start(killed, args.processes), seconds):
             found = outcome(killed)
             ended += 1
@@ -128,11 +136,13 @@ def main() -> None:
             shutil.rmtree(killed)
         else:
             kills.append(round(seconds, 2))
-        print(f"{len(kills)} kills, {ended} ends, {wrong} of them different", flush=True)
+            hits += bool(unfinished(killed) - before)
+        print(f"{len(kills)} kills, {hits} in a write, {ended} ends, {wrong} of them different", flush=True)
     wait(start(killed, args.processes), None)
     ended, wrong = ended + 1, wrong + (outcome(killed) != expected)
     shutil.rmtree(folder)
-    results = {"kills_after_seconds": kills, "runs_ended": ended, "runs_different": wrong, "processes": args.processes}
+    results = {"kills_after_seconds": kills, "kills_in_a_write": hits, "processes": args.processes}
+    results |= {"runs_ended": ended, "runs_different": wrong}
     print(json.dumps(results))
     if args.output is not None:
         save(args.output, **results)

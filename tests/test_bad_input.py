@@ -220,9 +220,7 @@ CASES = {
     "no record": (generate(OK, record=None), "record", "names among", "None"),
     "record in forward": (forward(OK, record="block_ids"), "record", "True or False", "'block_ids'"),
     "remat in forward": (forward(OK, remat=None), "remat", "True or False", "None"),
-    "key of floats": (
-        generate(OK, sampling=Sampling(1.0), key=np.array([0.0, 1.0])), "key", "random key", "float64"
-    ),
+    "key of floats": (generate(OK, sampling=Sampling(1.0), key=np.array([0.0, 1.0])), "key", "random key", "float64"),
     "key of another width": (
         generate(OK, sampling=Sampling(1.0), key=np.zeros(3, np.uint32)), "key", "random key", "uint32[3]"
     ),
@@ -259,9 +257,7 @@ CASES = {
         lambda: longrope(long_factor=np.array(4.0)), "RopeConfig.long_factor", "sequence of numbers", "4."
     ),
     "text factors": (lambda: longrope(long_factor="4.0"), "RopeConfig.long_factor", "sequence of numbers", "'4.0'"),
-    "no original context": (
-        lambda: longrope(original_max_context=0), "RopeConfig.original_max_context", ">= 2", "0"
-    ),
+    "no original context": (lambda: longrope(original_max_context=0), "RopeConfig.original_max_context", ">= 2", "0"),
     "negative attention factor": (
         lambda: longrope(attention_factor=-1.0), "RopeConfig.attention_factor", "between", "-1.0"
     ),

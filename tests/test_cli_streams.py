@@ -23,6 +23,7 @@ from nosa_jax import presets
 from nosa_jax._paths import only_run, replacing, user_path
 from nosa_jax.cli import main, terminal
 from nosa_jax.cli.checkpoint import encode, load
+from nosa_jax.cli.export import Export
 from nosa_jax.cli.flags import as_typed
 from nosa_jax.cli.generate import Generate
 from nosa_jax.cli.locality import Locality
@@ -382,6 +383,13 @@ def test_warnings_are_notes(capsys, monkeypatch):
         (Train(), "directory: x. Pass resume=True to go on", "--out: x. Pass --resume to go on"),
         (Train(), "or pass heldout_fraction=0.0.", "or pass --heldout-fraction 0.0."),
         (Train(), "TrainConfig.seed: must be 0, got 1.", "--seed: must be 0, got 1."),
+        (Train(), "Correct it, or pass field=.", "Correct it, or pass --field."),
+        (Train(data=(("a",),)), "source: must hold text, not data=2.", "--data: must hold text, not data=2."),
+        (
+            Export(Path("run"), Path("out")),
+            "step: must be 1. Pick one or pass None.",
+            "--step: must be 1. Pick one or leave it out.",
+        ),
         (None, "max_new_tokens: x", "max_new_tokens: x"),
     ],
 )

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import operator
 import re
+import shlex
 from pathlib import Path
 
 import jaxtyping
 import pytest
 
 import nosa_jax
+from nosa_jax.cli.app import _parse
+from nosa_jax.cli.train import Train
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -30,6 +33,17 @@ def test_every_public_name_in_it_exists():
     assert len(names) >= 10
     for name in names:
         assert operator.attrgetter(name.removeprefix("."))(nosa_jax), name
+
+
+def test_every_command_in_it_parses():
+    """What they do is not run here; flags that contradict each other are seen."""
+    shell = "".join(re.findall(r"^```sh\n(.*?)^```", README.read_text(), flags=re.MULTILINE | re.DOTALL))
+    lines = re.findall(r"\bnosa ([a-z].*?)(?:&.*)?$", re.sub(r"#.*", "", shell), flags=re.MULTILINE)
+    assert len(lines) >= 10
+    for line in lines:
+        command = _parse(shlex.split(line.replace("$i", "0")))
+        if isinstance(command, Train):
+            command._check()
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ import optax
 import pytest
 from flax import nnx
 
-from nosa_jax import presets
+from nosa_jax import presets, save_pretrained
 from nosa_jax.config import ModelConfig, RopeConfig
 from nosa_jax.model import NosaLM, forward, with_attention
 from nosa_jax.train import (
@@ -309,20 +309,30 @@ def test_a_used_directory_is_resumed_only_when_asked_and_only_by_the_same_run(tm
     resume = partial(train, directory=tmp_path, resume=True, progress=False)
     with pytest.raises(ValueError, match=r"TrainConfig.seed: must be 0 as in the checkpoint to resume, got 1"):
         resume(dataclasses.replace(CONFIG, seed=1), CORPUS)
-    with pytest.raises(ValueError, match=r"TrainConfig.model: must be .*'nosa'.* as in the checkpoint to resume"):
+    with pytest.raises(
+        ValueError, match=r"as in the checkpoint to resume, got attention.num_query_blocks=1 instead of 2\. Use"
+    ):
         resume(dataclasses.replace(CONFIG, model=MODEL.with_attention(num_query_blocks=1)), CORPUS)
     with pytest.raises(ValueError, match="corpus: must be the text of the checkpoint"):
         resume(CONFIG, make_corpus(seed=1))
 
 
-def test_continued_pretraining_switches_the_variant_of_a_model():
+def test_continued_pretraining_switches_the_variant_of_a_model(tmp_path):
     dense = make_model(MODEL.with_attention(variant="full"))
-    with pytest.raises(ValueError, match=r"model: must be of TrainConfig.model.*with_attention"):
+    with pytest.raises(
+        ValueError, match=r"^model: .* got one with attention.variant='full' instead of 'nosa'\. Change .*with_"
+    ):
         train(CONFIG, CORPUS, model=dense, progress=False)
     result = train(CONFIG, CORPUS, model=with_attention(dense, variant="nosa"), progress=False)
     assert result.model.config == MODEL
     assert result.model.layers.attention.importance.A[...].any()
     assert dense.layers.attention.importance is None
+    save_pretrained(dense, tmp_path)  # and that of a folder, which nobody else holds
+    again = train(CONFIG, CORPUS, model=tmp_path, progress=False)
+    assert leaves_equal(again.model.embed[...], result.model.embed[...])
+    assert again.model.origin.model_type == "llama"
+    with pytest.raises(ValueError, match=r"^model: .* got one with vocab_size=32 instead of 33\. "):
+        train(dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, vocab_size=33)), CORPUS, model=tmp_path)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):

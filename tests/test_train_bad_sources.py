@@ -155,6 +155,11 @@ def test_positions_that_are_none_are_refused(without_type_checker, state):
         made().batches(1).set_state(state)
 
 
+def test_a_position_in_an_older_order_is_refused():
+    with pytest.raises(ValueError, match=r"state: must be a position .*, order 2, got a position in order 1"):
+        made().batches(1).set_state({"next_index": 3})
+
+
 @pytest.mark.parametrize(
     ("parts", "error", "message"),
     [

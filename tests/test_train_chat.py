@@ -36,6 +36,27 @@ INSTRUCT = """{%- if messages[0].role != 'system' %}{{ bos_token }}Be kind.{% en
     {%- endif %}
 {%- endfor %}"""
 
+# Calls of tools, as the two large families of templates write them: behind the content of a turn that has a prompt, and
+# instead of the content, with nothing that leads up to it.
+TOOLS = """{%- if tools %}{{ '<|im_start|>system\n' + (tools | tojson) + '<|im_end|>\n' }}{% endif %}
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role }}
+    {%- if message.content %}{{ '\n' + message.content }}{% endif %}
+    {%- for call in message.tool_calls %}
+        {%- if call.function %}{% set call = call.function %}{% endif %}
+        {{- '\n<call>' + call.name + ' ' + (call.arguments | tojson) + '</call>' }}
+    {%- endfor %}
+    {{- '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+
+CALLS_ALONE = """{%- for message in messages %}
+    {%- if message.role == 'user' %}{{ '[INST]' + message.content + '[/INST]' }}
+    {%- elif 'tool_calls' in message %}[CALLS]{{ message.tool_calls[0].name }}</s>
+    {%- elif message.role == 'assistant' %}{{ message.content }}</s>
+    {%- else %}{{ '[RESULT]' + message.content }}{% endif %}
+{%- endfor %}"""
+
 TALK = [("user", "Hi"), ("assistant", "Hello, you"), ("user", "assistant?"), ("assistant", "a"), ("user", "bye")]
 
 
@@ -53,9 +74,9 @@ def learned(path, tokenizer=None, **options):
     source = train.chat([path], tokenizer, 512, heldout_fraction=0.0, **options)
     decoder = ByteTokenizer() if tokenizer is None else FileTokenizer(tokenizer)
     decode = lambda ids: decoder.decode(ids) if tokenizer is None else decoder.decode(ids, skip_special_tokens=False)
-    (row,) = source.train_rows(0).parents[0].parents[0]
+    rows = source.train_rows(0).parents[0].parents[0]
     found = {}
-    for n in range(row.segment_ids.max() + 1):
+    for row, n in ((each, n) for each in rows for n in range(each.segment_ids.max() + 1)):
         ids, mask = row.tokens[row.segment_ids == n], row.mask[row.segment_ids == n]
         # The place of a token is that of its target, moved by one.
         places = np.append(False, mask[:-1])
@@ -131,6 +152,62 @@ def test_where_a_folder_has_its_template(tmp_path, folder, stored):
     assert list(learned(path, folder).values()) == [["Hello, you<|im_end|>", "a<|im_end|>"]]
 
 
+CALL = {"name": "add", "arguments": {"a": 1}}
+
+
+def calling(content, call, **other):
+    return {"role": "assistant", "content": content, "tool_calls": [call], **other}
+
+
+def test_calls_of_tools_are_learned_and_what_they_may_be_is_read(tmp_path):
+    ask, result = messages(("user", "1+1?"))[0], messages(("tool", "2"))[0]
+    lines = [
+        {"messages": [ask, calling("Let me see.", {"function": CALL}), result, *messages(("assistant", "It is 2."))]},
+        {"messages": [ask, calling(None, CALL, name=None), result], "tools": [{"name": "add"}]},
+        {"messages": [{**ask, "tool_calls": None}, calling("", CALL), result, *messages(("assistant", "2")), ask]},
+    ]
+    call = '<call>add {"a": 1}</call><|im_end|>'
+    asked = "<|im_start|>user\n1+1?<|im_end|>\n"
+    answered = "<|im_start|>tool\n2<|im_end|>\n<|im_start|>assistant\n"
+    assert learned(write(tmp_path / "a.jsonl", *lines), template=TOOLS) == {
+        f"{asked}<|im_start|>assistant\nLet me see.\n{call}\n{answered}It is 2.<|im_end|>\n": [
+            f"Let me see.\n{call}",
+            "It is 2.<|im_end|>",
+        ],
+        f'<|im_start|>system\n[{{"name": "add"}}]<|im_end|>\n{asked}<|im_start|>assistant\n{call}\n': [call],
+        f"{asked}<|im_start|>assistant\n{call}\n{answered}2<|im_end|>\n": [call, "2<|im_end|>"],
+    }
+    path = write(tmp_path / "b.jsonl", {"messages": [*lines[2]["messages"], calling(None, CALL), result]})
+    whole = "[INST]1+1?[/INST][CALLS]add</s>[RESULT]22</s>[INST]1+1?[/INST][CALLS]add</s>"
+    assert learned(path, template=CALLS_ALONE) == {whole: ["[CALLS]add</s>", "2</s>", "[CALLS]add</s>"]}
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (
+            "{% for m in messages %}{{ m.content or '' }}{% endfor %}",
+            r"messages\[1\]: must have its tool_calls in what",
+        ),
+        (CALLS_ALONE, "must have its answers in what template writes"),  # it drops what is said with a call
+        ("{{ messages | length }}" + TOOLS, r"messages\[1\]: must have its tool_calls .* the same wherever it ends"),
+    ],
+)
+def test_templates_that_do_not_write_calls_are_named(tmp_path, template, message):
+    content = "Well," if template is CALLS_ALONE else None
+    path = write(tmp_path / "a.jsonl", {"messages": [*messages(("user", "Hi")), calling(content, CALL)]})
+    with pytest.raises(ValueError, match=rf"a\.jsonl:1: {message}"):
+        train.chat([path], template=template)
+
+
+def test_answers_that_nothing_ends_are_told_once(tmp_path):
+    path = write(tmp_path / "a.jsonl", *2 * [{"messages": messages(*TALK)}])
+    template = "{% for m in messages %}{{ m.role + ': ' + m.content }}{% if not loop.last %}</s>{% endif %}{% endfor %}"
+    with pytest.warns(UserWarning, match="template writes nothing after 4 answers that is learned with them") as told:
+        train.chat([path], template=template, length=512)
+    assert len(told) == 1
+
+
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)
 talks = st.lists(st.tuples(st.sampled_from(["user", "assistant", "system"]), texts), max_size=6)
 
@@ -138,7 +215,8 @@ talks = st.lists(st.tuples(st.sampled_from(["user", "assistant", "system"]), tex
 @given(talks, texts)
 def test_answers_are_where_the_template_writes_them(talk, last):
     talk = messages(*talk, ("assistant", last))
-    text, spans = ChatTemplate(CHATML).render_answers(talk)
+    text, spans, unended = ChatTemplate(CHATML).render_answers(talk)
+    assert unended == 0
     answers = [message["content"] for message in talk if message["role"] == "assistant"]
     assert [text[start:stop] for start, stop in spans] == [answer + "<|im_end|>" for answer in answers]
     at = text.index("<|im_start|>assistant\n") + len("<|im_start|>assistant\n")
@@ -149,7 +227,7 @@ def test_answers_are_where_the_template_writes_them(talk, last):
 
 @given(texts)
 def test_characters_of_bytes(text):
-    ids, places = ByteTokenizer().encode_spans(text)
+    ((ids, places),) = ByteTokenizer().encode_spans([text])
     assert ids == list(text.encode())
     one_by_one = [[n, n + 1] for n, character in enumerate(text) for _ in character.encode()]
     assert places.tolist() == one_by_one
@@ -180,6 +258,9 @@ def test_a_template_runs_in_a_sandbox():
         ({"messages": ["x"]}, r"messages\[0\]: must be an object with text under 'content', got 'x'"),
         ({"messages": [{"role": "user", "content": None}]}, r"messages\[0\]: must be an object with text"),
         ({"messages": messages(("assistant", "\ud800"))}, "must hold text without single surrogates"),
+        ({"messages": [calling(None, 3)]}, r"messages\[0\]: tool_calls: must be a list of objects, got \[3\]"),
+        ({"messages": [{**calling("x", {}), "role": "user"}]}, r"messages\[0\]: tool_calls: must be of the assistant"),
+        ({"messages": messages(("assistant", "x")), "tools": "[]"}, r"tools: must be a list, got '\[\]'"),
     ],
 )
 def test_conversations_that_cannot_be_learned_from_are_named(tmp_path, line, message):

@@ -1,11 +1,9 @@
-"""Corpora, windows and batches."""
-
-import json
+"""Corpora and the files that they are read from."""
 
 import numpy as np
 import pytest
 
-from nosa_jax.train import Corpus, find_files, heldout_batches, load_corpus, stdlib_files, train_batches
+from nosa_jax.train import Corpus, find_files, load_corpus, stdlib_files
 
 
 @pytest.fixture
@@ -55,45 +53,5 @@ def test_bad_text_is_refused(tmp_path):
         load_corpus([full], heldout_fraction=1.5)
     with pytest.raises(TypeError, match=r"Corpus.train: must be a NumPy array of integers, got float64"):
         Corpus(np.zeros(3), np.zeros(3, int))
-    with pytest.raises(ValueError, match=r"fill one window of length \+ 1 = 9, got 8"):
-        train_batches(np.arange(8), batch_size=1, length=8, seed=0)
-
-
-def test_an_epoch_predicts_every_token_once_and_the_next_one_is_shuffled_anew():
-    batches = train_batches(np.arange(1 + 6 * 4), batch_size=2, length=4, seed=0)
-    epochs = [np.concatenate([next(batches) for _ in range(3)]) for _ in range(2)]
-    for epoch in epochs:
-        assert epoch.shape == (6, 5) and epoch.dtype == np.int32
-        assert sorted(epoch[:, 1:].ravel()) == list(range(1, 25))
-        np.testing.assert_array_equal(np.diff(epoch), 1)
-    assert not np.array_equal(*epochs)
-
-
-def test_a_batch_may_be_one_window():
-    assert next(train_batches(np.arange(100), batch_size=1, length=9, seed=0)).shape == (1, 10)
-
-
-def test_batches_continue_from_a_json_state():
-    def make(seed=0):
-        return train_batches(np.arange(1000, dtype=np.uint16), batch_size=3, length=16, seed=seed)
-
-    batches = make()
-    for _ in range(25):  # beyond the first epoch
-        next(batches)
-    state = json.dumps(batches.get_state())
-    expected = [next(batches) for _ in range(25)]
-    resumed = make()
-    resumed.set_state(json.loads(state))
-    np.testing.assert_array_equal(expected, [next(resumed) for _ in range(25)])
-    assert not np.array_equal(next(make()), next(make(seed=1)))
-
-
-def test_heldout_batches_are_fixed_and_spread_over_the_text():
-    tokens = np.arange(1001)
-    batches = list(heldout_batches(tokens, batch_size=2, length=10, max_batches=3))
-    starts = np.array(batches)[..., 0].ravel()
-    assert [batch.shape for batch in batches] == [(2, 11)] * 3
-    assert starts[0] == 0 and starts[-1] == 990 and len(set(starts)) == 6
-    np.testing.assert_array_equal(batches, list(heldout_batches(tokens, batch_size=2, length=10, max_batches=3)))
-    (only,) = heldout_batches(tokens[:31], batch_size=8, length=10, max_batches=3)
-    assert only.shape == (3, 11)
+    with pytest.raises(ValueError, match=r"Corpus.train: must fill one window of length \+ 1 = 9 tokens, got 8 tokens"):
+        Corpus(np.arange(8), np.arange(8)).source(8)

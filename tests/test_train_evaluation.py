@@ -14,7 +14,7 @@ from support import lively_model, random_tokens, small_config
 
 from nosa_jax import locality
 from nosa_jax.model import forward, with_attention
-from nosa_jax.train import Batch, Corpus, evaluate, measure_selection
+from nosa_jax.train import Batch, Corpus, evaluate, measure_selection, mixture
 
 MODEL = lively_model(small_config())
 LENGTH = 200
@@ -70,6 +70,18 @@ def test_text_a_source_and_batches_say_the_same():
     assert by_source.bits_per_byte == pytest.approx(by_text.bits_per_byte / 3, rel=1e-6)
     assert by_batches.loss == by_source.loss and by_batches.bits_per_byte == pytest.approx(by_text.bits_per_byte)
     assert evaluate(MODEL, source, batch_size=2, max_batches=1).tokens == LENGTH * 2
+    by_corpus = evaluate(MODEL, corpus, batch_size=2, length=LENGTH)
+    assert (by_corpus.loss, by_corpus.bits_per_byte) == (by_text.loss, pytest.approx(by_source.bits_per_byte))
+    rows = corpus.heldout[:-1].reshape(4, LENGTH)
+    windows = np.concatenate([rows, corpus.heldout[LENGTH::LENGTH, None]], axis=1)
+    for same in (jnp.asarray(corpus.heldout), [windows[:2], jnp.asarray(windows[2:])]):
+        sizes = {} if isinstance(same, list) else {"batch_size": 2, "length": LENGTH}
+        assert evaluate(MODEL, same, **sizes).loss == pytest.approx(by_text.loss, rel=1e-6)
+    assert evaluate(MODEL, batch()) == evaluate(MODEL, [batch()])
+    mixed = mixture([(source, 1), (Corpus(ROWS[0], ROWS[0]).source(LENGTH), 3)])
+    in_bytes = evaluate(MODEL, mixed, batch_size=1)
+    bytes_per_token = (801 * 3 + 201 * 1) / 1002  # by what each holds out, and not 1 : 3
+    assert in_bytes.bits_per_byte == pytest.approx(in_bytes.loss / np.log(2) / bytes_per_token)
 
 
 def test_what_cannot_be_evaluated_is_refused(without_type_checker):
@@ -84,6 +96,35 @@ def test_what_cannot_be_evaluated_is_refused(without_type_checker):
         evaluate(MODEL, ROWS[0], batch_size=2)
     with pytest.raises(ValueError, match="max_batches: must be"):
         evaluate(MODEL, [batch()], max_batches=0)
+
+
+SIZES = {"batch_size": 2, "length": LENGTH}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "options", "message"),
+    [
+        (ROWS[0, :50], SIZES, r"tokens: must fill one window of length \+ 1 = 201, got 50 tokens"),
+        (Corpus(ROWS[0], ROWS[0, :50]), SIZES, r"Corpus\.heldout: must fill one window"),
+        (ROWS, SIZES, r"tokens: must have one dimension, got \(2, 201\)\. .* as batches: \[tokens\]"),
+        (ROWS[0] / 2, SIZES, "tokens: must hold integers, got float64"),
+        (ROWS[0] + 128, SIZES, r"tokens: must hold token ids below vocab_size = 128, got \d+"),
+        (Corpus(ROWS[0], ROWS[0] + 128).source(LENGTH), {"batch_size": 2}, "source: must hold token ids below"),
+        (Corpus(ROWS[0], ROWS[0]).source(LENGTH), SIZES | {"length": 9}, "length: must be that of the source, 200"),
+        ([batch()], {"batch_size": 2}, "batch_size: must be None where batches are given, which have theirs, got 2"),
+        (batch(), {"length": 9}, "length: must be None where batches are given"),
+        ([1, 2, 3], {}, r"tokens\[0\]: must be a Batch, or integers \[B, length \+ 1\], got int 1\. Pass text as np"),
+        ([batch(), ROWS[0]], {}, r"tokens\[1\]: must be a Batch, .* got int\d+\[201\]"),
+        ("some text", {}, "tokens: must be token ids, a Corpus, a Source, or batches, got str 'some text'"),
+        (7, {}, "tokens: must be token ids, a Corpus, a Source, or batches, got int 7"),
+        (ROWS[0], SIZES | {"bytes_per_token": 0}, "bytes_per_token: must be"),
+    ],
+)
+def test_what_is_no_text_is_refused_by_name(tokens, options, message, without_type_checker):
+    with pytest.raises((TypeError, ValueError), match=message):
+        evaluate(MODEL, tokens, **options)
+    with pytest.raises(TypeError, match="model: must be a NosaLM"):
+        evaluate(MODEL.config, tokens, **options)
 
 
 # --- How a model selects -------------------------------------------------------------------------------------------

@@ -107,14 +107,20 @@ def test_multipliers_scale_the_whole_update_of_their_group():
 
 
 def test_weight_decay_by_pattern_reaches_norms_but_never_biases():
-    rules = (("*importance*", 0.0), ("*_norm", 0.25), ("*bias", 0.7))
+    rules = (("*importance*", 0.0), ("*_norm", 0.25), ("*qkv*", 0.7))
     updates = first_update(dataclasses.replace(CONSTANT, weight_decays=rules), STILL)
     decay = {
         name: -float(update.ravel()[0] / 0.1 / by_name(PARAMS)[name].ravel()[0]) for name, update in updates.items()
     }
     assert decay == pytest.approx({
-        "embed": 0.5, "layers.attention.qkv": 0.5, "layers.attention.qkv_bias": 0, "layers.mlp_norm": 0.25,
+        "embed": 0.5, "layers.attention.qkv": 0.7, "layers.attention.qkv_bias": 0, "layers.mlp_norm": 0.25,
         "layers.attention.importance.A": 0, "layers.attention.importance.delta": 0})  # fmt: skip
+
+
+def test_a_weight_decay_of_biases_alone_is_refused():
+    with pytest.raises(ValueError, match=r"weight_decays: must match something else than biases.* got '\*bias'"):
+        make_optimizer(OptimizerConfig(weight_decays=(("*bias", 0.7),)), 10).init(PARAMS)
+    make_optimizer(OptimizerConfig(weight_decays=(("*bias", 0.0),)), 10).init(PARAMS)  # says what is so
 
 
 def clipped(config, grads):
@@ -171,6 +177,19 @@ def test_moments_in_bfloat16_follow_those_in_float32():
         ({"schedule": "linear"}, "OptimizerConfig.schedule: must be 'wsd', 'cosine' or 'constant', got 'linear'"),
         ({"moment_dtype": "float16"}, "OptimizerConfig.moment_dtype: must be 'float32' or 'bfloat16'"),
         ({"moment_dtype": "bfloat16", "beta2": 0.999}, "OptimizerConfig.moment_dtype: must be float32 where beta1"),
+        ({"decay_fraction": 0.96}, r"OptimizerConfig.decay_fraction: must satisfy .* got 0.05 \+ 0.96"),
+        (
+            {"schedule": "cosine", "decay_fraction": 0.5},
+            "OptimizerConfig.decay_fraction: must stay 0.3 where .*'cosine'",
+        ),
+        (
+            {"schedule": "constant", "decay_fraction": 0.0},
+            "OptimizerConfig.decay_fraction: must stay 0.3 where .*, got 0",
+        ),
+        (
+            {"schedule": "constant", "final_learning_rate": 1e-4},
+            "final_learning_rate: must stay 0.0 where .*'constant'",
+        ),
         ({"clip_norms": (("*", 0.0),)}, r"OptimizerConfig.clip_norms\['\*'\]: must lie between 1e-06"),
     ],
 )

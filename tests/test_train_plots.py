@@ -95,6 +95,10 @@ def test_missing_parts_are_left_out(tmp_path):
     figure = plot_run([measured(7, 3.0, 0.5)])
     assert list(panels(figure)["Size of the bias by layer"]) == ["after step 7"]
     assert len(figure.axes) == 5  # the sixth place is empty
+    unknown = {**evaluation(7, None), "loss_by_position": {"0": None, "64": 2.0}, "bias_by_layer": [None, 1.0]}
+    found = panels(plot_run([step(1, None), step(2, 5.0), unknown]))  # of steps that were not finite
+    assert found["Loss"] == {"training, before each step": [(2, 5.0)]}
+    assert found["Held-out loss along the row"]["after step 7"][1] == (64, 2.0)
     with pytest.raises(ValueError, match="log: must hold records of steps or evaluations, got none"):
         plot_run([START])
 
@@ -131,6 +135,7 @@ def test_the_summary_of_little():
         "1 step skipped, whose loss or gradients were not finite",
         "files in runs/tiny",
     ]
-    broken = summary([evaluation(1, math.nan), evaluation(2, 3.0), evaluation(3, math.nan)])
-    assert broken == "best held-out loss 3.0000 nats per token after step 2, nan after step 3"
+    for nan in (math.nan, None):  # of a run, and as its log has it
+        broken = summary([evaluation(1, nan), evaluation(2, 3.0), evaluation(3, nan), step(4, nan)])
+        assert "held-out loss 3.0000 nats per token after step 2, nan after step 3\ntraining loss nan in" in broken
     assert "2,000 steps skipped" in summary([step(1, 5.0, skipped=2000)])

@@ -1,7 +1,9 @@
 """Runs as files, the stages of the paper, and operations counted."""
 
 import dataclasses
+import itertools
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from nosa_jax.train import (
     OptimizerConfig,
     TrainConfig,
     continued,
+    count_documents,
     flops_per_token,
     mfu,
     model_config_from_dict,
@@ -167,6 +170,25 @@ def test_attention_is_counted_query_by_query(variant, length):
     flops = flops_per_token(config, length)
     np.testing.assert_allclose(flops.attention, attention, rtol=1e-12)
     np.testing.assert_allclose(flops.selection, selection, rtol=1e-12)
+
+
+@given(st.lists(st.lists(st.tuples(st.integers(-1, 2), st.integers(1, 9)), min_size=1), min_size=1, max_size=3))
+def test_documents_are_counted_alone_and_padding_is_not(rows):
+    ids = [np.repeat(*zip(*row, strict=True)) for row in rows]
+    width = max(map(len, ids))
+    found = count_documents(np.stack([np.pad(row, (0, width - len(row)), constant_values=-1) for row in ids]))
+    runs = [list(run) for row in ids for _, run in itertools.groupby(row.tolist())]
+    assert found == Counter(len(run) for run in runs if run[0] >= 0)
+    if found:
+        config, *_ = counted("nosa", 1)
+        mean = np.average([flops_per_token(config, n) for n in found], 0, [n * count for n, count in found.items()])
+        np.testing.assert_allclose(flops_per_token(config, found), mean, rtol=1e-12)
+
+
+@pytest.mark.parametrize("length", [0, {}, {0: 1}, {8: 0}])
+def test_lengths_of_no_documents_are_refused(length):
+    with pytest.raises(ValueError, match=r"length.*: must"):
+        flops_per_token(presets.tiny(), length)
 
 
 def test_matrices_take_six_per_weight():

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -16,8 +17,9 @@ import orbax.checkpoint as ocp
 import pytest
 from test_train import CONFIG, CORPUS, interrupt_at, leaves_equal, new_state
 
+from nosa_jax import save_pretrained
 from nosa_jax._paths import only_run
-from nosa_jax.train import Checkpoints, load_model, read_log, train
+from nosa_jax.train import Checkpoints, load_model, loop, read_log, train
 from nosa_jax.train._interrupt import interrupt_flag
 
 STEPS = dataclasses.replace(CONFIG, checkpoint_every=3, eval_every=0)
@@ -83,18 +85,31 @@ def test_other_lines_in_a_log_are_skipped_with_a_word(tmp_path, line):
         assert read_log(log) == [record, record]
 
 
-def test_a_finished_run_that_is_resumed_logs_its_evaluation_once(run):
+def test_a_finished_run_that_is_resumed_says_so_and_logs_its_evaluation_once(run, capsys):
     kinds = lambda: [json.loads(line)["kind"] for line in (run / "log.jsonl").read_text().splitlines()]
     assert kinds().count("eval") == 1
     seen = []
     for _ in range(2):
-        resumed = train(STEPS, CORPUS, run, resume=True, progress=False, on_record=seen.append)
+        resumed = train(STEPS, CORPUS, run, resume=True, on_record=seen.append)
         assert [record["step"] for record in resumed.evaluations] == [6]
+        assert capsys.readouterr().out.startswith("All 6 steps were done before, and there are none to take.\n")
     assert kinds().count("eval") == 1 and {record["kind"] for record in seen} == {"start"}
     other = dataclasses.replace(STEPS, eval_batches=1)  # something new to say
     train(other, CORPUS, run, resume=True, progress=False)
     assert kinds().count("eval") == 2
     assert len([record for record in read_log(run / "log.jsonl") if record["kind"] == "eval"]) == 1
+
+
+def test_numbers_that_are_not_finite_are_null_in_the_log(tmp_path):
+    """JSON has no others. Functions get them as they are, and pictures and summaries take both."""
+    seen, numbers = [], {"own": math.nan, "other": -math.inf, "third": 1.0}
+    options = {"evaluation": lambda model: numbers, "on_record": seen.append}
+    for resume in (False, True):  # evaluated again, with nothing new to say
+        train(dataclasses.replace(STEPS, steps=1), CORPUS, tmp_path, resume=resume, progress=False, **options)
+    refuse = lambda constant: pytest.fail(constant)
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    [logged] = [r for line in lines if (r := json.loads(line, parse_constant=refuse))["kind"] == "eval"]
+    assert [logged[name] for name in numbers] == [None, None, 1.0] and math.isnan(seen[2]["own"])
 
 
 # --- Checkpoints ---------------------------------------------------------------------------------------------------
@@ -204,6 +219,14 @@ def test_fields_of_a_later_version_are_named_and_nothing_is_moved(run, part):
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"3", "6"}
 
 
+def test_a_position_in_an_older_order_is_no_damage(run):
+    for step in ("3", "6"):
+        edit_meta(run / "checkpoints" / step, lambda meta: meta["data"].pop("order"))
+    with pytest.raises(ValueError, match=r"state: must be a position in the order .* train on from its weights"):
+        train(STEPS, CORPUS, run, resume=True, progress=False)
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"3", "6"}
+
+
 def test_where_no_checkpoint_is_whole_the_newest_is_named(run):
     for step in ("3", "6"):
         empty(run / "checkpoints" / step)
@@ -220,8 +243,31 @@ def test_a_checkpoint_older_than_a_field_of_the_configuration_is_resumed(run):
         edit_meta(run / "checkpoints" / step, lambda meta: meta["config"]["model"].pop("qk_norm"))
     assert train(STEPS, CORPUS, run, resume=True, progress=False).step == 6
     other = dataclasses.replace(STEPS, model=dataclasses.replace(STEPS.model, qk_norm=True))
-    with pytest.raises(ValueError, match=r"TrainConfig.model: must be ModelConfig\(.* as in the checkpoint to resume"):
+    with pytest.raises(
+        ValueError, match=r"^TrainConfig.model: must be as in the checkpoint to resume, got qk_norm=True instead of"
+    ):
         train(other, CORPUS, run, resume=True, progress=False)
+
+
+def test_a_run_that_goes_on_holds_one_state(run, tmp_path, monkeypatch):
+    """The checkpoint's alone: nothing is drawn, and the weights that the run began with are not loaded."""
+    state = sum(leaf.nbytes for leaf in jax.tree.leaves(new_state()))
+    before = {id(array) for array in jax.live_arrays()}
+    held = lambda: sum(array.nbytes for array in jax.live_arrays() if id(array) not in before)
+    restore, sizes = ocp.CheckpointManager.restore, []
+
+    def watched(*args, **kwargs):
+        sizes.append(held())
+        return restore(*args, **kwargs)
+
+    save_pretrained(new_state().model, tmp_path / "model")
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", watched)
+    monkeypatch.setattr(loop, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    on_record = lambda record: sizes.append(held())
+    model = tmp_path / "model"
+    resumed = train(STEPS, CORPUS, run, model=model, resume=True, progress=False, on_record=on_record)
+    assert resumed.model.origin.model_type == "nosa_llama"
+    assert len(sizes) >= 3 and max(sizes) < 1.05 * state, (sizes, state)
 
 
 def test_leftovers_of_killed_saves_are_cleaned_by_the_run_alone(run):

@@ -6,9 +6,11 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from nosa_jax.train import Profiler, TensorBoard, Tracker, WandB, as_trackers
+from nosa_jax import presets
+from nosa_jax.train import Corpus, Profiler, TensorBoard, Tracker, TrainConfig, WandB, as_trackers, train
 from nosa_jax.train._progress import Progress, describe
 from nosa_jax.train.profile import as_profile_steps
 from nosa_jax.train.trackers import scalars
@@ -23,6 +25,7 @@ EVAL = {
     "bias_by_layer": [1.0, 3.0],
     "loss_by_position": {},
 }
+TOKENS = np.arange(99)
 
 
 def test_scalars_are_the_numbers_of_a_record_by_kind():
@@ -100,8 +103,14 @@ def test_tensorboard_hides_what_a_resumed_run_takes_again(writers, tmp_path):
 
 
 def test_tensorboard_needs_a_folder(writers):
-    with pytest.raises(ValueError, match="directory: must be given where the run has no folder, got None"):
+    with pytest.raises(
+        ValueError, match="directory: must be given for TensorBoard where the run has no folder, got No"
+    ):
         TensorBoard().record(START)
+    with pytest.raises(ValueError, match="directory: must be given for TensorBoard"):  # before anything is computed
+        train(TrainConfig(presets.tiny(), length=8), Corpus(TOKENS, TOKENS), trackers=[print, "tensorboard"])
+    as_trackers(TensorBoard("mine")).check(None)
+    assert not writers
 
 
 @pytest.mark.slow
@@ -165,9 +174,12 @@ def test_trackers_are_told_in_order_and_closed():
     assert isinstance(tracker, Tracker)
     before = copy.deepcopy(STEP)
     with as_trackers((tracker, seen.append)) as trackers:
-        assert as_trackers(trackers) is trackers
         trackers.record(STEP)
     assert [name for name, _, _ in tracker.told] == ["made", "record", "close"] and seen == [STEP] == [before]
+    with as_trackers(trackers) as again:  # of another run, which drops one
+        again.record(EVAL)
+        again._trackers.pop()
+    assert [name for name, _, _ in tracker.told[3:]] == ["record", "close"] and len(trackers) == 2
     assert len(as_trackers(None)) == 0 and len(as_trackers(seen.append)) == 1
 
 

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     command: Command | None = None
     with usable_streams(), warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: note(_one_line(str(message)))
+        warnings.showwarning = lambda message, *_: note(as_typed(_one_line(str(message)), command))
         try:
             if arguments == ["--version"]:
                 show(f"nosa-jax {nosa_jax.__version__}")

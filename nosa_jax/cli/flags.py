@@ -16,10 +16,14 @@ _OTHER_NAMES = {
         "corpus.train": "--files",
         "corpus.heldout": "--files, held out",
         "corpus": "--files",
+        "source": "--files",
         "directory": "--out",
         "path": "--out",
+        "dtype": "--token-dtype",
+        "coordinator_address": "--coordinator",
         "TrainConfig.model": "--preset and --variant",
     },
+    "Export": {"directory": "run-folder", "path": "out"},
     "Demo": {"path": "--out"},
     "Generate": {"tokens": "--prompt", "max_length": "--prompt with --max-new-tokens"},
     "Locality": {"max_length": "--prompt-length with --new-tokens"},
@@ -41,9 +45,9 @@ def called(flag: str, *arguments: str) -> Iterator[None]:
 def as_typed(message: str, command: Any) -> str:
     """`message` with the flags of `command` (None: of none) in place of the arguments that they set.
 
-    `Sampling.top_k` and `max_new_tokens` become `--top-k` and `--max-new-tokens`, `resume=True` becomes `--resume`. A
-    name that is an English word too is replaced only where it is surely an argument: first in the message, or with its
-    class or its value.
+    `Sampling.top_k` and `max_new_tokens` become `--top-k` and `--max-new-tokens`, `resume=True` and `field=` become
+    `--resume` and `--field`, and who is to pass None leaves the flag out. A name that is an English word too is
+    replaced only where it is surely an argument: first in the message, or with its class or its value.
     """
     if command is None:
         return message
@@ -53,23 +57,26 @@ def as_typed(message: str, command: Any) -> str:
         for field in dataclasses.fields(command)
         if field.default is not required
     }
-    names |= _OTHER_NAMES.get(type(command).__name__, {})
+    others = _OTHER_NAMES.get(type(command).__name__, {})
+    if getattr(command, "data", ()):  # what is trained on is not --files then
+        others = {name: flag.replace("--files", "--data") for name, flag in others.items()}
+    names |= others
 
     def flag(match: re.Match[str]) -> str:
         owner, name, value = match["owner"] or "", match["name"], match["value"]
         if name == "data" and value is not None:  # an axis of a mesh
             return match[0]
-        if not (match.start() == 0 or owner or value or "_" in name):
+        if not (match.start() == 0 or owner or value is not None or "_" in name):
             return match[0]
         text = names[name]
         if value == "None":
             return f"no {text}"
         if value == "False":
             return text.replace("--", "--no-", 1)
-        return text if value in (None, "True") else f"{text} {value}"
+        return text if value in (None, "", "True") else f"{text} {value}"
 
     known = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
     own = r"(?P<owner>(?:Sampling|CacheConfig|TrainConfig|OptimizerConfig)\.)?"
-    value = r"(?:=(?P<value>\d+(?:\.\d+)?|\w+))?"
+    value = r"(?:=(?P<value>\d+(?:\.\d+)?|\w+|(?=[.,;) ])))?"
     pattern = rf"(?<![\w./'-]){own}(?P<name>{known}){value}(?![\w/'-]|\.\w)"
-    return re.sub(pattern, flag, message)
+    return re.sub(pattern, flag, message).replace("pass None", "leave it out")

@@ -2,34 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import itertools
 from pathlib import Path
 from typing import Any, Literal
 
 import nosa_jax
 from nosa_jax import NosaLM, parallel, processes, train
 from nosa_jax._extras import require_extras
-from nosa_jax.cli.data import Format, describe, read_corpus, read_source, read_tokenizer
+from nosa_jax.cli.data import Format, ShardDtype, describe, origin_with, read_corpus, read_source, read_tokenizer
 from nosa_jax.cli.flags import called
 from nosa_jax.cli.plan import PresetName, preset
 from nosa_jax.cli.terminal import facts, heading, working
 from nosa_jax.config import ModelConfig, Variant
 from nosa_jax.hf import ByteTokenizer, FileTokenizer
+from nosa_jax.hf.load import outline
 from nosa_jax.hf.save import check_folder
 from nosa_jax.hf.text import tokenizer_of
 from nosa_jax.model import Remat
 from nosa_jax.train import OptimizerConfig, TrainConfig, TrainResult
+from nosa_jax.train.log import LOG_NAME
+from nosa_jax.train.optim import UNUSED
 from pallas_kernels.checks import bad_value
+
+with contextlib.suppress(ImportError):  # `main` says what is missing, and until then no annotation is looked at
+    from tyro.conf import UseAppendAction  # a flag that is given again adds to what it was given before
 
 
 @dataclasses.dataclass(frozen=True)
 class Train:
     """Train a model on local text, fresh or from a checkpoint, and save it as a Hugging Face folder."""
 
-    preset: PresetName = "tiny"
-    """Shape of the model."""
-    variant: Variant = "nosa"
-    """How the model selects blocks."""
+    preset: PresetName | None = None
+    """Shape of a fresh model; default: tiny."""
+    variant: Variant | None = None
+    """How the model selects blocks; default: what --init or --config-file say, else nosa."""
     init: Path | None = None
     """Hugging Face folder to start from, whose shape and tokenizer are taken; default: fresh weights of --preset."""
     stage: Literal["pretrain", "continued", "sft"] | None = None
@@ -37,12 +46,20 @@ class Train:
     config_file: Path | None = None
     """Run in a JSON or TOML file (TrainConfig.save); flags that are given with another value than their default win."""
 
-    files: tuple[str, ...] = ()
+    files: UseAppendAction[tuple[tuple[str, ...], ...]] = ()
     """Files, folders or globs to read as bytes; default: the source of Python's standard library."""
-    data: tuple[str, ...] = ()
+    data: UseAppendAction[tuple[tuple[str, ...], ...]] = ()
     """Files, folders or globs of --format instead, read with the tokenizer of --init or --tokenizer."""
-    format: Format = "auto"
-    """What --data are: text, jsonl, tokens (.npy, .bin) or chat; auto: by how their names end."""
+    weights: tuple[float, ...] = ()
+    """One for each --data: they are mixed, each with this share of the rows; default: all are one text."""
+    format: tuple[Format, ...] = ("auto",)
+    """What --data are: text, jsonl, tokens (.npy, .bin) or chat; auto: by how names end. One, or one per weight."""
+    field: str | None = None
+    """Where lines of JSON have their text; default: text."""
+    template: Path | None = None
+    """File with the Jinja template of chats; default: that of the tokenizer's folder."""
+    token_dtype: ShardDtype | None = None
+    """Dtype of the tokens in .bin files; default: uint16."""
     tokenizer: Path | None = None
     """Folder with tokenizer.json, or that file; default: that of --init, else bytes."""
     end_of_text: int | None = None
@@ -139,21 +156,41 @@ class Train:
     """Patterns over names of parameters, each with the norm that their gradients are scaled down to."""
 
     def config(self, model: ModelConfig | None = None) -> TrainConfig:
-        """The run that the flags describe, of a model's configuration or of --preset and --variant."""
-        given = preset(self.preset, self.variant) if model is None else model
-        if self.config_file is not None:
-            base = TrainConfig.load(self.config_file)
-            if model is not None or self.preset != Train.preset or self.variant != Train.variant:
-                base = dataclasses.replace(base, model=given)
+        """The run that the flags describe, of a model's configuration or of a fresh one."""
+        given = self._fresh() if model is None else model
+        if self._file is not None:
+            base = dataclasses.replace(self._file, model=given)
         elif self.stage is not None:
             tokens = self.steps * self.batch_size * self.length
             recipe: Any = getattr(train, self.stage)
-            base = recipe(given, tokens=tokens, batch_size=self.batch_size, length=self.length)
+            own = {"variant": given.attention.variant} if self.stage == "continued" else {}
+            base = recipe(given, tokens=tokens, batch_size=self.batch_size, length=self.length, **own)
         else:
             optimizer = OptimizerConfig(**self._fields_of(OptimizerConfig))
             return TrainConfig(given, optimizer, **self._fields_of(TrainConfig))
-        optimizer = dataclasses.replace(base.optimizer, **self._changed(OptimizerConfig))
+        changed = self._changed(OptimizerConfig)
+        if "schedule" in changed:  # what the one of the base needed, and this one has no use for
+            changed = {name: getattr(OptimizerConfig, name) for name in UNUSED.get(self.schedule, ())} | changed
+        optimizer = dataclasses.replace(base.optimizer, **changed)
         return dataclasses.replace(base, optimizer=optimizer, **self._changed(TrainConfig))
+
+    @functools.cached_property
+    def _file(self) -> TrainConfig | None:
+        return None if self.config_file is None else TrainConfig.load(self.config_file)
+
+    def _variant(self) -> Variant | None:
+        """The one that is asked for, None for that of --init or for the default."""
+        if self.variant is not None:
+            return self.variant
+        if self.stage is not None:
+            return {"pretrain": "full", "continued": "nosa", "sft": None}[self.stage]  # type: ignore[return-value]
+        return None if self._file is None else self._file.model.attention.variant
+
+    def _fresh(self) -> ModelConfig:
+        """The model of --config-file or --preset."""
+        if self._file is None or self.preset is not None:
+            return preset(self.preset or "tiny", self._variant() or "nosa")
+        return self._file.model.with_attention(variant=self._variant())
 
     def _fields_of(self, cls: Any) -> dict[str, Any]:
         names = [field.name for field in dataclasses.fields(cls) if field.name not in ("model", "optimizer")]
@@ -165,43 +202,82 @@ class Train:
 
     def run(self) -> int:
         require_extras("train", "hf")
-        if self.files and self.data:
-            raise bad_value("--files", "must not be given with --data", "both", "Give one of them.")
-        if not self.data and (self.tokenizer is not None or self.end_of_text is not None or self.format != "auto"):
-            rule = "must be given with --tokenizer, --end-of-text or --format"
-            raise bad_value("--data", rule, "none", "Give --data; --files are read as bytes.")
+        self._check()
+        if self.out is not None:
+            check_run_folder(self.out)
         if self.distributed or (self.coordinator, self.num_processes, self.process_id) != (None, None, None):
             parallel.initialize(self.coordinator, self.num_processes, self.process_id)
         sizes: Any = as_sizes(self.mesh)
         mesh = parallel.make_mesh(**sizes) if self.mesh else None
-        model = None
+        model = None  # of shapes: the run loads the weights itself, where it starts from them
         if self.init is not None:
-            with working(f"loading {self.init}"), called("--init", "path"):
-                model = nosa_jax.from_pretrained(self.init, variant=self.variant, mesh=mesh)
-        config = self.config(None if model is None else model.config)
-        start = self.preset if self.init is None else self.init.name
-        if self.config_file is not None and self.init is None:
-            start = self.config_file.stem
-        out = self.out or Path("runs", f"{start}-{config.model.attention.variant}")
-        check_folder(out / "model")
-        tokenizer, written = self._tokenizer(model, config.model.vocab_size)
-        source: Any
-        if self.data:
-            cut = {"length": config.length, "block_size": config.model.attention.block_size, "pack": self.pack}
-            source = read_source(
-                self.data, self.format, tokenizer, self.end_of_text, heldout_fraction=self.heldout_fraction, **cut
-            )
-        else:
-            source = read_corpus(self.files, self.heldout_fraction)
+            with called("--init", "path"):
+                model = outline(self.init, variant=self._variant())
+        given = self._fresh() if model is None else model.config
+        tokenizer, written = self._tokenizer(model, given.vocab_size)
+        if self.init is None and self._file is None and written is not None:
+            # A fresh model has no tokens of its own: it gets room for those of --tokenizer.
+            given = dataclasses.replace(given, vocab_size=max(given.vocab_size, written.vocab_size))
+        config = self.config(given)
+        out = self.out or Path("runs", f"{self._start()}-{config.model.attention.variant}")
+        check_run_folder(out)
+        source: Any = self._source(tokenizer, config)
         if processes.is_writer():
-            heading(f"Training {out.name} ({config.model.attention.variant}) for {config.steps} steps")
+            heading(f"Training {out.resolve().name} ({config.model.attention.variant}) for {config.steps} steps")
             facts([("text", describe(source)), ("folder", out)])
-        result = train.train(config, source, out, model=model, mesh=mesh, resume=self.resume, trackers=self.trackers)
+        result = train.train(
+            config, source, out, model=self.init, mesh=mesh, resume=self.resume, trackers=self.trackers
+        )
+        if self.data:
+            told = (written, self.tokenizer, self.template, self.end_of_text)
+            result.model.origin, written = origin_with(result.model.origin, *told), None
         with working("writing the model"):
             nosa_jax.save_pretrained(result.model, out / "model", tokenizer=written)
         if processes.is_writer():
             self._report(result, out)
         return 130 if result.interrupted else 0
+
+    def _check(self) -> None:
+        """Raises ValueError for flags that contradict each other, or that would have no effect."""
+        if self.init is not None and self.preset is not None:
+            remedy = "Leave one out: the folder says its shape."
+            raise bad_value("--preset", "must not be given with --init", self.preset, remedy)
+        if self.stage is not None and self.config_file is not None:
+            raise bad_value("--stage", "must not be given with --config-file", self.stage, "Leave one out.")
+        if self.stage == "pretrain" and self.variant not in (None, "full"):
+            remedy = "Leave it out; --stage continued is the one that goes on with it."
+            raise bad_value("--variant", "must be full in --stage pretrain", self.variant, remedy)
+        if self.files and self.data:
+            raise bad_value("--files", "must not be given with --data", "both", "Give one of them.")
+        names = ("weights", "format", "field", "template", "token_dtype", "tokenizer", "end_of_text")
+        useless = [name for name in names if getattr(self, name) != getattr(Train, name)]
+        if useless and not self.data:
+            rule = f"must be given with --{useless[0].replace('_', '-')}"
+            raise bad_value("--data", rule, "none", "Give --data; --files are read as bytes.")
+
+    def _start(self) -> str:
+        """What the run starts from, as a name for its folder."""
+        if self.init is not None:
+            return self.init.resolve().name
+        return self.preset or ("tiny" if self.config_file is None else self.config_file.stem)
+
+    def _source(self, tokenizer: Any, config: TrainConfig) -> Any:
+        if not self.data:
+            return read_corpus(tuple(itertools.chain(*self.files)), self.heldout_fraction)
+        return read_source(
+            self.data,
+            tokenizer,
+            weights=self.weights,
+            forms=self.format,
+            end_of_text=self.end_of_text,
+            field=self.field,
+            template=self.template,
+            token_dtype=self.token_dtype,
+            length=config.length,
+            block_size=config.model.attention.block_size,
+            pack=self.pack,
+            heldout_fraction=self.heldout_fraction,
+        )
 
     def _tokenizer(
         self, model: NosaLM | None, vocab_size: int
@@ -246,3 +322,15 @@ def as_sizes(mesh: str) -> dict[str, int]:
             raise bad_value("--mesh", rule, repr(mesh), "Write --mesh fsdp=4,tensor=2, for example.")
         sizes[name] = int(size)
     return sizes
+
+
+def check_run_folder(out: Path) -> None:
+    """Raises ValueError or FileExistsError for a folder that holds something, but no run: a home folder, say."""
+    check_folder(out / "model")
+    if not out.exists():
+        return
+    names = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+    if names and not {LOG_NAME, "checkpoints"} & set(names):
+        rule = "must be new, empty, or the folder of a run"
+        got = f"{out} with {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        raise bad_value("--out", rule, got, f"Name a new one, {out / 'run'} for example.")

@@ -6,7 +6,7 @@ import operator
 import os
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +71,12 @@ def from_pretrained(
     """
     folder = user_path("path", path)
     want = check_dtype(dtype)
+    overrides = _overrides(variant, attention)
+    return read_whole(folder, lambda: _load(folder, want, overrides, mesh))
+
+
+def _overrides(variant: Variant | None, attention: Any) -> dict[str, Any]:
+    """The fields of AttentionConfig that beat those of the folder."""
     if not isinstance(attention, dict | None):
         raise bad_type("attention", "must be a dict of fields of AttentionConfig", f"{attention!r:.60}", "Pass a dict.")
     overrides = dict(attention or {})
@@ -78,10 +84,30 @@ def from_pretrained(
         if overrides.get("variant", variant) != variant:
             raise bad_value("variant", f"must agree with attention={overrides}", repr(variant), "Give it once.")
         overrides["variant"] = variant
-    return read_whole(folder, lambda: _load(folder, want, overrides, mesh))
+    return overrides
 
 
-def _load(folder: Path, dtype: np.dtype, overrides: dict[str, Any], mesh: Mesh | None) -> NosaLM:
+def outline(path: str | os.PathLike[str], variant: Variant | None = None, attention: Any = None) -> NosaLM:
+    """What `from_pretrained` would load, as shapes (`jax.ShapeDtypeStruct`): its configuration and its origin.
+
+    No weights are read. Arguments and errors are those of `from_pretrained`, but for weights that cannot be read.
+    """
+    folder = user_path("path", path)
+    overrides = _overrides(variant, attention)
+    return read_whole(folder, lambda: _outline(folder, np.dtype("float32"), overrides).model)
+
+
+class _Outline(NamedTuple):
+    """model: of shapes. pieces, files: what its weights are made of. fresh: whether its importance is in no file."""
+
+    model: NosaLM
+    pieces: list[Piece]
+    files: CheckpointFiles
+    fresh: bool
+    is_dense: bool
+
+
+def _outline(folder: Path, dtype: np.dtype, overrides: dict[str, Any]) -> _Outline:
     raw = read_config_json(folder)
     files = CheckpointFiles(folder)
     has_importance = any(name.endswith(("self_attn.A", "self_attn.delta.weight")) for name in files.infos)
@@ -90,12 +116,20 @@ def _load(folder: Path, dtype: np.dtype, overrides: dict[str, Any], mesh: Mesh |
         rule = f"must fit the {len(files.infos)} tensors of {folder}"
         remedy = "Check that config.json and the weights belong together."
         raise bad_value("config.json: num_hidden_layers", rule, config.num_layers, remedy)
-    if (raw.get(ATTENTION_KEY) or {"variant": "full"}).get("variant") == "full":
-        _warn_if_dense(config)
     fresh = config.attention.uses_importance and not has_importance and may_lack_importance(raw)
     pieces = model_pieces(config, importance=config.attention.uses_importance and not fresh)
     _check_tensors(folder, config, pieces, files)
     model = nnx.eval_shape(lambda: NosaLM(config, rngs=nnx.Rngs(0), dtype=dtype))
+    model.origin = _origin(raw, folder)
+    is_dense = (raw.get(ATTENTION_KEY) or {"variant": "full"}).get("variant") == "full"
+    return _Outline(model, pieces, files, fresh, is_dense)
+
+
+def _load(folder: Path, dtype: np.dtype, overrides: dict[str, Any], mesh: Mesh | None) -> NosaLM:
+    model, pieces, files, fresh, is_dense = _outline(folder, dtype, overrides)
+    config = model.config
+    if is_dense:
+        _warn_if_dense(config)
     shardings = None if mesh is None else by_name(parallel.shardings(model, mesh))
     for target, parts in _by_target(pieces).items():
         variable = operator.attrgetter(target)(model)
@@ -110,10 +144,7 @@ def _load(folder: Path, dtype: np.dtype, overrides: dict[str, Any], mesh: Mesh |
         model.layers.attention.importance = Importance(
             config.num_layers, config.num_kv_heads, config.head_dim, rngs=nnx.Rngs(0)
         )
-    if fresh and mesh is not None:
-        model = parallel.shard(model, mesh)
-    model.origin = _origin(raw, folder)
-    return model
+    return parallel.shard(model, mesh) if fresh and mesh is not None else model
 
 
 def origin_of(path: str | os.PathLike[str]) -> Origin:

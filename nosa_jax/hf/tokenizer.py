@@ -74,10 +74,11 @@ class FileTokenizer:
         found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in found]
 
-    def encode_spans(self, text: str) -> tuple[list[int], np.ndarray]:
-        """Token ids of `text`, with none added to it, and of each where its characters start and stop, ints [N, 2]."""
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        return encoding.ids, np.array(encoding.offsets, np.int64).reshape(-1, 2)
+    def encode_spans(self, texts: Sequence[str]) -> list[tuple[list[int], np.ndarray]]:
+        """Of each text its token ids, with none added to it, and where the characters of each token start and stop,
+        ints [N, 2]; by all cores."""
+        found = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [(encoding.ids, np.array(encoding.offsets, np.int64).reshape(-1, 2)) for encoding in found]
 
     def decode(self, ids: Ids, *, skip_special_tokens: bool = True) -> str:
         """Text of `ids`, a list or a one-dimensional array of ints.
@@ -106,12 +107,16 @@ class ByteTokenizer:
         """The UTF-8 bytes of each text."""
         return [self.encode(text) for text in texts]
 
-    def encode_spans(self, text: str) -> tuple[list[int], np.ndarray]:
-        """The UTF-8 bytes of `text`, and of each where its character starts and stops, ints [N, 2]."""
+    def encode_spans(self, texts: Sequence[str]) -> list[tuple[list[int], np.ndarray]]:
+        """The UTF-8 bytes of each text, and of each byte where its character starts and stops, ints [N, 2]."""
+        return [(self.encode(text), self._spans(text)) for text in texts]
+
+    @staticmethod
+    def _spans(text: str) -> np.ndarray:
         code = np.frombuffer(text.encode("utf-32-le"), np.uint32)
         sizes = 1 + sum((code >= least).astype(np.int64) for least in (0x80, 0x800, 0x10000))
         starts = np.repeat(np.arange(len(text)), sizes)
-        return self.encode(text), np.stack([starts, starts + 1], axis=1)
+        return np.stack([starts, starts + 1], axis=1)
 
     def decode(self, ids: Ids) -> str:
         """Text of `ids`, a list or a one-dimensional array of ints; what is not UTF-8, or no byte, becomes U+FFFD."""

@@ -45,7 +45,7 @@ def make_mesh(
         sizes[open_axes[0]] = len(devices) // known
     if math.prod(sizes.values()) != len(devices):
         rule = f"sizes must multiply to the number of devices, {len(devices)}"
-        remedy = "Change a size, give one as -1, or pass devices=. JAX_NUM_CPU_DEVICES=4 makes a CPU count as four."
+        remedy = "Change a size, or give one as -1 for the rest. JAX_NUM_CPU_DEVICES=4 makes a CPU count as four."
         raise bad_value("mesh", rule, written, remedy)
     kind = AxisType.Explicit if explicit else AxisType.Auto
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(kind,) * len(AXES), devices=devices)

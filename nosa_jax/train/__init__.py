@@ -22,7 +22,6 @@ from nosa_jax.train.data import (
     chat,
     check_vocabulary,
     find_files,
-    heldout_batches,
     jsonl,
     load_corpus,
     mixture,
@@ -30,12 +29,11 @@ from nosa_jax.train.data import (
     stdlib_files,
     text,
     tokens,
-    train_batches,
 )
 from nosa_jax.train.evaluation import Evaluation, evaluate, evaluate_batches
 from nosa_jax.train.fields import model_config_from_dict
 from nosa_jax.train.finite import Skipped, keep_if_finite
-from nosa_jax.train.flops import FlopsPerToken, flops_per_token, mfu, peak_flops
+from nosa_jax.train.flops import FlopsPerToken, count_documents, flops_per_token, mfu, peak_flops
 from nosa_jax.train.log import read_log, summary
 from nosa_jax.train.loop import TrainResult, train
 from nosa_jax.train.loss import LossParts, bits_per_byte, chunked_loss, length_mask, next_token_loss
@@ -78,13 +76,13 @@ __all__ = [
     "check_vocabulary",
     "chunked_loss",
     "continued",
+    "count_documents",
     "environment",
     "evaluate",
     "evaluate_batches",
     "find_files",
     "flops_per_token",
     "global_norm",
-    "heldout_batches",
     "init_state",
     "jit_train_step",
     "jsonl",
@@ -113,6 +111,5 @@ __all__ = [
     "text",
     "tokens",
     "train",
-    "train_batches",
     "train_step",
 ]

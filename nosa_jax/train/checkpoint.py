@@ -190,13 +190,14 @@ class Checkpoints:
         damaged: list[tuple[int, DamagedCheckpointError]] = []
         for step in sorted(self._manager.all_steps(), reverse=True):
             found: DamagedCheckpointError | None = None
-            try:
-                meta = self._meta(step)
-                with self.reading(step, *_NOT_AS_SAVED):
-                    resume(meta)
-                state = self._restore(like, step, meta)
-            except DamagedCheckpointError as error:
-                found = error
+            with processes.failing_together(f"reading {self.directory / str(step)}"):
+                try:
+                    meta = self._meta(step)
+                    with self.reading(step, *_NOT_AS_SAVED):
+                        resume(meta)
+                    state = self._restore(like, step, meta)
+                except DamagedCheckpointError as error:
+                    found = error
             if processes.any_of(found is not None):  # all go on from the same step
                 where = self.directory / str(step)
                 damaged.append((step, found or DamagedCheckpointError(f"{where} is damaged for another process.")))

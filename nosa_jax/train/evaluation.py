@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
-from jaxtyping import Integer
+from jaxtyping import Array, Integer
 
 from nosa_jax import parallel
-from nosa_jax.model import cast
-from nosa_jax.train.data import Batch, Source, heldout_batches
+from nosa_jax.model import NosaLM, cast
+from nosa_jax.train.data import Batch, Corpus, Source, check_vocabulary, heldout_bytes_per_token
+from nosa_jax.train.data.documents import Tokens
+from nosa_jax.train.data.rows import MixedRows, WindowRows
+from nosa_jax.train.data.source import spread
 from nosa_jax.train.loss import LossParts, bits_per_byte
 from nosa_jax.train.selection import measure_selection
 from nosa_jax.train.step import token_loss
-from pallas_kernels.checks import bad_type, bad_value, require_int
+from pallas_kernels.checks import bad_type, bad_value, require_int, require_integers, require_number, require_type
 from pallas_kernels.promotion import usual_promotion
 
 POSITION_PARTS = 8
@@ -49,7 +53,7 @@ class Evaluation:
 
 def evaluate(
     model: Any,
-    tokens: Integer[np.ndarray, " S"] | Source | Iterable[Batch],
+    tokens: Integer[np.ndarray | Array, " S"] | Corpus | Source | Batch | Iterable[Batch | Integer[Array, "B W"]],
     *,
     batch_size: int | None = None,
     length: int | None = None,
@@ -61,24 +65,34 @@ def evaluate(
     """Next-token loss over held-out text, the same text at every call.
 
     model: what is evaluated, on one device or on a mesh.
-    tokens: of the text, on the host; or a Source, whose held-out rows are read; or batches. Where several processes
-        share a mesh every one of them reads all rows, which are small; batches may lie on the mesh.
+    tokens: of the text, an array [S], read in windows, its rest that fills none left out; or a Corpus, whose held-out
+        text is; or a Source, whose held-out rows are read; or a Batch, or some of them, or of arrays [B, length + 1].
+        Where several processes share a mesh every one of them reads all rows, which are small; batches may lie on the
+        mesh.
     batch_size: rows that are computed together; batches have their own.
-    length: tokens of a window of the text that are predicted; a Source and batches have their own.
+    length: tokens of a window of the text that are predicted; that of a Source, if given; batches have their own.
     max_batches: batches that are read, at most.
-    bytes_per_token: of the text, on average, for `bits_per_byte`; None takes that of a Source, and 1 elsewhere.
+    bytes_per_token: of the text, on average, for `bits_per_byte`; None takes that of what a Source holds out or that of
+        a Corpus, and 1 elsewhere.
     compute_dtype: of the forward pass.
     selection: whether a document of the first batch is run once more to see how a sparse model selects in it, see
         `measure_selection`.
 
     Every target that counts weighs the same, whatever its batch. Raises ValueError when the text is shorter than one
-    window and where no target counts; TypeError where `batch_size` or `length` is missing.
+    window or out of the vocabulary, for another `length` than that of a Source, and where no target counts; TypeError
+    where `batch_size` or `length` is missing, or given though the batches are, and for tokens of another kind.
     """
-    if bytes_per_token is None:
-        bytes_per_token = tokens.bytes_per_token if isinstance(tokens, Source) else 1.0
+    require_type("model", model, NosaLM, "See nosa_jax.from_pretrained and train.load_model.")
+    max_batches = require_int("max_batches", max_batches, 1)
+    if bytes_per_token is not None:
+        bytes_per_token = require_number("bytes_per_token", bytes_per_token, 1e-3)
+    elif isinstance(tokens, Source):
+        bytes_per_token = heldout_bytes_per_token(tokens)
+    else:
+        bytes_per_token = tokens.bytes_per_token if isinstance(tokens, Corpus) else 1.0
     found = evaluate_batches(
         model,
-        _batches(tokens, batch_size, length, require_int("max_batches", max_batches, 1)),
+        _batches(tokens, batch_size, length, max_batches, model.config.vocab_size),
         bytes_per_token=bytes_per_token,
         compute_dtype=compute_dtype,
         selection=selection,
@@ -122,15 +136,62 @@ def evaluate_batches(
     )
 
 
-def _batches(tokens: Any, batch_size: int | None, length: int | None, max_batches: int) -> Iterator[Batch]:
+def _batches(
+    tokens: Any, batch_size: int | None, length: int | None, max_batches: int, vocab_size: int
+) -> Iterable[Batch]:
     """The held-out batches, at most so many."""
-    if isinstance(tokens, np.ndarray):
-        size, length = _given("batch_size", batch_size), _given("length", length)
-        windows = heldout_batches(tokens, batch_size=size, length=length, max_batches=max_batches)
-        return (Batch(window[:, :-1], window[:, 1:]) for window in windows)
     if isinstance(tokens, Source):
+        check_vocabulary(tokens, vocab_size)
+        if length not in (None, tokens.length):
+            rule = f"must be that of the source, {tokens.length}, or None"
+            raise bad_value("length", rule, length, "Leave it out, or make the source with that length.")
         return itertools.islice(tokens.heldout(_given("batch_size", batch_size), max_batches), max_batches)
-    return itertools.islice(tokens, max_batches)
+    name = "tokens"
+    if isinstance(tokens, Corpus):
+        name, tokens = "Corpus.heldout", tokens.heldout
+    if isinstance(tokens, np.ndarray | jax.Array):
+        size, length = _given("batch_size", batch_size), _given("length", length)
+        return spread(_windows(name, np.asarray(tokens), length, vocab_size), size, max_batches)
+    for argument, value in (("batch_size", batch_size), ("length", length)):
+        if value is not None:
+            raise bad_type(argument, "must be None where batches are given, which have theirs", value, "Leave it out.")
+    if isinstance(tokens, Batch):
+        return [tokens]
+    if isinstance(tokens, str | bytes | dict) or not isinstance(tokens, Iterable):
+        raise bad_type(name, _KINDS, f"{type(tokens).__name__} {tokens!r:.60}", _REMEDY)
+    return (_as_batch(number, each) for number, each in enumerate(itertools.islice(tokens, max_batches)))
+
+
+_KINDS = "must be token ids, a Corpus, a Source, or batches"
+_REMEDY = "Pass text as np.array(ids), or a list of Batch."
+
+
+def _windows(name: str, tokens: np.ndarray, length: int, vocab_size: int) -> MixedRows:
+    """All windows of a text, those of which neighbours share one token, with a mask."""
+    length = require_int("length", length, 1)
+    require_integers(name, tokens)
+    if tokens.ndim != 1:
+        remedy = "Pass the ids of one text; rows of length + 1 tokens go in as batches: [tokens]."
+        raise bad_value(name, "must have one dimension", tokens.shape, remedy)
+    if len(tokens) < length + 1:
+        rule = f"must fill one window of length + 1 = {length + 1}"
+        raise bad_value(name, rule, f"{len(tokens)} tokens", "Pass more text, or a smaller length.")
+    text = Tokens([tokens], names=[name])
+    if text.vocab_size > vocab_size:
+        rule = f"must hold token ids below vocab_size = {vocab_size}"
+        raise bad_value(name, rule, text.vocab_size - 1, "Use the tokenizer of the model; bytes need 256.")
+    return MixedRows([WindowRows(text, np.array([[0, len(tokens)]]), length)], mask=True, segment_ids=False)
+
+
+def _as_batch(number: int, value: Any) -> Batch:
+    """A batch as it is, or of windows of inputs and the target after them."""
+    if isinstance(value, Batch):
+        return value
+    is_array = isinstance(value, np.ndarray | jax.Array) and jnp.issubdtype(value.dtype, jnp.integer)
+    if not is_array or value.ndim != 2 or value.shape[1] < 2:
+        got = f"{value.dtype}{list(value.shape)}" if is_array else f"{type(value).__name__} {value!r:.60}"
+        raise bad_type(f"tokens[{number}]", "must be a Batch, or integers [B, length + 1]", got, _REMEDY)
+    return Batch(value[:, :-1], value[:, 1:])
 
 
 def _given(name: str, value: int | None) -> int:

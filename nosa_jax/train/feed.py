@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nosa_jax import parallel
 from nosa_jax.train.config import TrainConfig
 from nosa_jax.train.data import Batch, Corpus, Source, check_vocabulary
+from nosa_jax.train.flops import count_documents
 from pallas_kernels.checks import bad_type, bad_value
 
 
@@ -32,9 +35,24 @@ class Feed:
             self._first, rows = _rows_here(self._sharding, shape)
         self._rows, self._shard = rows, (self._first // rows, config.batch_size // rows)
         self._batches = source.batches(rows, seed=config.seed, shard=self._shard)
+        self._documents: Counter[int] = Counter()
+        self._places = 0
 
     def __next__(self) -> Batch:
-        return self._put(next(self._batches))
+        batch = next(self._batches)
+        if isinstance(batch.segment_ids, np.ndarray):
+            self._documents += count_documents(batch.segment_ids)
+        else:  # each row is one document, or what it is lies on a device, where looking would wait
+            self._documents[self._source.length] += self._rows
+        self._places += self._rows * self._source.length
+        return self._put(batch)
+
+    def take_documents(self) -> tuple[Counter[int], float]:
+        """How many documents there were by their tokens since this was last asked, and the share of tokens that were
+        not padding, of this process's rows, which stand for those of all others."""
+        documents, places = self._documents, self._places
+        self._documents, self._places = Counter(), 0
+        return documents, sum(size * count for size, count in documents.items()) / max(places, 1)
 
     def heldout(self, max_batches: int) -> Iterator[Batch]:
         """Batches of what is held out, of the same shape as the others."""

@@ -53,6 +53,18 @@ def model_config_from_dict(fields: dict[str, Any]) -> ModelConfig:
     return from_fields(ModelConfig, {**fields, **parts}, remedy=remedy)
 
 
+def differences(here: Any, there: Any, prefix: str = "") -> str:
+    """How two configurations of a class differ, in words: `attention.variant='nosa' instead of 'full', ...`."""
+    found = []
+    for field in dataclasses.fields(here):
+        name, one, other = f"{prefix}{field.name}", getattr(here, field.name), getattr(there, field.name)
+        if dataclasses.is_dataclass(one) and type(one) is type(other):
+            found.append(differences(one, other, f"{name}."))
+        elif one != other:
+            found.append(f"{name}={one!r:.60} instead of {other!r:.60}")
+    return ", ".join(filter(None, found))
+
+
 def _has_no_default(field: Any) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 

@@ -11,11 +11,15 @@ What is counted is what the model needs, not what a program does: `flops_per_tok
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from nosa_jax.config import ModelConfig
-from pallas_kernels.checks import require_int, require_number, require_type
+from pallas_kernels.checks import bad_value, require_int, require_number, require_type
 
 # Dense 16-bit rates of whole cards by the name that JAX gives them, from the vendor's data sheets.
 _PEAKS = (
@@ -31,18 +35,19 @@ _PEAKS = (
 
 class FlopsPerToken(NamedTuple):
     """matmul: of matrices of parameters. attention: of queries with keys and values. selection: of queries with pooled
-    keys, to select blocks. Mean over the tokens of a row."""
+    keys, to select blocks. Mean over the tokens of all documents."""
 
     matmul: float
     attention: float
     selection: float
 
 
-def flops_per_token(config: ModelConfig, length: int) -> FlopsPerToken:
-    """Floating-point operations that training needs per token, in rows of `length` tokens.
+def flops_per_token(config: ModelConfig, length: int | Mapping[int, int]) -> FlopsPerToken:
+    """Floating-point operations that training needs per token, in documents of `length` tokens.
 
     config: the model.
-    length: tokens of a row, one document.
+    length: tokens of a document, of a row that is one; for packed rows how many documents there are by their tokens,
+        {tokens: documents}, see `count_documents`. Padding is of none and is not counted.
 
     The rule: a product of matrices takes 2 per multiply and add; the backward pass takes twice the forward pass, so all
     is counted 3 times, and what is recomputed to save memory is not counted. Looking up embeddings, norms, RoPE and
@@ -51,7 +56,8 @@ def flops_per_token(config: ModelConfig, length: int) -> FlopsPerToken:
     forward: once.
     """
     require_type("config", config, ModelConfig, "See presets.")
-    require_int("length", length, 1)
+    lengths = _lengths(length)
+    tokens = sum(size * count for size, count in lengths.items())
     attention, heads, dim = config.attention, config.num_heads, config.head_dim
     weights = config.hidden_size * config.num_kv_heads * (config.group_size + 2) * dim
     weights += heads * dim * config.hidden_size + 3 * config.hidden_size * config.intermediate_size
@@ -61,11 +67,36 @@ def flops_per_token(config: ModelConfig, length: int) -> FlopsPerToken:
 
     per_key = 2 * config.num_layers * heads * dim
     budget = attention.num_selected_blocks if attention.is_sparse else None
-    seen = _keys_seen(length, attention.block_size, budget)
+    seen = sum(count * _keys_seen(size, attention.block_size, budget) for size, count in lengths.items())
     scored = 0
     if attention.uses_query_scores:
-        scored = _pooled_keys_seen(length, attention.pooling_window, attention.pooling_stride)
-    return FlopsPerToken(3.0 * matmul, 3.0 * 2 * per_key * seen / length, float(per_key * scored / length))
+        window, stride = attention.pooling_window, attention.pooling_stride
+        scored = sum(count * _pooled_keys_seen(size, window, stride) for size, count in lengths.items())
+    return FlopsPerToken(3.0 * matmul, 3.0 * 2 * per_key * seen / tokens, float(per_key * scored / tokens))
+
+
+def count_documents(segment_ids: Any) -> Counter[int]:
+    """How many documents rows hold by their tokens: runs of one id, of those that are not negative, as padding is.
+
+    segment_ids: ints [B, T] on the host, as in `Batch`.
+    """
+    ids = np.asarray(segment_ids)
+    begins = np.ones(ids.shape, bool)  # a row goes on in no other one
+    begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    starts = np.flatnonzero(begins)
+    sizes = np.diff(np.append(starts, ids.size))[ids.ravel()[starts] >= 0]
+    return Counter(sizes.tolist())
+
+
+def _lengths(length: int | Mapping[int, int]) -> Mapping[int, int]:
+    if not isinstance(length, Mapping):
+        return {require_int("length", length, 1): 1}
+    if not length:
+        raise bad_value("length", "must hold at least one document", "{}", "Pass {tokens: documents}.")
+    for size, count in length.items():
+        require_int("length: tokens of a document", size, 1)
+        require_int(f"length[{size}]", count, 1)
+    return length
 
 
 def peak_flops(device_kind: str) -> float | None:
@@ -77,11 +108,16 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 def mfu(
-    tokens_per_second: int | float, config: ModelConfig, length: int, *, peak: float | None, devices: int = 1
+    tokens_per_second: int | float,
+    config: ModelConfig,
+    length: int | Mapping[int, int],
+    *,
+    peak: float | None,
+    devices: int = 1,
 ) -> float | None:
     """Model FLOPs utilisation: the share of the devices' peak that matrices and attention take; None without a peak.
 
-    tokens_per_second: of all devices together.
+    tokens_per_second: of all devices together, padding left out.
     config, length: as for `flops_per_token`. Selecting is not counted: it is a way to do with less attention.
     peak: operations per second of one device, see `peak_flops`.
     devices: how many there are.

@@ -22,7 +22,7 @@ Record = dict[str, Any]
 class JsonLines:
     """Appends objects to a file, each on its own line and flushed; with `path=None` it only swallows them.
 
-    What a killed run left of its last line is removed first.
+    Numbers that are not finite become null, see `as_json`. What a killed run left of its last line is removed first.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -40,7 +40,7 @@ class JsonLines:
 
     def write(self, record: dict[str, Any]) -> None:
         if self._file is not None:
-            self._file.write(json.dumps(record) + "\n")
+            self._file.write(json.dumps(as_json(record), allow_nan=False) + "\n")
             self._file.flush()
 
     def read(self) -> list[dict[str, Any]]:
@@ -48,9 +48,19 @@ class JsonLines:
         return [] if self._path is None else read_log(self._path)
 
 
+def as_json(value: Any) -> Any:
+    """`value` with None in place of numbers that are not finite, which JSON does not have, at any depth."""
+    if isinstance(value, dict):
+        return {name: as_json(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The objects of a JSON-lines log, without those that a resumed run took again.
 
+    None stands for a number that was not finite, and for one that nobody knows, such as the MFU of an unknown card.
     A run that resumes at step s appends to the log; what was logged of steps after s before is dropped here, and of two
     evaluations after one step the first one. A line that is no record is skipped: with a warning, unless it is the last
     one, which a killed run leaves unfinished.
@@ -89,15 +99,16 @@ def summary(log: str | os.PathLike[str] | Sequence[Record]) -> str:
     """
     records = as_records(log)
     steps, evaluations, starts = ([r for r in records if r["kind"] == kind] for kind in ("train", "eval", "start"))
-    evaluations = [record for record in evaluations if record.get("loss") is not None]
+    evaluations = [record for record in evaluations if "loss" in record]
+    loss = lambda record: math.nan if record["loss"] is None else record["loss"]
     lines = []
     if evaluations:
-        loss = lambda record: math.inf if math.isnan(record["loss"]) else record["loss"]
-        best, last = min(evaluations, key=loss), evaluations[-1]
-        text = f"best held-out loss {best['loss']:.4f} nats per token after step {best['step']}"
-        lines.append(text if best is last else f"{text}, {last['loss']:.4f} after step {last['step']}")
+        best = min(evaluations, key=lambda record: math.inf if math.isnan(loss(record)) else loss(record))
+        last = evaluations[-1]
+        text = f"best held-out loss {loss(best):.4f} nats per token after step {best['step']}"
+        lines.append(text if best is last else f"{text}, {loss(last):.4f} after step {last['step']}")
     if steps:
-        lines.append(f"training loss {steps[-1]['loss']:.4f} in step {steps[-1]['step']}")
+        lines.append(f"training loss {loss(steps[-1]):.4f} in step {steps[-1]['step']}")
         # The first record of each part of a run includes compiling.
         first = {id(after) for before, after in itertools.pairwise(records) if before["kind"] == "start"}
         settled = [record for record in steps if id(record) not in first] or steps

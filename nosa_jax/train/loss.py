@@ -56,10 +56,6 @@ class LossParts:
         """Mean nats per target; 0 without any."""
         return self.nats.sum() / jnp.maximum(self.count, 1)
 
-    def cross_entropy_by_position(self) -> Float32[Array, " T"]:
-        """Mean nats at each position of the row, NaN where no target counts."""
-        return jnp.where(self.counts > 0, self.nats / jnp.maximum(self.counts, 1), jnp.nan)
-
     def loss(self, z_loss: float = 0.0) -> Float32[Array, ""]:
         """Mean nats plus `z_loss` times the mean square: what is minimised."""
         if z_loss == 0:
@@ -75,7 +71,6 @@ def chunked_loss(
     *,
     chunk: int | None = None,
     z_loss: float = 0.0,
-    devices: int = 1,
     vocab_axis: str | None = None,
 ) -> tuple[Float32[Array, ""], LossParts]:
     """The loss of `next_token_loss` from hidden states, without the logits of all positions at once.
@@ -85,23 +80,22 @@ def chunked_loss(
     targets: `targets[b, t]` is the token after `tokens[b, t]`.
     mask: targets where it is False do not count, and `hidden` may hold anything there.
     chunk: positions of every row whose logits are made together, and once more in the backward pass; None takes so
-        many that there are at most `CHUNK_LOGITS` on a device. Where one chunk holds them all, its logits are kept.
+        many that there are at most `CHUNK_LOGITS`, on each device of a mesh. Where one chunk holds them all, its logits
+        are kept.
     z_loss: weight of the mean squared logarithm of the softmax's denominator, which keeps logits from drifting.
-    devices: how many the rows are split over where B counts those of all of them; only None for `chunk` asks.
     vocab_axis: inside `jax.shard_map`, the mesh axis that the vocabulary is cut along: `model_logits` makes this
         device's part of it. Devices meet once, after all chunks. None where logits are of the whole vocabulary.
 
     Returns what is minimised (float32, 0 where nothing counts) and its sums. Chunks are cut along T, so that rows may
     lie on different devices. Gradients of the parameters in `model_logits` are summed over the chunks in float32,
     whatever their dtype.
-    Raises TypeError or ValueError for a chunk or a number of devices below 1, and for a negative weight.
+    Raises TypeError or ValueError for a chunk below 1 and for a negative weight.
     """
     z_loss = require_number("z_loss", z_loss, 0.0, 1.0)
-    devices = require_int("devices", devices, 1)
     batch, length = targets.shape
     if chunk is None:
         vocab = jax.eval_shape(model_logits, hidden[:, :1]).shape[-1]
-        chunk = _even_chunk(length, CHUNK_LOGITS * devices // (batch * vocab))
+        chunk = _even_chunk(length, CHUNK_LOGITS // (batch * vocab))
     chunk = min(require_int("chunk", chunk, 1), length)
     if mask is None:
         mask = jnp.ones(targets.shape, bool)

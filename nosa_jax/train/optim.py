@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
 import jax
@@ -15,6 +16,9 @@ from nosa_jax.train.patterns import Rules, as_rules, first_match, require_matche
 from pallas_kernels.checks import bad_type, bad_value, require_int, require_number, require_one_of
 
 Schedule = Literal["wsd", "cosine", "constant"]
+UNUSED = {"cosine": ("decay_fraction",), "constant": ("decay_fraction", "final_learning_rate")}
+"""The fields of OptimizerConfig that a schedule has no use for."""
+
 MomentDtype = Literal["float32", "bfloat16"]
 
 # A moment moves by 1 - beta of what it lacks. Where that is below half a step of bfloat16 (2**-9) it stands still; at
@@ -43,11 +47,12 @@ class OptimizerConfig:
         are none unless given. A small and slow part learns with more, e.g. `(("*importance*", 50.0),)` where everything
         trains.
     weight_decays: pairs of a pattern and the weight decay of what it matches, instead of `weight_decay`, norms and `A`
-        included. Biases never decay.
+        included. Biases never decay; `make_optimizer` refuses a pattern of a decay for them alone.
     clip_norms: pairs of a pattern and the norm that the gradients of what it matches are scaled down to, apart from all
         others, which `clip_norm` is for.
 
-    In pairs the first pattern that matches a name counts. Raises TypeError or ValueError when a field is out of range.
+    In pairs the first pattern that matches a name counts. Raises TypeError or ValueError when a field is out of range,
+    and for one other than its default that `schedule` has no use for.
     """
 
     learning_rate: float = 3e-3
@@ -87,6 +92,13 @@ class OptimizerConfig:
             object.__setattr__(self, name, as_rules(f"OptimizerConfig.{name}", getattr(self, name), low, high))
         require_one_of("OptimizerConfig.schedule", self.schedule, get_args(Schedule))
         require_one_of("OptimizerConfig.moment_dtype", self.moment_dtype, get_args(MomentDtype))
+        for name in UNUSED.get(self.schedule, ()):
+            value, default = getattr(self, name), getattr(type(self), name)
+            if value != default:
+                rule = f"must stay {default} where the schedule is {self.schedule!r}, which has no use for it"
+                raise bad_value(
+                    f"OptimizerConfig.{name}", rule, value, f"Leave it at {default}, or take schedule='wsd'."
+                )
         if self.schedule == "wsd" and self.warmup_fraction + self.decay_fraction > 1:
             raise bad_value(
                 "OptimizerConfig.decay_fraction",
@@ -142,7 +154,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
     It is for the model, or for the part of it that trains: names are those of the tree that it is initialised with.
     Moments have the structure of that tree. The state does not depend on `steps`. Its `init` raises ValueError for a
-    pattern that matches nothing.
+    pattern that matches nothing, and for a weight decay of biases alone.
     """
     return optax.chain(
         _clip(config),
@@ -205,15 +217,36 @@ def _decay_and_multiply(config: OptimizerConfig) -> optax.GradientTransformation
     def change(path: Any, update: Any, param: Any) -> Any:
         name = name_of(path)
         decay = first_match(config.weight_decays, name, config.weight_decay if decays(path) else 0.0)
-        if decay and not name.endswith("bias"):
+        if decay and not _is_bias(name):
             update = update + decay * param
         factor = first_match(config.learning_rate_multipliers, name, 1.0)
         return update if factor == 1 else factor * update
 
-    transformation = optax.stateless(lambda updates, params: jax.tree.map_with_path(change, updates, params))
+    transformation = _without_decay_of_biases(
+        config, optax.stateless(lambda updates, params: jax.tree.map_with_path(change, updates, params))
+    )
     for field in ("weight_decays", "learning_rate_multipliers"):
         transformation = _by_names(f"OptimizerConfig.{field}", getattr(config, field), transformation)
     return transformation
+
+
+def _is_bias(name: str) -> bool:
+    return name.endswith("bias")
+
+
+def _without_decay_of_biases(config: OptimizerConfig, transformation: Any) -> optax.GradientTransformation:
+    """`transformation`, which refuses a weight decay that only biases match, as they never decay."""
+
+    def init(params: Any) -> Any:
+        names = by_name(params)
+        for pattern, decay in config.weight_decays:
+            if decay and all(_is_bias(name) for name in names if fnmatchcase(name, pattern)):
+                rule = "must match something else than biases, which never decay"
+                remedy = "Drop the pattern, or let it match other parameters."
+                raise bad_value("OptimizerConfig.weight_decays", rule, repr(pattern), remedy)
+        return transformation.init(params)
+
+    return optax.GradientTransformation(init, transformation.update)
 
 
 def _by_names(argument: str, rules: Rules, transformation: Any) -> optax.GradientTransformation:

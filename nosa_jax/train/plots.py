@@ -5,8 +5,9 @@ matplotlib is imported when something is drawn, not with this module.
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nosa_jax._drawing import COLOURS, MARKERS, finish, new_figure, tidy, whole_numbers
@@ -58,6 +59,11 @@ def _with(name: str, records: Sequence[Record]) -> list[Record]:
     return [record for record in records if record.get(name) not in (None, [], {})]
 
 
+def _numbers(values: Iterable[Any]) -> list[float]:
+    """`values` as a curve takes them, which has a gap where a number was not finite: None in a log."""
+    return [math.nan if value is None else value for value in values]
+
+
 def _curve(axes: Axes, records: Sequence[Record], name: str, **style: Any) -> None:
     """A field over the steps."""
     axes.plot([record["step"] for record in records], [record[name] for record in records], **style)
@@ -89,7 +95,7 @@ def _first_and_last(evaluations: list[Record], name: str) -> list[tuple[Record, 
 def _by_position(axes: Axes, steps: list[Record], evaluations: list[Record]) -> None:
     for record, style in _first_and_last(evaluations, "loss_by_position"):
         parts = {int(start): loss for start, loss in record["loss_by_position"].items()}
-        axes.plot(list(parts), list(parts.values()), **style)
+        axes.plot(list(parts), _numbers(parts.values()), **style)
     tidy(
         axes, "Held-out loss along the row", "position where each part begins (tokens)", "nats per token, mean of part"
     )
@@ -132,7 +138,7 @@ def _transfers(axes: Axes, steps: list[Record], evaluations: list[Record]) -> No
 
 def _bias(axes: Axes, steps: list[Record], evaluations: list[Record]) -> None:
     for record, style in _first_and_last(evaluations, "bias_by_layer"):
-        axes.plot(range(len(record["bias_by_layer"])), record["bias_by_layer"], **style)
+        axes.plot(range(len(record["bias_by_layer"])), _numbers(record["bias_by_layer"]), **style)
     tidy(axes, "Size of the bias by layer", "layer", "root mean square of the importance b")
     whole_numbers(axes.xaxis)
     axes.set_ylim(bottom=0)

@@ -20,11 +20,11 @@ from nosa_jax.model import NosaLM, num_parameters
 from nosa_jax.train._progress import Progress, describe
 from nosa_jax.train.checkpoint import Checkpoints
 from nosa_jax.train.config import TrainConfig
-from nosa_jax.train.data import Batch, Source
+from nosa_jax.train.data import Batch, Source, heldout_bytes_per_token
 from nosa_jax.train.evaluation import Evaluation, evaluate_batches
 from nosa_jax.train.feed import Feed
 from nosa_jax.train.flops import mfu, peak_flops
-from nosa_jax.train.log import JsonLines, Record
+from nosa_jax.train.log import JsonLines, Record, as_json
 from nosa_jax.train.loss import bits_per_byte
 from nosa_jax.train.profile import Profiler
 from nosa_jax.train.step import TrainState, jit_train_step
@@ -58,13 +58,15 @@ class Run:
         self.history: list[Record] = []
         self.evaluations: list[Record] = []
         self.logged: list[Record] = []  # by an earlier part of this run
+        self.peers = processes.Peers()
         self.ended = False  # by a signal to some process
 
     def record(self, kind: str, **fields: Any) -> Record:
         record = {"kind": kind, "step": self.step, **fields}
-        self.log.write(record)
-        for tell in self.tell:
-            tell(record)
+        with self.peers.holding():  # the others write nothing
+            self.log.write(record)
+            for tell in self.tell:
+                tell(record)
         return record
 
     def start(self, root: Path | None) -> None:
@@ -80,15 +82,27 @@ class Run:
             processes=jax.process_count(),
             **environment(),
         )
-        self.logged = self.log.read()
+        with self.peers.holding():
+            self.logged = self.log.read()
+        if self.step >= self.config.steps:
+            self._say(f"All {self.config.steps} steps were done before, and there are none to take.")
 
     def advance(self, stop: threading.Event) -> None:
-        """Steps until the end of the run or until `stop` is set in any process."""
+        """Steps until the end of the run or until `stop` is set in any process.
+
+        Several processes ask each other while they make a step, which the devices do not wait for, and end after it.
+        """
         config = self.config
         begin, since = time.perf_counter(), self.step
+        batch: Batch | None = None
         while self.step < config.steps and not self._stopped(stop):
-            batch = next(self.feed)
-            self.profiler.before(self.step + 1, self.metrics)
+            # A process that cannot read takes part with what it read before. All hear of it below, before anything
+            # comes of this step.
+            with processes.failing_together("reading") if batch is None else self.peers.holding():
+                batch = next(self.feed)
+            with self.peers.holding():
+                self.profiler.before(self.step + 1, self.metrics)
+            self.peers.ask(stop.is_set())
             self.state, self.metrics = jit_train_step(
                 self.state,
                 batch,
@@ -104,10 +118,12 @@ class Run:
             )
             # Looking at a step waits for it. The one before is done soon, while the device has this one to do.
             self._check_before()
+            self.ended = self.peers.answer()
             self.before = (self.metrics, batch)
             self.step += 1
-            self.profiler.after(self.step, self.metrics)
-            self.bar.advance()
+            with self.peers.holding():
+                self.profiler.after(self.step, self.metrics)
+                self.bar.advance()
             last = self.step == config.steps
             if self.step % config.log_every == 0 or last or not self.history:
                 self._log_step(begin, since)
@@ -120,10 +136,14 @@ class Run:
                 begin, since = time.perf_counter(), self.step
 
     def _stopped(self, stop: threading.Event) -> bool:
-        """Whether to end here; all processes come to the same answer at the same step, which `ended` keeps."""
-        # A signal may come while they vote: then the next vote tells the others.
-        self.ended = processes.any_of(stop.is_set())
+        """Whether to end before the next step; all processes come to the same answer, which `ended` keeps."""
+        if jax.process_count() == 1:  # several have told each other during the step before
+            self.ended = stop.is_set()
         return self.ended
+
+    def _say(self, text: str) -> None:
+        with self.peers.holding():
+            self.bar.say(text)
 
     def finish(self) -> None:
         """Saves and, unless the user is waiting for the prompt, evaluates."""
@@ -131,8 +151,9 @@ class Run:
         if self.checkpoints is not None:
             self.checkpoints.wait()
         if self.ended and self.step < self.config.steps:
-            where = "nothing was saved (no directory)" if saved is None else f"saved {saved}; resume=True continues"
-            self.bar.say(f"Interrupted after step {self.step}: {where}.")
+            goes_on = f"saved {saved}; resume=True (--resume) continues"
+            where = "nothing was saved (no directory)" if saved is None else goes_on
+            self._say(f"Interrupted after step {self.step}: {where}.")
         else:
             self._evaluate()
 
@@ -185,13 +206,14 @@ class Run:
     def _log_step(self, begin: float, since: int) -> None:
         values = _numbers(self.metrics)
         seconds = time.perf_counter() - begin
-        tokens = (self.step - since) * self.config.batch_size * self.config.length
-        rate = tokens / seconds
+        documents, share = self.feed.take_documents()
+        rate = (self.step - since) * self.config.batch_size * self.config.length * share / seconds
         values["bits_per_byte"] = bits_per_byte(values["loss"], self.source.bytes_per_token)
         device, devices = jax.devices()[0].device_kind, self.state.step.sharding.num_devices
-        share = mfu(rate, self.config.model, self.config.length, peak=peak_flops(device), devices=devices)
-        self.history.append(self.record("train", **values, tokens_per_second=rate, mfu=share, seconds=seconds))
-        self.bar.note(describe(self.history[-1]))
+        used = mfu(rate, self.config.model, documents or 1, peak=peak_flops(device), devices=devices)
+        self.history.append(self.record("train", **values, tokens_per_second=rate, mfu=used, seconds=seconds))
+        with self.peers.holding():
+            self.bar.note(describe(self.history[-1]))
         self._check_before()
 
     def _evaluate(self) -> None:
@@ -199,23 +221,27 @@ class Run:
         result: Evaluation | None = evaluate_batches(
             self.state.model,
             self.feed.heldout(config.eval_batches),
-            bytes_per_token=self.source.bytes_per_token,
+            bytes_per_token=heldout_bytes_per_token(self.source),
             compute_dtype=self.dtype,
             selection=config.eval_selection,
         )
-        own = {} if self.evaluation is None else _own_numbers(self.evaluation(self.state.model))
+        own: dict[str, float] = {}
+        with self.peers.holding():
+            if self.evaluation is not None:
+                own = _own_numbers(self.evaluation(self.state.model))
         if result is None and not own:
             return
         seconds = time.perf_counter() - begin
         fields = {**({} if result is None else dataclasses.asdict(result)), **own}
         record = {"kind": "eval", "step": self.step, **fields}
-        if any(record.items() <= old.items() for old in self.logged if old["kind"] == "eval"):
+        logged = as_json(record)
+        if any(logged.items() <= old.items() for old in self.logged if old["kind"] == "eval"):
             self.evaluations.append({**record, "seconds": seconds})  # a finished run, resumed
         else:
             self.evaluations.append(self.record("eval", **fields, seconds=seconds))
         if result is not None:
             bits = f"{result.bits_per_byte:.4f} bits per byte"
-            self.bar.say(f"step {self.step}: held-out {result.loss:.4f} nats, {bits}")
+            self._say(f"step {self.step}: held-out {result.loss:.4f} nats, {bits}")
 
 
 def _own_numbers(found: Any) -> dict[str, float]:

@@ -59,6 +59,8 @@ class TrainState:
 def init_state(model: Any, optimizer: Any, trainable: str | Sequence[str] = ("*",)) -> TrainState:
     """The state before the first step. The model is copied, in float32, as steps donate the state's buffers.
 
+    model: a NosaLM. One of shapes, `jax.ShapeDtypeStruct`s that have a sharding, gives a state of such, which lie where
+        arrays would.
     optimizer: an OptimizerConfig or an optax transformation.
     trainable: patterns of the parameters that get moments, see `split`.
 
@@ -70,10 +72,15 @@ def init_state(model: Any, optimizer: Any, trainable: str | Sequence[str] = ("*"
         master = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), model)
         return TrainState(master, transformation.init(split(master, trainable)[0]), jnp.zeros((), jnp.int32))
 
-    mesh = parallel.concrete_mesh(model)
-    if mesh is None:
+    mesh, first = parallel.concrete_mesh(model), jax.tree.leaves(model)[0]
+    of_shapes = isinstance(first, jax.ShapeDtypeStruct)
+    if mesh is None and not of_shapes:
         return init(model)
     shapes = jax.eval_shape(init, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), model))
+    if mesh is None:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=first.sharding), shapes)
+    if of_shapes:
+        return parallel.shard(shapes, mesh)
     return jax.jit(init, out_shardings=parallel.shardings(shapes, mesh))(model)
 
 

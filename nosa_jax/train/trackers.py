@@ -27,7 +27,8 @@ from pallas_kernels.checks import bad_type, bad_value
 
 @runtime_checkable
 class Tracker(Protocol):
-    """What is told of a run. One with a method `close` has it called at the end."""
+    """What is told of a run. One with a method `close` has it called at the end, of every run that it is told of; one
+    with a method `check` before anything is done, with the folder of the run or None, to raise what is wrong."""
 
     def record(self, record: Record) -> None:
         """Takes one record, which it must not change."""
@@ -67,6 +68,12 @@ class TensorBoard:
         self._directory = None if directory is None else user_path("directory", directory)
         self._writer: Any = None
 
+    def check(self, directory: Path | None) -> None:
+        """Raises ValueError when there is no folder to write to."""
+        if self._directory is None and directory is None:
+            remedy = "Give the run a folder, or pass TensorBoard(directory=...)."
+            raise bad_value("directory", "must be given for TensorBoard where the run has no folder", "None", remedy)
+
     def record(self, record: Record) -> None:
         """Raises ValueError when there is no folder to write to."""
         if record["kind"] == "start":
@@ -78,12 +85,9 @@ class TensorBoard:
 
     def _start(self, record: Record) -> None:
         self.close()
-        directory = self._directory
-        if directory is None:
-            if record.get("directory") is None:
-                remedy = "Give the run a folder, or pass TensorBoard(directory=...)."
-                raise bad_value("directory", "must be given where the run has no folder", "None", remedy)
-            directory = Path(record["directory"]) / "tensorboard"
+        root = None if record.get("directory") is None else Path(record["directory"])
+        self.check(root)
+        directory = self._directory or root / "tensorboard"  # type: ignore[operator]
         step = record["step"]
         self._writer = self._make(str(directory), purge_step=step + 1 if step else None)
         text = json.dumps(record.get("config", {}), indent=4)
@@ -131,7 +135,7 @@ _BY_NAME: dict[str, Callable[[], Tracker]] = {"tensorboard": TensorBoard, "wandb
 class Trackers:
     """Several trackers as one. One that raises is dropped with a warning: watching a run must not end it.
 
-    A context manager; `close()` ends them all.
+    A context manager; `close()` ends them all. They may be told of another run then.
     """
 
     def __init__(self, trackers: Sequence[Tracker | Callable[[Record], None]]) -> None:
@@ -146,6 +150,15 @@ class Trackers:
     def __len__(self) -> int:
         return len(self._trackers)
 
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._trackers)
+
+    def check(self, directory: Path | None) -> None:
+        """Raises what a tracker has against a run that writes to `directory`, None for nowhere."""
+        for tracker in self._trackers:
+            if callable(check := getattr(tracker, "check", None)):
+                check(directory)
+
     def record(self, record: Record) -> None:
         """Tells every tracker that is left."""
         for tracker in list(self._trackers):
@@ -153,10 +166,9 @@ class Trackers:
             self._attempt(tracker, partial(take, record))
 
     def close(self) -> None:
-        """Closes what can be closed and forgets all."""
+        """Closes what can be closed."""
         for tracker in list(self._trackers):
             self._attempt(tracker, getattr(tracker, "close", lambda: None))
-        self._trackers.clear()
 
     def _attempt(self, tracker: Any, call: Callable[[], None]) -> None:
         try:
@@ -171,11 +183,12 @@ class Trackers:
 def as_trackers(value: Any) -> Trackers:
     """`value` as Trackers: None, or one or a sequence of trackers, functions of a record, and words.
 
-    The words are "tensorboard" and "wandb". Raises ValueError for another word, TypeError for anything else, and
-    ImportError where the package of a word is not installed.
+    Trackers come back as others of the same: one that is dropped is in those given still. The words are "tensorboard"
+    and "wandb". Raises ValueError for another word, TypeError for anything else, and ImportError where the package of a
+    word is not installed.
     """
     if isinstance(value, Trackers):
-        return value
+        return Trackers(list(value))
     one = isinstance(value, str | Tracker) or callable(value)
     return Trackers([_as_tracker(each) for each in ([] if value is None else [value] if one else _each(value))])
 

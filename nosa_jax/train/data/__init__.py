@@ -7,12 +7,12 @@
     held_out = list(source.heldout(batch_size=8))
 
 `text`, `jsonl`, `tokens` and `chat` read files, `mixture` puts sources together, and whatever has the few methods of
-`Source` is one. A `Corpus` is text that is in memory, split; its windows come from `Corpus.source` or `train_batches`.
+`Source` is one. A `Corpus` is text that is in memory, split; its windows come from `Corpus.source`.
 """
 
-from nosa_jax.train.data.batch import Batch, Batches, Source, check_vocabulary
+from nosa_jax.train.data.batch import Batch, Batches, OtherOrderError, Source, check_vocabulary, heldout_bytes_per_token
 from nosa_jax.train.data.chats import chat
-from nosa_jax.train.data.corpus import Corpus, heldout_batches, load_corpus, train_batches
+from nosa_jax.train.data.corpus import Corpus, load_corpus
 from nosa_jax.train.data.files import find_files, is_binary, read_text, stdlib_files
 from nosa_jax.train.data.mixing import mixture
 from nosa_jax.train.data.readers import jsonl, text, tokens
@@ -21,11 +21,12 @@ __all__ = [
     "Batch",
     "Batches",
     "Corpus",
+    "OtherOrderError",
     "Source",
     "chat",
     "check_vocabulary",
     "find_files",
-    "heldout_batches",
+    "heldout_bytes_per_token",
     "is_binary",
     "jsonl",
     "load_corpus",
@@ -34,5 +35,4 @@ __all__ = [
     "stdlib_files",
     "text",
     "tokens",
-    "train_batches",
 ]

@@ -57,6 +57,15 @@ def stack(rows: Sequence[Row]) -> Batch:
     return Batch(*(None if column[0] is None else np.stack(column) for column in zip(*rows, strict=True)))
 
 
+ORDER = 2
+"""The version of the order that a seed stands for, which positions name. In the first one, which they did not name yet,
+the order of a seed in one epoch was that of the next seed in the epoch before."""
+
+
+class OtherOrderError(ValueError):
+    """A position in an order of rows that this version does not make."""
+
+
 class Batches(Iterator[Batch]):
     """An endless iterator of batches whose position is a small dict, made by `Source.batches`."""
 
@@ -70,16 +79,21 @@ class Batches(Iterator[Batch]):
     def get_state(self) -> dict[str, int]:
         """The position, JSON-able. It belongs to the source and arguments of this iterator, for any shard of as many
         rows over all processes."""
-        return self._iterator.get_state()
+        return {**self._iterator.get_state(), "order": ORDER}
 
     def set_state(self, state: dict[str, int]) -> None:
         """Goes to a position of `get_state`: the next batch is exactly the one that would have come there.
 
-        Raises ValueError for anything else.
+        Raises OtherOrderError for a position in the order of another version, ValueError for anything else.
         """
         index = state.get("next_index") if isinstance(state, dict) else None
         if isinstance(index, bool) or not isinstance(index, int) or index < 0:
             raise bad_value("state", "must be what get_state returned", f"{state!r:.60}", "Pass that dict unchanged.")
+        if (order := state.get("order", 1)) != ORDER:
+            rule = f"must be a position in the order of rows that this version makes, order {ORDER}"
+            got = f"a position in order {order}"
+            remedy = "Go on with the code that wrote it, or train on from its weights (model=) in another directory."
+            raise OtherOrderError(str(bad_value("state", rule, got, remedy)))
         self._iterator.set_state({"next_index": index})
 
 
@@ -118,6 +132,12 @@ class Source(Protocol):
     ) -> Iterator[Batch]:
         """Batches of text that is never trained on, the same at every call; none where nothing is held out."""
         ...
+
+
+def heldout_bytes_per_token(source: Source) -> float:
+    """Mean bytes of text behind a token of what a source holds out: its `heldout_bytes_per_token` where it has one, as
+    a mixture does, whose sources hold out other shares than they train on, else its `bytes_per_token`."""
+    return float(getattr(source, "heldout_bytes_per_token", source.bytes_per_token))
 
 
 def check_vocabulary(source: Source, vocab_size: int) -> None:

@@ -1,10 +1,10 @@
-"""Local text as bytes in memory, cut into windows and served in seeded batches whose position can be saved.
+"""Local text as bytes in memory, split, and its windows as a source of batches.
 
     from nosa_jax.train import stdlib_files
 
     corpus = load_corpus(stdlib_files())
-    batches = train_batches(corpus.train, batch_size=8, length=512, seed=0)
-    next(batches)        # int32 [8, 513]: the inputs are [:, :-1], the targets [:, 1:]
+    batches = corpus.source(length=512).batches(batch_size=8, seed=0)
+    next(batches)        # a Batch of tokens and targets, int32 [8, 512]
     batches.get_state()  # JSON; set_state() continues on exactly the next batch
 
 Text of your own goes in as a `Corpus` of token ids.
@@ -15,19 +15,15 @@ from __future__ import annotations
 import dataclasses
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable
 
 import numpy as np
-from jaxtyping import Integer
 
-from nosa_jax._extras import import_extra
 from nosa_jax.train.data.documents import Tokens
 from nosa_jax.train.data.files import are, is_binary, read_bytes, unique_files, warn_skipped
-from nosa_jax.train.data.rows import read_here
 from nosa_jax.train.data.source import Cut, DocumentSource
 from nosa_jax.train.data.split import kept_sizes
-from pallas_kernels.checks import bad_type, bad_value, require_int, require_number
+from pallas_kernels.checks import bad_type, bad_value, require_number
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -61,7 +57,8 @@ class Corpus:
         return "/".join(sums)
 
     def source(self, length: int) -> DocumentSource:
-        """A `Source` of windows of `length` target tokens: those of `train_batches`, in the same order.
+        """A `Source` of windows of `length` target tokens. Neighbours share one token, so every token is a target once;
+        the rest of `train` that fills no window is left out, that of `heldout` is a row too.
 
         Raises ValueError when `train` is shorter than one window, or for negative ids.
         """
@@ -115,58 +112,3 @@ def _line_end(text: np.ndarray, size: int) -> int:
     """Where the line ends that `size` bytes end in, unless it goes on for much of the rest."""
     ends = np.flatnonzero(text[size - 1 : -1][: max((len(text) - size) // 10, 1)] == ord("\n"))
     return size + int(ends[0]) if len(ends) else size
-
-
-class Windows(Sequence[np.ndarray]):
-    """Windows of `length + 1` tokens, int32; neighbours share one token, so every token is a target once.
-
-    Raises ValueError when the text is shorter than one window.
-    """
-
-    def __init__(self, tokens: Integer[np.ndarray, " S"], length: int) -> None:
-        require_int("length", length, 1)
-        if len(tokens) < length + 1:
-            raise bad_value(
-                "tokens", f"must fill one window of length + 1 = {length + 1}", len(tokens), "Add text or shorten it."
-            )
-        self.tokens, self.length = tokens, length
-
-    def __len__(self) -> int:
-        return (len(self.tokens) - 1) // self.length
-
-    def __getitem__(self, index: Any) -> Any:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        start = int(index) * self.length
-        return self.tokens[start : start + self.length + 1].astype(np.int32)
-
-
-def train_batches(tokens: Integer[np.ndarray, " S"], *, batch_size: int, length: int, seed: int) -> Any:
-    """An endless grain iterator of int32 [batch_size, length + 1]: all windows shuffled, anew in every epoch.
-
-    `get_state()` returns a small JSON-able dict and `set_state()` takes it back: the next batch is then exactly
-    the one that would have come. It holds a position only, so build the iterator with the same arguments.
-
-    Raises ValueError when the text is shorter than one window, ImportError without the `train` extra.
-    """
-    require_int("batch_size", batch_size, 1)
-    require_int("seed", seed, 0)
-    windows = import_extra("grain").MapDataset.source(Windows(tokens, length))
-    return iter(read_here(windows.shuffle(seed=seed).repeat().batch(batch_size, drop_remainder=True)))
-
-
-def heldout_batches(
-    tokens: Integer[np.ndarray, " S"], *, batch_size: int, length: int, max_batches: int
-) -> Iterator[Integer[np.ndarray, "B W"]]:
-    """Up to `max_batches` batches of int32 [B, length + 1], the same at every call, spread evenly over the text.
-
-    B is `batch_size`, or the number of windows when the text holds fewer.
-    Raises ValueError when the text is shorter than one window.
-    """
-    require_int("batch_size", batch_size, 1)
-    require_int("max_batches", max_batches, 1)
-    windows = Windows(tokens, length)
-    rows = min(batch_size, len(windows))
-    count = min(max_batches, len(windows) // rows)
-    chosen = np.linspace(0, len(windows) - 1, rows * count).round().astype(int)
-    return (np.stack([windows[i] for i in batch]) for batch in chosen.reshape(count, rows))

@@ -29,11 +29,18 @@ class MixtureSource(RowSource):
         self.bytes_per_token = float(sum(weight * source.bytes_per_token for source, weight in shares))
         self.train_tokens = sum(source.train_tokens for source in sources)
         self.heldout_tokens = sum(source.heldout_tokens for source in sources)
+        self.heldout_targets = sum(source.heldout_targets for source in sources)
         packed = [source.block_size for source in sources if source.block_size is not None]
         self.block_size = math.gcd(*packed) if packed else None
         samples = [source.train_rows(0)[0] for source in sources]
         self._mask = any(row.mask is not None for row in samples)
         self._segment_ids = any(row.segment_ids is not None for row in samples)
+
+    @property
+    def heldout_bytes_per_token(self) -> float:
+        # What is held out is that of all sources, whatever their weights in training.
+        sizes = sum(source.heldout_targets * source.heldout_bytes_per_token for source in self._sources)
+        return sizes / self.heldout_targets if self.heldout_targets else self.bytes_per_token
 
     def fingerprint(self) -> str:
         parts = [(source.fingerprint(), f"{w:.12g}") for source, w in zip(self._sources, self._weights, strict=True)]
@@ -58,7 +65,8 @@ def mixture(parts: Sequence[tuple[Any, int | float]]) -> MixtureSource:
         `weight / sum of weights`, at any point of the run; the smallest of these shares is kept to 1%. Each starts
         again when it is through.
 
-    Whole rows are mixed. What is held out is that of all sources, one after the other, whatever the weights.
+    Whole rows are mixed. What is held out is that of all sources, one after the other, whatever the weights;
+    `heldout_bytes_per_token` is of their targets there, `bytes_per_token` of the rows to train on.
 
     Raises TypeError or ValueError for other sources, rows of different lengths, and weights that are not positive.
     """

@@ -194,7 +194,7 @@ def _open_shard(path: Path, dtype: np.dtype) -> np.ndarray:
     if path.suffix == ".bin":
         if size % dtype.itemsize:
             rule = f"must hold whole numbers of {dtype.itemsize} bytes each"
-            raise bad_value(str(path), rule, f"{size} bytes", "Copy it again, or pass its dtype.")
+            raise bad_value(str(path), rule, f"{size} bytes", "Copy it again, or pass dtype=.")
         return np.memmap(path, dtype, "r")
     try:
         found = np.load(path, mmap_mode="r", allow_pickle=False)

@@ -22,6 +22,16 @@ def read_here(dataset: Any) -> Any:
     return dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
 
 
+def shuffled(rows: Sequence[Row], seed: int) -> Any:
+    """All rows in an order of `seed`, in another one every epoch, as an endless grain MapDataset.
+
+    grain adds the epoch to the seed that it is given. Neighbouring seeds would share their orders, an epoch apart: it
+    is given a hash. Whoever changes the order of a seed counts `batch.ORDER` up.
+    """
+    (hashed,) = np.random.SeedSequence(seed).generate_state(1).tolist()
+    return import_extra("grain").MapDataset.source(rows).shuffle(seed=hashed).repeat()
+
+
 class Rows(Sequence[Row]):
     """Rows by number, each made anew. What grain reads from."""
 

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
-from nosa_jax._extras import import_extra
 from nosa_jax.train.data.batch import Batch, Batches, Row, stack
 from nosa_jax.train.data.documents import Tokens
-from nosa_jax.train.data.rows import PackedRows, Rows, WindowRows, read_here
+from nosa_jax.train.data.rows import PackedRows, Rows, WindowRows, read_here, shuffled
 from nosa_jax.train.data.split import split_spans
 from pallas_kernels.checks import bad_type, bad_value, require_bool, require_int, require_number, require_size
 
@@ -23,6 +22,8 @@ class RowSource:
 
     length, bytes_per_token, vocab_size: as in `Source`.
     train_tokens, heldout_tokens: how many tokens there are of each.
+    heldout_targets: how many of those held out are learned, all but the questions of conversations.
+    heldout_bytes_per_token: as `bytes_per_token`, of what is held out.
     block_size: packed documents start on its multiples; None where rows are not packed.
     """
 
@@ -31,7 +32,12 @@ class RowSource:
     vocab_size: int
     train_tokens: int
     heldout_tokens: int
+    heldout_targets: int
     block_size: int | None = None
+
+    @property
+    def heldout_bytes_per_token(self) -> float:
+        return self.bytes_per_token
 
     def fingerprint(self) -> str:
         """Short text that changes when what would be read changes; a checkpoint keeps it, so that resume can tell."""
@@ -76,16 +82,7 @@ class RowSource:
 
         All have one shape and a mask: the last ones are filled up with rows that have no target.
         """
-        batch_size = require_int("batch_size", batch_size, 1)
-        most = None if max_batches is None else require_int("max_batches", max_batches, 1)
-        index, count = _shard(shard)
-        rows = self.heldout_rows()
-        number = -(-len(rows) // (batch_size * count))
-        number = number if most is None else min(most, number)
-        chosen = np.full((number, count, batch_size), -1)
-        used = min(len(rows), chosen.size)
-        chosen.ravel()[:used] = np.linspace(0, len(rows) - 1, used).round()
-        return (_batch(rows, numbers) for numbers in chosen[:, index].tolist())
+        return spread(self.heldout_rows(), batch_size, max_batches, shard)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +147,9 @@ class DocumentSource(RowSource):
         """
         self.length, self.bytes_per_token, self.vocab_size = cut.length, bytes_per_token, vocab_size
         self.train_tokens, self.heldout_tokens = (int((spans[:, 1] - spans[:, 0]).sum()) for spans in (train, heldout))
+        self.heldout_targets = self.heldout_tokens
+        if tokens.masked:
+            self.heldout_targets = sum(int(tokens.read_learned(*span).sum()) for span in heldout.tolist())
         if cut.pack:
             self.block_size = cut.block_size
             self._train: Rows = PackedRows(tokens, train, cut.length, cut.block_size)
@@ -171,10 +171,25 @@ class DocumentSource(RowSource):
         return self._fingerprint
 
     def train_rows(self, seed: int) -> Any:
-        return import_extra("grain").MapDataset.source(self._train).shuffle(seed=seed).repeat()
+        return shuffled(self._train, seed)
 
     def heldout_rows(self) -> Rows:
         return self._heldout
+
+
+def spread(
+    rows: Sequence[Row], batch_size: int, max_batches: int | None = None, shard: tuple[int, int] = (0, 1)
+) -> Iterator[Batch]:
+    """Batches of rows that have a mask, all rows or some spread evenly over them; see `RowSource.heldout`."""
+    batch_size = require_int("batch_size", batch_size, 1)
+    most = None if max_batches is None else require_int("max_batches", max_batches, 1)
+    index, count = _shard(shard)
+    number = -(-len(rows) // (batch_size * count))
+    number = number if most is None else min(most, number)
+    chosen = np.full((number, count, batch_size), -1)
+    used = min(len(rows), chosen.size)
+    chosen.ravel()[:used] = np.linspace(0, len(rows) - 1, used).round()
+    return (_batch(rows, numbers) for numbers in chosen[:, index].tolist())
 
 
 def _batch(rows: Sequence[Row], numbers: Sequence[int]) -> Batch:

@@ -7,14 +7,28 @@ import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nosa_jax._extras import import_extra
 from nosa_jax.train.data.tokenize import read_tokenizer_config, special_tokens
 from pallas_kernels.checks import bad_value, require_type
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
 _FILE = "chat_template.jinja"
+
+
+class Rendered(NamedTuple):
+    """text: a conversation. answers: start and stop in it of what the assistant says in each of its turns, and of what
+    ends the turn. unended: how many answers have nothing behind them that ends a turn."""
+
+    text: str
+    answers: list[tuple[int, int]]
+    unended: int
+
+
+def is_answer(message: Message) -> bool:
+    """Whether a message is of the assistant and says something, or calls a tool."""
+    return message["role"] == "assistant" and bool(message.get("tool_calls") or message["content"].strip())
 
 
 class ChatTemplate:
@@ -50,11 +64,17 @@ class ChatTemplate:
             raise bad_value("tokenizer", f"must come with a chat template, in {_FILE} or {config.name}", folder, remedy)
         return cls(stored, special_tokens(folder), f"{config}: chat_template")
 
-    def render(self, messages: Sequence[Message], where: str = "messages") -> str:
-        """The conversation as text. where: its file and line, for messages; raises ValueError where that fails."""
+    def render(
+        self, messages: Sequence[Message], where: str = "messages", tools: Any = None, *, prompt: bool = False
+    ) -> str:
+        """The conversation as text; raises ValueError where that fails.
+
+        where: its file and line, for messages. tools: what the assistant may call. prompt: whether the text goes on to
+        where the assistant is to speak.
+        """
         try:
             return self._template.render(
-                messages=messages, tools=None, documents=None, add_generation_prompt=False, **self._special
+                messages=messages, tools=tools, documents=None, add_generation_prompt=prompt, **self._special
             )
         # A template is a small program: it may raise what it likes, also through the values that it is given.
         except Exception as error:
@@ -62,28 +82,71 @@ class ChatTemplate:
             rule = "must be a conversation that the template takes"
             raise bad_value(where, rule, got, "Correct or drop it.") from error
 
-    def render_answers(self, messages: Sequence[Message], where: str = "messages") -> tuple[str, list[tuple[int, int]]]:
-        """The conversation as text, and start and stop of every answer in it, with the text that ends a turn.
+    def render_answers(self, messages: Sequence[Message], where: str = "messages", tools: Any = None) -> Rendered:
+        """The conversation as text, and where in it the assistant speaks.
 
-        The last message must be an answer. Raises ValueError where rendering fails, or where the template does not
-        write the answers as they are (spaces and line ends around them may go).
+        The last message must be an answer. A turn that calls tools is an answer from where the assistant begins to its
+        end; any other one begins with its content.
+        Raises ValueError where rendering fails, where the template does not write the answers as they are (spaces and
+        line ends around them may go), and where a turn that calls tools is not in what it writes.
         """
-        text = self.render(messages, where)
+        text = self.render(messages, where, tools)
         mark = "\ue000"  # of the private use area: nobody writes it, but then
         while mark in text:
             mark += "\ue000"
         # Another text in the place of each answer shows what the template writes around them.
-        marked = [{**message, "content": mark} if message["role"] == "assistant" else message for message in messages]
-        around = self.render(marked, where).split(mark)
-        answers = [message["content"] for message in messages if message["role"] == "assistant"]
-        spans = _spans(text, around, answers)
-        if spans is None:
+        marked = [{**message, "content": mark} if _speaks(message) else message for message in messages]
+        whole = self.render(marked, where, tools)
+        around = whole.split(mark)
+        said = _spans(text, around, [message["content"] for message in messages if _speaks(message)])
+        if said is None:
             remedy = "Use a template that writes what the assistant said unchanged."
             raise bad_value(where, f"must have its answers in what {self.name} writes", f"{text!r:.200}", remedy)
-        # What comes after the last answer and after this one too, as <|im_end|>; the line end behind it is not said.
-        ends = (_common_start(around[-1], after) for after in around[1:])
-        ends = (end.rstrip() or end for end in ends)
-        return text, [(start, stop + len(end)) for (start, stop), end in zip(spans, ends, strict=True)]
+        calling = any(message.get("tool_calls") for message in messages)
+        answers, seen, unended = [], 0, 0
+        for n, message in enumerate(messages):
+            if message.get("tool_calls"):
+                places = self._calling_turn(marked, n, whole, where, tools)
+                start, stop = (_unmarked(place, whole, mark, said) for place in places)
+                answers.append((start, stop))
+            elif message["role"] == "assistant":
+                # What comes after the last answer and after this one too, as <|im_end|>; the line end behind it is not
+                # said. Behind a turn that calls tools there is more: then the answer alone shows what ends it.
+                last = self.render(marked[: n + 1], where, tools).rpartition(mark)[2] if calling else around[-1]
+                end = _common_start(last, around[seen + 1])
+                end = end.rstrip() or end
+                unended += not end
+                answers.append((said[seen][0], said[seen][1] + len(end)))
+            seen += _speaks(message)
+        return Rendered(text, answers, unended)
+
+    def _calling_turn(self, messages: Sequence[Message], n: int, whole: str, where: str, tools: Any) -> tuple[int, int]:
+        """Start and stop of message n, which calls tools, in the text of all of them: between the text that leads up to
+        the assistant and the one that ends with this turn."""
+        before = self.render(messages[:n], where, tools, prompt=True)
+        start = len(_common_start(before, whole))
+        if start < len(before) and start < len(self.render(messages[:n], where, tools)):
+            start = len(whole)  # what was before this turn is written otherwise when the conversation goes on
+        turn = _common_start(self.render(messages[: n + 1], where, tools), whole)[start:]
+        names = [call.get("function", call) for call in messages[n]["tool_calls"]]
+        if not turn or any(str(call.get("name", "")) not in turn for call in names if isinstance(call, dict)):
+            rule = f"must have its tool_calls in what {self.name} writes, each turn the same wherever it ends"
+            remedy = "Use a template for calls of tools, or drop the line."
+            raise bad_value(f"{where}: messages[{n}]", rule, f"{whole!r:.200}", remedy)
+        return start, start + len(turn.rstrip() or turn)
+
+
+def _speaks(message: Message) -> bool:
+    """Whether the content of a message is what the assistant says; beside calls of tools it may be none."""
+    if message["role"] != "assistant":
+        return False
+    return not message.get("tool_calls") or bool((message["content"] or "").strip())
+
+
+def _unmarked(place: int, whole: str, mark: str, said: Sequence[tuple[int, int]]) -> int:
+    """Where a place in a text with marks lies in the text with what was said instead of them."""
+    before = said[: whole.count(mark, 0, place)]
+    return place + sum(stop - start - len(mark) for start, stop in before)
 
 
 def _common_start(a: str, b: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,7 +101,7 @@ def encode_documents(
     """
     collector, size = Collector(vocabulary.dtype), 0
     ending = [] if vocabulary.end_of_text is None else [vocabulary.end_of_text]
-    for group in _groups(documents):
+    for group in grouped(documents, lambda document: len(document.text)):
         if vocabulary.is_bytes:
             encoded: list[Any] = [np.frombuffer(text, np.uint8) for text, _ in group]
         else:
@@ -115,14 +115,18 @@ def encode_documents(
     return tokens, spans, size / max(tokens.size, 1)
 
 
-def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    group: list[Document] = []
+def grouped[T](texts: Iterable[T], size_of: Callable[[T], int]) -> Iterator[list[T]]:
+    """What is encoded together, as much as keeps all cores busy; texts of no size are left out.
+
+    size_of: in bytes.
+    """
+    group: list[T] = []
     size = 0
-    for document in documents:
-        if not document.text:
+    for text in texts:
+        if not size_of(text):
             continue
-        group.append(document)
-        size += len(document.text)
+        group.append(text)
+        size += size_of(text)
         if size >= _BATCH:
             yield group
             group, size = [], 0
