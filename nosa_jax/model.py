@@ -60,16 +60,6 @@ class MLP(nnx.Module):
         self.gate_up = nnx.Param(0.02 * jax.random.normal(rngs.params(), (layers, hidden, 2, inner), dtype))
         self.down = nnx.Param(scale * jax.random.normal(rngs.params(), (layers, inner, hidden), dtype))
 
-    def in_pieces(self, x: Float[Array, "B T H"], tokens: int) -> Float[Array, "B T H"]:
-        """The same for so many tokens at a time, whatever their rows: what is held meanwhile does not grow with T."""
-        shape = x.shape
-        count = -(-shape[0] * shape[1] // tokens)
-        if count == 1:
-            return self(x)
-        flat = jnp.pad(x.reshape(-1, shape[-1]), ((0, count * tokens - shape[0] * shape[1]), (0, 0)))
-        out = jax.lax.map(self, flat.reshape(count, 1, tokens, -1))
-        return out.reshape(-1, shape[-1])[: shape[0] * shape[1]].reshape(shape)
-
     def __call__(self, x: Float[Array, "B T H"]) -> Float[Array, "B T H"]:
         both = jnp.einsum("bth,hcf->btcf", x, self.gate_up[...])
         return (jax.nn.silu(both[..., 0, :]) * both[..., 1, :]) @ self.down[...]
@@ -103,10 +93,27 @@ class Layers(nnx.Module):
         (norm, attention), x = half((self.attention_norm, self.attention), x)
         out, rest = attend(attention, rms_norm(x, norm[...], config.rms_norm_eps))
         (norm, mlp), x = half((self.mlp_norm, self.mlp), parallel.activations(x + out))
-        normed = rms_norm(x, norm[...], config.rms_norm_eps)
-        return parallel.activations(
-            x + (mlp(normed) if mlp_tokens is None else mlp.in_pieces(normed, mlp_tokens))
-        ), rest
+        add_mlp = lambda x: x + mlp(rms_norm(x, norm[...], config.rms_norm_eps))
+        return parallel.activations(add_mlp(x) if mlp_tokens is None else _in_pieces(add_mlp, x, mlp_tokens)), rest
+
+
+def _in_pieces(function: Callable[[Array], Array], x: Float[Array, "B T H"], tokens: int) -> Float[Array, "B T H"]:
+    """`function` of so many tokens at a time, whatever their rows, each piece written over what it was made of."""
+    flat = x.reshape(1, -1, x.shape[-1])
+    whole, rest = divmod(flat.shape[1], tokens)
+    if whole + (rest > 0) == 1:
+        return function(x)
+
+    def body(piece: Array, flat: Array) -> Array:
+        start = piece.astype(jnp.int32) * tokens
+        part = jax.lax.dynamic_slice_in_dim(flat, start, tokens, axis=1)
+        return jax.lax.dynamic_update_slice_in_dim(flat, function(part), start, axis=1)
+
+    flat = jax.lax.fori_loop(0, whole, body, flat)
+    if rest:
+        last = jax.lax.slice_in_dim(flat, whole * tokens, None, axis=1)
+        flat = jax.lax.dynamic_update_slice_in_dim(flat, function(last), whole * tokens, axis=1)
+    return flat.reshape(x.shape)
 
 
 def _layer_at[Parts](parts: Parts, index: Int32[Array, ""], x: Array) -> tuple[Parts, Array]:

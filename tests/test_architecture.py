@@ -26,8 +26,8 @@ FLOORS: list[set[str]] = [
     {"nosa_jax.attention", "nosa_jax.norm", "nosa_jax.rope"},
     {"nosa_jax.model"},
     {"nosa_jax.cache"},
-    {f"nosa_jax.decode.{name}" for name in ("checks", "program", "sampling", "step")},
-    {"nosa_jax.decode.prompt"},
+    {f"nosa_jax.decode.{name}" for name in ("checks", "program", "sampling", "step", "widths")},
+    {"nosa_jax.decode.prompt", "nosa_jax.decode.reading"},
     {"nosa_jax.decode"},  # generation, and the door
     {"nosa_jax.hf", "nosa_jax.locality"},
     {"nosa_jax.train"},

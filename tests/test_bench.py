@@ -74,8 +74,8 @@ def test_floors_of_decoding_and_transport():
     arrays = {"q": jnp.ones((1, 2, 8), BF16), "pool": pool, "bias": jnp.ones((2, 1, 1, 3, 4))}
     floor = counts.decode_attention(arrays | {"block_ids": ids, "slots": slots, "positions": jnp.array([9], jnp.int32)})
     assert floor == Floor(2 * (2 * 16) + 4 * (3 + 3 + 1) + 6 * (2 * 8 * 2 + 4), 4 * 2 * 8 * 6, "bfloat16")
-    host = jnp.ones((2, 1, 1, 2, 2, 4, 8), BF16)  # block 2 is not in it
-    moved = counts.moved_blocks({"pool": pool, "host": host, "block_ids": ids, "slots": slots})
+    pages = jnp.zeros((1, 2), jnp.int32)  # block 2 has none
+    moved = counts.moved_blocks({"pool": pool, "page_table": pages, "block_ids": ids, "slots": slots})
     assert moved == Floor(2 * 4 * 8 * 2 + 4 * 6, link_bytes=2 * 4 * 8 * 2)
 
 

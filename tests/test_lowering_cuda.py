@@ -65,7 +65,7 @@ def kernels(function, *arguments) -> list[str]:
     """The kernels that `function` calls when lowered for CUDA: Triton's by name, "mosaic", or cuDNN's by name."""
     with jax.sharding.use_abstract_mesh(H200):
         text = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
-    ours = "block|select|append|resolve|move|decode|update"
+    ours = "block|select|append|resolve|fetch|write|decode|update"
     names = re.findall(rf'custom_call @(mosaic)_gpu|custom_call @__(cudnn\$\w+)|name = "((?:{ours})_\w+)"', text)
     names = ["".join(name) for name in names]
     assert text.count("@__gpu$xla.gpu.triton") == sum(not name.startswith(("mosaic", "cudnn")) for name in names)
@@ -258,7 +258,7 @@ def test_the_rest_of_a_decode_step(decoding):
     assert decode_kernels(decoding, append, *names) == ["append_token"]
 
     def scores(q, pooled, positions, layer):
-        num_blocks = decode_arguments(decoding)["host"].shape[3]
+        num_blocks = decode_arguments(decoding)["pages"].shape[1]
         options = {"num_blocks": num_blocks, "block_size": size, "stride": stride}
         return block_scores(q[:, None], pooled, positions[:, None], layer=layer, **options)
 

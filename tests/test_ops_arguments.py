@@ -140,7 +140,7 @@ def test_dtypes_that_go_together(without_type_checker):
 
 def test_a_host_store_in_device_memory(without_type_checker):
     with pytest.raises(ValueError, match=r"^host: must be in pinned_host memory, .*device_put\(host, "):
-        run_op("write_back_blocks", host=floats(L, B, K, M, 2, P, D))
+        run_op("write_back_blocks", host=floats(L, B * M, K, 2, P, D))
 
 
 def test_numpy_gives_the_bits_of_jax(without_type_checker):

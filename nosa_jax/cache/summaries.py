@@ -73,7 +73,8 @@ def select_in(
         pooled_importance = state.pooled_importance.pooled[layer, :, :, :windows, 0]
     pooled_keys = None if state.pooled_keys is None else state.pooled_keys.pooled
     of_layer: Array | None = layer
-    if pooled_keys is not None and q.shape[1] > 1:  # one query alone is not worth a copy of the layer
+    # One query that looks at all of them is not worth a copy of the layer.
+    if pooled_keys is not None and (q.shape[1] > 1 or num_blocks < state.num_blocks):
         pooled_keys, of_layer = pooled_keys[layer, :, :, :windows], None
     return select(config, q, pooled_keys, pooled_importance, positions, num_blocks=num_blocks, layer=of_layer)
 

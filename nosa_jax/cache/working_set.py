@@ -13,7 +13,7 @@ from pallas_kernels.checks import bad_value, require_int
 DEFAULT_BYTES = 2 * 2**30
 MLP_TOKENS = 8192  # that go through the MLP at once: enough to keep a large GPU busy
 _LEAST_CHUNK = 256  # tokens; shorter chunks would read the cache again and again
-_SELECTION_BYTES = 2**28  # scores of queries that select together, twice
+_SCORES_BYTES = 2**28  # of queries that select, or attend, at the same time
 
 
 class Reading(NamedTuple):
@@ -76,15 +76,16 @@ def plan_reading(
 
 
 def _bytes(config: ModelConfig, rows: int, width: int, staged: int, itemsize: int) -> int:
-    """What reading so many tokens of so many rows holds, as XLA lays it out for a GPU."""
+    """What reading so many tokens of so many rows holds: a sum, fitted to programs that XLA compiled for an H100."""
     attention = config.attention
     size, hidden, heads = attention.block_size, config.hidden_size, config.num_heads * config.head_dim
-    tokens = rows * width
-    layer = rows * staged * config.num_kv_heads * blocks.block_bytes(size, config.head_dim, itemsize)
-    by_token = itemsize * (4 * hidden + 4 * heads)
+    tokens, kv_heads = rows * width, config.num_kv_heads
+    layer = rows * staged * kv_heads * blocks.block_bytes(size, config.head_dim, itemsize)
     inner = min(tokens, MLP_TOKENS) * 3 * config.intermediate_size * itemsize
-    selection = 0
+    scores = min(_SCORES_BYTES, 8 * tokens * kv_heads * staged)
+    # The residual stream twice at times, queries and outputs of attention; selections and who selected what.
+    by_token = itemsize * (3 * hidden // 2 + 2 * heads)
     if attention.is_sparse:
-        by_token += 4 * config.num_kv_heads * (3 * attention.num_selected_blocks + staged // 4)
-        selection = min(_SELECTION_BYTES, 8 * tokens * config.num_kv_heads * staged)
-    return tokens * by_token + 2 * layer + inner + selection
+        selected = attention.num_selected_blocks
+        by_token += kv_heads * (4 * selected + min(staged, 8 * selected) + staged // 8)
+    return tokens * by_token + 2 * layer + inner + scores
