@@ -44,7 +44,7 @@ def test_bytes_equal_the_arrays(variant, cache):
     assert plan.device["pool"] == sizes["pool"]
     assert plan.device.get("pooled keys", 0) == sizes["pooled_keys"]
     assert plan.device.get("importance", 0) == sizes["importance"] + sizes["pooled_importance"]
-    assert plan.device.get("slot tables", 0) == sizes["table"]
+    assert plan.device.get("slot tables", 0) == sizes["table"] + sizes["page_table"]
     model = lively_model(config)
     assert plan.device["weights"] == sum(x.nbytes for x in jax.tree.leaves(model))
 
@@ -116,10 +116,10 @@ def test_host_store_and_pool_share_a_laptops_memory(monkeypatch):
     config, cache = small_config(), CacheConfig(slots=500)
     plan = nosa_jax.plan(config, 2, 8000, cache, dtype=jnp.float32)
     assert plan.host_bytes == plan.device["pool"]
-    monkeypatch.setattr(memory, "_physical_memory", lambda: int(1.5 * plan.host_bytes))
+    monkeypatch.setattr(memory, "_physical_memory", lambda: plan.host_bytes + plan.device_bytes - 1)
     with pytest.raises(nosa_jax.CacheTooLargeError, match=r"memory, less the host store\). Lower batch \(2\)"):
         plan.require_memory(allocated=("weights",))
-    monkeypatch.setattr(memory, "_physical_memory", lambda: int(2.5 * plan.host_bytes))
+    monkeypatch.setattr(memory, "_physical_memory", lambda: plan.host_bytes + plan.device_bytes)
     plan.require_memory(allocated=("weights",))
     with pytest.raises(nosa_jax.CacheTooLargeError, match=r"Lower batch \(4\)"):
         plan.require_memory(allocated=("weights",), devices=2)
@@ -149,7 +149,7 @@ def test_host_memory_limit():
 def test_weights_count_where_one_memory_is_all(monkeypatch):
     """The machine's memory is not what is free of it: on a CPU the weights take their part."""
     model, tokens = lively_model(small_config()), random_tokens(1, 20)
-    plan = nosa_jax.plan(model.config, 1, 24, dtype=jnp.float32)
+    plan = nosa_jax.plan(model.config, 1, 24, dtype=jnp.float32, prompt=32)  # 20 tokens, padded
     limit = plan.host_bytes + plan.device_bytes
     monkeypatch.setattr(memory, "_physical_memory", lambda: limit)
     nosa_jax.prefill(model, tokens, max_length=24)
@@ -169,7 +169,7 @@ def test_weights_count_where_one_memory_is_all(monkeypatch):
 def test_records_are_part_of_the_check(monkeypatch, call, record, entry):
     """Twice: as they are written, one entry per step first, and as they are returned."""
     model, tokens, new = lively_model(small_config()), random_tokens(2, 20), 4
-    plan = nosa_jax.plan(model.config, 2, 20 + new, dtype=jnp.float32)
+    plan = nosa_jax.plan(model.config, 2, 20 + new, dtype=jnp.float32, prompt=32)
     limit = plan.host_bytes + plan.device_bytes + 2 * new * entry
     monkeypatch.setattr(memory, "_physical_memory", lambda: limit)
     traced = lambda: jax.eval_shape(lambda: getattr(nosa_jax, call)(model, tokens, max_new_tokens=new, record=record))

@@ -17,7 +17,11 @@ from nosa_jax import CacheConfig, Sampling
 TOKENS = random_tokens(2, 36, seed=6)
 LENGTHS = np.array([36, 20])
 _lowered: list[str] = []
+_named: list[str] = []
 jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: _lowered.append(event))
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, _, fun_name="", **__: _named.append(fun_name) if "mlir_module" in event else None
+)
 
 
 pytestmark = pytest.mark.slow
@@ -77,6 +81,30 @@ def test_calls_of_the_same_shapes_share_a_program(model):
         calls(TOKENS, LENGTHS, Sampling(1e-9, 20, 0.99), range(8), 3, 2)
 
 
+def test_a_conversation_takes_four_programs(model):
+    """Prompt, short turns, long turns and steps, whatever their lengths; beside what the caller's own code compiles."""
+    rng = np.random.default_rng(0)
+    turn = lambda width: rng.integers(0, 128, (2, width))
+    _named.clear()
+    state, _ = nosa_jax.prefill(model, turn(37), np.array([37, 5]), max_length=6000, cache=CacheConfig(slots=9))
+    for _ in range(30):
+        width = int(rng.choice([rng.integers(1, 64), rng.integers(64, 600)]))
+        state, logits = nosa_jax.jit_extend(model, state, turn(width), rng.integers(0, width + 1, 2))
+        for _ in range(int(rng.integers(1, 4))):
+            state, logits = nosa_jax.jit_decode_step(model, state, np.argmax(logits, -1))
+    ours = [name for name in _named if name in ("read_prompt", "_more", "_step")]
+    assert sorted(ours) == ["_more", "_more", "_step", "read_prompt"]
+
+
+def test_prompts_of_near_widths_share_a_generation(model):
+    run = lambda width, new: nosa_jax.generate(model, TOKENS[:, :width], max_new_tokens=new).tokens
+    run(36, 20)
+    _named.clear()
+    for width, new in ((34, 17), (35, 31), (33, 18)):
+        assert run(width, new).shape == (2, new)
+    assert "_generate" not in _named
+
+
 def test_reprs_are_short_and_fetch_nothing(model):
     state, _ = nosa_jax.prefill(model, TOKENS, max_length=48, cache=CacheConfig(slots=8))
     gen = nosa_jax.generate(model, TOKENS, max_new_tokens=2, record=True)
@@ -85,7 +113,7 @@ def test_reprs_are_short_and_fetch_nothing(model):
     texts = [repr(x) for x in (state, gen, out, state.table, state.pooled_keys)]
     assert all(len(text) < 800 for text in texts), texts
     assert "pool=float32[2,2,2,3,2,16,32]" in texts[0] and "max_length=48" in texts[0]
-    assert "host=float32[2,2,2,3,2,16,32] in pinned_host" in texts[0]
+    assert "host=float32[2,6,2,2,16,32] in pinned_host" in texts[0]
     assert "SlotTable(blocks=int32[2,2,2,3], last_used=int32[2,2,2,3])" in texts[0] and texts[3] in texts[0]
     assert texts[1].startswith("Generation(tokens=int32[2,2], lengths=int32[2], logits=float32[2,2,128]")
     assert texts[2].startswith("ForwardOutput(logits=float32[2,36,128]")

@@ -183,11 +183,11 @@ def plan(
     if attention.uses_importance:
         device["importance"] = tables * 4 * (m * attention.block_size + windows + 2)
     if slots is not None:
-        device["slot tables"] = tables * slots * 2 * 4
+        device["slot tables"] = tables * slots * 2 * 4 + batch * m * 4  # and the pages
+    of_row = (sum(device.values()) - device["weights"]) // batch + 4  # and its length
     reading = plan_reading(
         config, batch, max_length if prompt is None else require_int("prompt", prompt, 1), m,
-        dtype=dtype, row_bytes=(sum(device.values()) - device["weights"]) // batch, fresh=True, chunk=chunk,
-        budget=working_set,
+        dtype=dtype, row_bytes=of_row, fresh=True, chunk=chunk, budget=working_set,
     )  # fmt: skip
     device["prefill"] = reading.bytes
 

@@ -131,7 +131,7 @@ def _extend(
     parts = list(widths.pieces(width))
     checks.check_working_set(model, state, max(size for _, size in parts), limits, copies=copies)
     for begin, size in parts:
-        part = jnp.asarray(widths.padded(tokens[:, begin : begin + size], size))
+        part = widths.padded(jnp.asarray(tokens[:, begin : begin + size]), size)
         in_part = jnp.asarray(np.clip(count - begin, 0, size))
         state, logits = run(model, state, part, in_part, logits, limits=limits)
         run = _read_more_in_place  # the states in between are nobody's

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
 from pallas_kernels.checks import is_concrete
 
@@ -36,12 +35,9 @@ def pieces(width: int) -> Iterator[tuple[int, int]]:
         begin += size
 
 
-def padded(x: Any, width: int, fill: int = 0, axis: int = 1) -> Array:
-    """`x` with `fill` after its end on `axis`; made on the host where values are known, so that nothing compiles."""
-    short = width - x.shape[axis]
-    if short == 0:
-        return x
-    pad = [(0, short if a == axis else 0) for a in range(x.ndim)]
-    if is_concrete(x):
-        return jnp.asarray(np.pad(np.asarray(x), pad, constant_values=fill))
-    return jnp.pad(x, pad, constant_values=fill)
+def padded(tokens: Any, width: int) -> Any:
+    """Tokens [B, T] with zeros after them; made on the host where values are known, so that nothing compiles."""
+    if tokens.shape[1] == width:
+        return tokens
+    pad = ((0, 0), (0, width - tokens.shape[1]))
+    return jnp.asarray(np.pad(np.asarray(tokens), pad)) if is_concrete(tokens) else jnp.pad(tokens, pad)

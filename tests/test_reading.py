@@ -1,0 +1,160 @@
+"""How prompts are read: in groups of rows and chunks of tokens that fit a budget, at widths that programs share."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support import LENGTHS, OFFLOADED, random_tokens, small_config
+
+import nosa_jax
+from nosa_jax import CacheConfig, presets
+from nosa_jax.cache import host_store
+from nosa_jax.cache.working_set import DEFAULT_BYTES, Reading, plan_reading
+from nosa_jax.decode import widths
+
+ROOM = 400
+
+
+def reading(budget, prompt=304, rows=3, cache=OFFLOADED):
+    plan = nosa_jax.plan(small_config(), rows, ROOM, cache, dtype=jnp.float32, prompt=prompt, working_set=budget)
+    return plan.reading
+
+
+def budgets(cache):
+    """For all rows, two at a time, one at a time, and one in chunks: the smallest that will do."""
+    sizes = {}
+    for budget in range(6_000_000, 1_000_000, -50_000):
+        try:
+            found = reading(budget, cache=cache)
+        except ValueError:
+            break
+        sizes[found.rows, found.chunk] = found.bytes
+    return sizes
+
+
+def same_state(one, other):
+    """All but what no token has reached, to rounding; where blocks lie and how long rows are, to the bit."""
+    np.testing.assert_array_equal(one.lengths, other.lengths)
+    if one.table is not None:
+        np.testing.assert_array_equal(one.table.blocks, other.table.blocks)
+        np.testing.assert_array_equal(one.table.last_used, other.table.last_used)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    for row, length in enumerate(np.asarray(one.lengths)):
+        full = length // one.block_size
+        if one.host is None:
+            close(one.pool[:, row, :, :full], other.pool[:, row, :, :full])
+        else:
+            pages = np.asarray(one.page_table)[row, :full]
+            close(np.asarray(one.host)[:, pages], np.asarray(other.host)[:, pages])
+        windows = max(0, int(length) // 4 - 1)
+        close(one.pooled_keys.pooled[:, row, :, :windows], other.pooled_keys.pooled[:, row, :, :windows])
+
+
+@pytest.mark.parametrize("cache", [OFFLOADED, CacheConfig(offload=False)])
+def test_groups_and_chunks_read_what_one_pass_reads(model, tokens, cache):
+    """Three rows in twos: the second group begins with a row that is done."""
+    found = budgets(cache)
+    assert {rows for rows, _ in found} == {3, 2, 1}
+    read = functools.partial(nosa_jax.prefill, model, tokens, LENGTHS, max_length=ROOM, cache=cache)
+    state, logits = read()
+    more, counts = random_tokens(3, 70, seed=8), np.array([70, 0, 33])
+    grown, after = nosa_jax.extend(model, state, more, counts)
+    for budget in {found[2, None], min(found.values())}:
+        part, of_part = read(working_set=budget)
+        np.testing.assert_allclose(of_part, logits, rtol=1e-4, atol=1e-5)
+        same_state(part, state)
+        part, of_part = nosa_jax.extend(model, part, more, counts, working_set=budget + 60_000)
+        np.testing.assert_allclose(of_part[counts > 0], after[counts > 0], rtol=1e-4, atol=1e-4)
+        same_state(part, grown)
+
+
+def test_in_place_and_beside(model, tokens):
+    """`jit_extend` goes on as `extend` does and takes the state with it."""
+    state, _ = nosa_jax.prefill(model, tokens, LENGTHS, max_length=ROOM, cache=OFFLOADED)
+    more = random_tokens(3, 70, seed=8)
+    beside, logits = nosa_jax.extend(model, state, more)
+    assert not state.pool.is_deleted()
+    in_place, again = nosa_jax.jit_extend(model, state, more)
+    assert state.pool.is_deleted() and state.host.is_deleted()
+    np.testing.assert_array_equal(again, logits)
+    np.testing.assert_array_equal(in_place.lengths, beside.lengths)
+    same_state(in_place, beside)
+
+
+def test_only_blocks_that_filled_up_cross(model, tokens, monkeypatch):
+    """What prompt and extension did not fill keeps what the memory held."""
+    allocate = lambda shape, dtype: jax.device_put(jnp.full(shape, jnp.nan, dtype), jax.memory.Space.Host)
+    monkeypatch.setattr(host_store, "allocate", allocate)
+    room = ROOM + 16  # a program of its own
+    state, _ = nosa_jax.prefill(model, tokens, LENGTHS, max_length=room, cache=OFFLOADED)
+    for counts in (np.zeros(3, int), np.array([20, 1, 3])):
+        if counts.any():
+            state, _ = nosa_jax.extend(model, state, random_tokens(3, 20, seed=8), counts)
+        untouched = np.isnan(np.asarray(state.host)).all((0, 2, 3, 4, 5))[np.asarray(state.page_table)]
+        for row, length in enumerate(LENGTHS + counts):
+            assert untouched[row].tolist() == [block >= length // 16 for block in range(room // 16)]
+
+
+def test_a_working_set_too_small_for_a_row(model, tokens):
+    for call in (
+        lambda: nosa_jax.prefill(model, tokens, max_length=ROOM, working_set=1000),
+        lambda: nosa_jax.generate(model, tokens, working_set=1000),
+        lambda: nosa_jax.plan(model.config, 3, ROOM, working_set=1000),
+    ):
+        with pytest.raises(ValueError, match=r"^working_set: must hold a chunk of 256 tokens of one row, \d+ bytes"):
+            call()
+    state, _ = nosa_jax.prefill(model, tokens, max_length=ROOM)
+    for call in (nosa_jax.extend, nosa_jax.jit_extend):
+        with pytest.raises(ValueError, match=r"^working_set: must hold one row, \d+ bytes, got 1000\."):
+            call(model, state, tokens[:, :10], working_set=1000)
+    with pytest.raises(ValueError, match=r"^working_set: must be a number of bytes >= 1 or None, got 0"):
+        nosa_jax.extend(model, state, tokens[:, :10], working_set=0)
+
+
+def test_what_an_extension_holds_is_part_of_the_check(model, tokens, monkeypatch):
+    state, _ = nosa_jax.prefill(model, tokens, max_length=ROOM, cache=OFFLOADED)
+    limit = lambda size: monkeypatch.setattr("nosa_jax.decode.checks.device_limit", lambda: size)
+    held = sum(x.nbytes for x in jax.tree.leaves(dataclasses.replace(state, host=None)))
+    needed = plan_reading(
+        model.config, 3, 64, 25, dtype=jnp.float32, row_bytes=held // 3, fresh=False
+    ).bytes  # fmt: skip
+    limit(nosa_jax.cache.memory.Limit(needed + held - 1, "for a test"))
+    with pytest.raises(nosa_jax.CacheTooLargeError, match=r"^extend: .*Lower working_set, or go on in place"):
+        nosa_jax.extend(model, state, tokens[:, :10])
+    limit(nosa_jax.cache.memory.Limit(needed, "for a test"))
+    nosa_jax.jit_extend(model, state, tokens[:, :10])
+
+
+def test_the_working_set_of_many_rows_is_bounded():
+    """Of the released model: 1, 16 and 64 rows of 16K, and rows of 128K, which are read in chunks."""
+    plans = [nosa_jax.plan(presets.nosa_8b(), rows, 16384) for rows in (1, 16, 64)]
+    assert all(plan.device["prefill"] <= DEFAULT_BYTES for plan in plans)
+    assert [plan.reading.rows for plan in plans] == [1, 1, 1] and plans[0].reading.chunk is None
+    long = nosa_jax.plan(presets.nosa_8b(), 4, 131072)
+    assert long.reading.chunk is not None and long.device["prefill"] <= DEFAULT_BYTES
+    assert nosa_jax.plan(presets.nosa_8b(), 64, 16384, prompt=512).reading.rows > 8
+    huge = nosa_jax.plan(presets.nosa_8b(), 1, 2**23)  # more than the default, which only a budget of one's own forbids
+    assert huge.reading == Reading(1, 256, huge.device["prefill"]) and huge.device["prefill"] > DEFAULT_BYTES
+
+
+@given(st.integers(1, 2**20))
+def test_widths(count):
+    room = widths.rounded(count)
+    assert count <= room <= max(count * 9 / 8, count + 15)
+    assert widths.rounded(room) == room
+    pieces = list(widths.pieces(count))
+    assert [begin for begin, _ in pieces] == [sum(size for _, size in pieces[:i]) for i in range(len(pieces))]
+    assert sum(size for _, size in pieces) >= count > pieces[-1][0]
+    assert {size for _, size in pieces} <= {64, 512, 4096}
+
+
+def test_few_widths():
+    assert len({widths.rounded(count) for count in range(1024, 2048)}) <= 9
+    assert {size for count in range(1, 4096) for _, size in widths.pieces(count)} == {64, 512}
