@@ -52,10 +52,10 @@ def query_major(refs: Any, *, tile: int, scale: float) -> None:
         tokens = _backend.ds(block * SIZE, SIZE)
         keys, values = k[row, head, tokens], v[row, head, tokens]
         token = (block * SIZE + jnp.arange(SIZE, dtype=jnp.int32))[None]
-        logits = _backend.dot(query, keys.T) * (scale * LOG2_E) + load_bias(bias, row, head, tokens, 0)
+        logits = _backend.dot(query, keys.T) * scale + load_bias(bias, row, head, tokens, 0)
         member = is_member(selected, tile, group)
-        shift = jnp.where(member, top * LOG2_E, LARGE)[:, None]
-        weights = _backend.exp2(_causal(logits, token, position[:, None]) - shift)
+        shift = jnp.where(member, top, LARGE)[:, None]
+        weights = _backend.exp2(_causal(logits, token, position[:, None]) - shift, LOG2_E)
         dlogits = weights * (_backend.dot(grad, values.T) - delta_row[:, None])
         low = dlogits.astype(keys.dtype)
         at = (row, head, tokens, EVERYTHING)
@@ -88,8 +88,8 @@ def key_major(refs: Any, *, gathered: int, scale: float) -> None:
             index = listed[row, head, jnp.minimum(entry, end - 1)]
             query, grad, top, delta_row = (load_rows(x, row, index, head) for x in (q, dout, lse, delta))
             valid, position = per_head(entry, group) < end, per_head(positions[row, index], group)
-            logits = _causal(_backend.dot(keys, query.T) * (scale * LOG2_E) + shift, token, position[None])
-            weights = _backend.exp2(logits - jnp.where(valid, top * LOG2_E, LARGE)[None])
+            logits = _causal(_backend.dot(keys, query.T) * scale + shift, token, position[None])
+            weights = _backend.exp2(logits - jnp.where(valid, top, LARGE)[None], LOG2_E)
             dlogits = weights * (_backend.dot(values, grad.T) - delta_row[None])
             low = dlogits.astype(query.dtype)
             update = (_backend.dot(low.T, keys) * scale).reshape(gathered, group, dim)
@@ -113,14 +113,14 @@ def main() -> None:
     keys = triton.Keys(inputs.k, inputs.v, inputs.bias)
     ids = jax.jit(lambda inputs: correlated.selection(CONFIG, inputs))(inputs)
     forward = jax.jit(lambda *floats: triton.forward(settings, *floats, ids, inputs.positions, None))
-    out, lse = forward(*inputs[:4])
+    out, lse, normaliser = forward(*inputs[:4])
     dout = jax.random.normal(jax.random.key(1), out.shape, out.dtype)
     delta = (out.astype(jnp.float32) * dout.astype(jnp.float32)).sum(-1)
     q, *rows = (triton.group_heads(x, kv_heads, 1) for x in (inputs.q, dout, lse, delta))
     group = q.shape[3]
     table = Table()
 
-    residuals = (*inputs[:4], ids, inputs.positions, None, out, lse)
+    residuals = (*inputs[:4], ids, inputs.positions, None, out, normaliser)
     two_passes = jax.jit(lambda residuals, dout: triton.backward(settings, residuals, (dout, jnp.zeros_like(lse))))
     table.add("two passes, lists included", args.tokens, two_passes, residuals, dout)
 
@@ -150,12 +150,12 @@ def main() -> None:
             q,
             *keys,
             inputs.positions,
-            *lists.union,
+            *lists.visits,
             *rows,
         )
 
     bits = _lists.bit_table(ids, inputs.positions, None, num_blocks=args.tokens // SIZE, block_size=SIZE)
-    segments = _lists.segments(bits, entries=args.tokens * ids.shape[-1], length=triton.SEGMENT)
+    segments = _lists.segments(bits, entries=args.tokens * ids.shape[-1], length=triton.SEGMENT, block_size=SIZE)
     count = segments.block.shape[-1]
     parts = jax.ShapeDtypeStruct((1, kv_heads, count, SIZE, q.shape[-1]), jnp.float32)
     for launch in (Launch(64, 4, 1), Launch(64, 4, 2)):

@@ -11,10 +11,11 @@ import contextvars
 import functools
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 from jax.experimental.pallas import triton as plt
@@ -22,13 +23,13 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from pallas_kernels.device import current_device
+from pallas_kernels.formulas import weight_shift
 from pallas_kernels.varying import alike, axes_of, struct
 
 # The one notice we know and accept: the Triton backend is deprecated, and the only one that runs everywhere we do.
 warnings.filterwarnings("ignore", message=".*Pallas Triton backend is deprecated.*", category=DeprecationWarning)
 
 LOG2_E = 1.4426950408889634
-LN_2 = 0.6931471805599453
 _LEAST_ROWS = 16  # of a matrix product
 LARGE = 1e30  # stands for infinity where infinity - infinity would give NaN
 
@@ -126,14 +127,109 @@ def dot(a: Float[Array, "m k"], b: Float[Array, "k n"]) -> Float[Array, "m n"]:
     return jax.lax.dot_general(a, b, (((1,), (0,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
 
 
-def exp2(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """2**x in one instruction (2 units in the last place, results below 2**-126 are zero)."""
+def exp2(x: Float[Array, "*shape"], factor: float = 1.0, offset: float = 0.0) -> Float[Array, "*shape"]:
+    """2**(factor * x + offset), the power in one instruction (2 units in the last place, below 2**-126 it is zero)."""
     if _interpreted.get():
-        return jnp.exp2(x)
-    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        return jnp.exp2(x * factor + offset)
+    if offset:
+        exponent = f"fma.rn.f32 $0, $1, {_ptx(factor)}, {_ptx(offset)}; "
+    else:
+        exponent = f"mul.rn.f32 $0, $1, {_ptx(factor)}; "
+    if (factor, offset) == (1.0, 0.0):
+        return _inline("ex2.approx.ftz.f32 $0, $1;", x)
+    return _inline(exponent + "ex2.approx.ftz.f32 $0, $0;", x)
+
+
+def multiply_add(x: Float[Array, "*shape"], factor: float, y: Float[Array, "*small"]) -> Float[Array, "*shape"]:
+    """factor * x + y, rounded once where one instruction does it; XLA's Triton backend never fuses the two itself."""
+    if _interpreted.get():
+        return x * factor + y
+    return _inline(f"fma.rn.f32 $0, $1, {_ptx(factor)}, $2;", x, jnp.broadcast_to(y, x.shape))
+
+
+def _ptx(number: float) -> str:
+    """A float32 literal."""
+    return f"0f{np.float32(number).view(np.uint32):08X}"
+
+
+def _inline(instructions: str, *args: Array) -> Array:
+    """One or more PTX instructions on each number of float32 arrays of one shape."""
+    constraints = ",".join(["=f", *["f"] * len(args)])
+    result = jax.ShapeDtypeStruct(args[0].shape, jnp.float32)
     return plt.elementwise_inline_asm(
-        "ex2.approx.ftz.f32 $0, $1;", args=[x], constraints="=f,f", pack=1, result_shape_dtypes=[shape]
+        instructions, args=args, constraints=constraints, pack=1, result_shape_dtypes=[result]
     )[0]
+
+
+class Arithmetic(NamedTuple):
+    """exp2(x, factor, offset) and multiply_add(x, factor, y), as the functions of this module are for Triton."""
+
+    exp2: Callable[[Array, float, float], Array]
+    multiply_add: Callable[[Array, float, Array], Array]
+
+
+TRITON = Arithmetic(exp2, multiply_add)
+# Which fuses by itself.
+MOSAIC = Arithmetic(lambda x, factor, offset: jnp.exp2(x * factor + offset), lambda x, factor, y: x * factor + y)
+
+
+class Softmax(NamedTuple):
+    """Softmax by base-2 exponentials with the errors of natural ones.
+
+    The highest logit is subtracted before the change of base, so that what all logits have in common is gone before
+    anything is rounded again. Weights are 2**-shift of what they are, so that a sum of values near the largest of their
+    dtype stays finite where their average is.
+
+    multiplier: makes logits of products; None where products are the logits as they are.
+    unit: natural logits per logit.
+    shift: see `weight_shift`.
+    is_exact: shifts by a product after the exponential: in the exponent it costs nothing, but rounds weights at 1e-6.
+    """
+
+    multiplier: float | None
+    unit: float
+    shift: int
+    is_exact: bool
+    arithmetic: Arithmetic
+
+    @classmethod
+    def of(cls, scale: float, has_bias: bool, tokens: int, dtype: Any, arithmetic: Arithmetic = TRITON) -> Softmax:
+        """scale: of the products. tokens: the most whose values are added up. dtype: of the values."""
+        # The largest product must be the largest logit, and LARGE less any logit many orders of magnitude.
+        needs_product = has_bias or scale < 1e-6
+        unit = 1.0 if needs_product else scale
+        shift = weight_shift(tokens, dtype)
+        return cls(scale if needs_product else None, unit, shift, dtype == jnp.float32, arithmetic)
+
+    def logits(self, products: Array, bias: Array | None) -> Array:
+        if self.multiplier is None:
+            return products
+        if bias is None:
+            return products * self.multiplier
+        return self.arithmetic.multiply_add(products, self.multiplier, bias)
+
+    def log_sum_exp(self, top: Array, log_total: Array) -> Array:
+        """Natural; -inf where `top` is LARGE, which stands for nothing that was seen."""
+        return jnp.where(top >= LARGE, -jnp.inf, top * self.unit + log_total)
+
+    def probabilities(self, below_top: Array, log_total: Array) -> Array:
+        """Weights over their sum. Neither number was rounded to the size of the other, as their sum in lse is."""
+        factor = self.unit * LOG2_E
+        return self.arithmetic.exp2(self.arithmetic.multiply_add(below_top, factor, log_total * -LOG2_E), 1.0, 0.0)
+
+    def weights(self, below_top: Array) -> Array:
+        """below_top: logits less the highest so far."""
+        if self.is_exact:
+            return self.decay(below_top) * 0.5**self.shift
+        return self.arithmetic.exp2(below_top, self.unit * LOG2_E, -float(self.shift))
+
+    def decay(self, below_top: Array) -> Array:
+        """What becomes of a sum when the highest logit changes: below_top is the old one less the new one."""
+        return self.arithmetic.exp2(below_top, self.unit * LOG2_E, 0.0)
+
+    def log_total(self, total: Array) -> Array:
+        """Natural logarithm of the sum of the weights, as if they had not been made smaller."""
+        return jnp.log(total * 2.0**self.shift)
 
 
 def barrier() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 
@@ -26,3 +27,12 @@ def importance_of(
     flat = v.astype(jnp.float32).reshape(*v.shape[:-2], -1)
     weights = delta.reshape(-1, delta.shape[-1])
     return scale * jax.nn.softplus(jnp.matmul(flat, weights, precision="highest"))
+
+
+def weight_shift(tokens: int, dtype: DTypeLike) -> int:
+    """By how many binary orders softmax's weights are made smaller before `tokens` values are summed.
+
+    So a sum of values near the largest of their dtype stays finite where their average is. None for float16, whose
+    values are far from the largest float32, in which they are summed, and whose weights have few exponents.
+    """
+    return 0 if dtype == jnp.float16 else tokens.bit_length()

@@ -149,6 +149,31 @@ def in_bfloat16(inputs, cotangents):
     return (low, (out.astype(jnp.bfloat16), lse)), (wide, (np.asarray(out.astype(jnp.bfloat16), np.float64), lse))
 
 
+# ---- what all logits have in common ----
+
+OFFSETS = [sign * size for size in (50, 500, 5000) for sign in (1, -1)]
+
+
+def with_exact_products(inputs, offset=0.0, keys="k"):
+    """Queries and keys whose products are multiples of 1/64 that float32 holds exactly, with about so much of a natural
+    logit more in all of them."""
+    q, k = (np.round(8 * np.asarray(inputs[name], np.float32)) / 8 for name in ("q", keys))
+    size = 2.0 ** np.round(np.log2(abs(offset) * q.shape[-1] ** 0.5 / 16)) if offset else 0.0
+    q[..., -1], k[..., -1] = 16.0, np.sign(offset) * size
+    return inputs | {"q": q.astype(inputs["q"].dtype), keys: k.astype(inputs[keys].dtype)}
+
+
+def error_sizes(ours, truth):
+    difference = np.asarray(ours, np.float64) - truth
+    return np.array([np.sqrt(np.mean(difference**2)), np.abs(difference).max()])
+
+
+def assert_twice_as_far_at_most(ours, naive, truth, floor=4 * EPS):
+    """From the truth, on average and at worst, than a softmax by natural exponentials; beside a few roundings."""
+    allowed = 2 * error_sizes(naive, truth) + floor * np.abs(truth).max()
+    assert (error_sizes(ours, truth) <= allowed).all(), (error_sizes(ours, truth), error_sizes(naive, truth))
+
+
 # ---- what must not matter ----
 
 

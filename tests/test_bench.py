@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import _backend, _tuning
+from pallas_kernels import OPS, _backend, _tuning
 from pallas_kernels._tuning import Launch
 from pallas_kernels.bench import __main__ as cli
 from pallas_kernels.bench import compare, counts, peers, report, timing, tune, work
@@ -56,7 +56,8 @@ def test_floor_of_dense_and_packed_attention():
     packed = jnp.array([[0, 1, 1]], jnp.int32)
     assert flops(first_block=packed) == 2 + 2
     assert flops(first_block=packed, block_ids=None) == 6 + 2
-    dense = counts.dense_attention({name: jnp.ones((1, 3, 2, 8), BF16) for name in "qkv"}, gradient=False)
+    shapes = {"q": (1, 3, 2, 8), "k": (1, 2, 3, 8), "v": (1, 2, 3, 8)}
+    dense = counts.dense_attention({name: jnp.ones(shape, BF16) for name, shape in shapes.items()}, gradient=False)
     assert dense == Floor(4 * 2 * 48, 4 * 2 * 8 * (1 + 2 + 3), "bfloat16")
 
 
@@ -239,11 +240,12 @@ def test_ops_that_share_inputs_are_neighbours():
     assert items == [(op, case) for case in ("one_head", "all") for op in both]
 
 
-def test_an_unsupported_case_is_a_line():
+def test_an_unsupported_case_is_a_line(monkeypatch):
+    monkeypatch.setitem(OPS["block_attention"].unsupported, "triton", lambda *args: "it takes no such case")
     with _backend.interpreted():
         (entry,) = cli.bench([cli.Item("block_attention", "dense_packed")], ["triton"], 1, with_peers=False)
     assert (entry["status"], entry["case"]) == ("unsupported", "dense_packed")
-    assert "dense attention" in entry["reason"]
+    assert "it takes no such case" in entry["reason"]
 
 
 def test_a_crash_is_a_line_and_the_rest_goes_on(monkeypatch, capsys):
@@ -262,9 +264,12 @@ def test_a_crash_is_a_line_and_the_rest_goes_on(monkeypatch, capsys):
 
 def test_peers_refuse_other_masks():
     packed, dense = (tiny_attention(first_block=x, block_ids=None) for x in (jnp.zeros((1, 3), jnp.int32), None))
-    for inputs in (packed, dense):
-        with pytest.raises(NotImplementedError, match="whole rows"):
-            peers.cudnn(inputs, gradient=False)
+    with pytest.raises(NotImplementedError, match="whole rows"):
+        peers.cudnn(packed, gradient=False)
+    with pytest.raises(NotImplementedError, match="whole rows"):
+        peers.cudnn(dense, gradient=False)  # its queries are neither all nor the last tokens
+    behind = dense | {"positions": jnp.array([[7, 8, 9]], jnp.int32)}
+    assert peers.cudnn(behind, gradient=False).floor.flops == 4 * 2 * 8 * (8 + 9 + 10)
     whole = dense | {"q": jnp.ones((1, 10, 2, 8), BF16), "positions": jnp.arange(10, dtype=jnp.int32)[None]}
     assert peers.cudnn(whole, gradient=True).inputs["k"].shape == (1, 10, 1, 8)
     with pytest.raises(NotImplementedError, match="block ids"):
@@ -287,7 +292,7 @@ def test_merging_keeps_other_entries(tmp_path, monkeypatch):
 
 def test_neighbours_are_valid_and_start_with_the_launch_itself():
     current = Launch(64, 4, 3)
-    for kernel, count in (("block_attention_forward", 6), ("block_scores", 8)):
+    for kernel, count in (("block_attention_forward", 6), ("block_attention_forward_dense", 8), ("block_scores", 8)):
         launches = tune.neighbours(kernel, current)
         assert launches[0] == current and len(set(launches)) == len(launches) == count
         assert all(_tuning.checked(**launch._asdict()) == launch for launch in launches)
@@ -311,7 +316,8 @@ def test_tuning_finds_the_fastest_launch(tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "_milliseconds", milliseconds)
     items = [cli.Item("block_attention", case) for case in ("k1_g4_short", "dense_packed")]
     with _backend.interpreted():
-        (result,) = cli.tune_kernels(items, 1, tmp_path)
+        result, of_dense = cli.tune_kernels(items, 1, tmp_path)
+    assert (of_dense["kernel"], of_dense["case"]) == ("block_attention_forward_dense", "dense_packed")
     assert result["launch"] == {"rows": 16, "num_warps": 4, "num_stages": 2, "keys": 64}
     assert result["match"] == {"dim": 128, "group": 4, "dtype": "float32", "block_size": 16}
     assert result["case"] == "k1_g4_short" and result["ms"] == 0

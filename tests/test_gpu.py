@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_checks import (
+    OFFSETS,
     assert_as_good,
     assert_close,
     assert_lse_close,
@@ -22,6 +23,7 @@ from attention_checks import (
     rounded_weights,
     true_gradients,
     value_and_gradients,
+    with_exact_products,
 )
 from jax.sharding import NamedSharding, PartitionSpec
 from scores_checks import definition
@@ -146,6 +148,66 @@ def test_dense_attention_by_cudnn(group, dim):
     assert_lse_close(ours[1], true_lse, 1e-4)
     for name in true:
         assert_as_good(grads[name], naive_grads[name], true[name])
+
+
+DENSE = {
+    # Behind a cache of 2048 tokens, rows of different lengths, then all tokens; the caller's blocks are of 16.
+    "chunk": Case(rows_of(2, 16, 128, (2048,), (1500,), queries=300), dense=True, biased=False),
+    "whole": Case(rows_of(2, 16, 128, (2048,), (1100,), block_size=16, stride=4), dense=True, biased=False),
+    "packed": Case(rows_of(2, 8, 128, (1000, 63), (100, 7, 205, 1300)), dense=True),
+    "g3": Case(rows_of(3, 3, 64, (2048,), (700,)), dense=True, biased=False),
+    "g4": Case(rows_of(2, 4, 128, (2048,), (700,)), dense=True),
+    "d256": Case(rows_of(2, 1, 256, (700,)), dense=True, biased=False),
+}
+
+
+@pytest.mark.parametrize(
+    "implementation, name",
+    [*(("triton", name) for name in DENSE), *(("mosaic", name) for name in ("chunk", "whole", "packed"))],
+)
+def test_dense_attention_by_our_kernels(implementation, name):
+    """Values and gradients as good as their rounding, NaN where nobody looks, the same bits again; and XLA's values."""
+    inputs, cotangents, size = of_case(DENSE[name])
+    if name == "chunk":  # padding amid the queries, and unwritten memory behind them
+        positions = np.array(inputs["positions"]) - np.array([[130], [700]])
+        positions[:, 100:103] = -1
+        inputs = inputs | {"positions": positions}
+    clean, wide = in_bfloat16(inputs, no_lse_of_empty(inputs, cotangents))
+    (true_out, true_lse), true = true_gradients(*wide, **size)
+    inputs, (out, lse) = clean
+    padding, nan = inputs["positions"] < 0, np.asarray(np.nan, out.dtype)
+    wild = np.where(padding[..., None, None], nan, out), np.where(padding[..., None], np.nan, lse)
+    (ours, our_lse), grads = assert_nothing_else_matters(implementation, clean, (poisoned(inputs, **size), wild), size)
+    (naive_out, _), naive = jax.device_get(value_and_gradients(rounded_weights, *clean, **size))
+    assert_as_good(ours, naive_out, true_out)
+    assert_lse_close(our_lse, true_lse, 1e-5)
+    for learned, gradient in grads.items():
+        assert_as_good(gradient, naive[learned], true[learned])
+    (by_xla, _), _ = attend("xla", *clean, **size)
+    assert_as_good(ours, by_xla, true_out)
+
+
+def test_dense_attention_in_float32():
+    inputs, cotangents, size = of_case(Case(rows_of(1, 4, 64, (700,), (205,), queries=300), dense=True))
+    cotangents = no_lse_of_empty(inputs, cotangents)
+    (out, lse), grads = attend("triton", inputs, cotangents, **size)
+    (true_out, true_lse), true = true_gradients(inputs, cotangents, **size)
+    assert_close({"out": out} | grads, {"out": true_out} | true, 1e-5)
+    assert_lse_close(lse, true_lse, 1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["triton", "mosaic"])
+@pytest.mark.parametrize("dense", [True, False])
+def test_large_logits_are_as_good_as_by_natural_exponentials(implementation, dense):
+    """Forward; weights and outputs are rounded to bfloat16, and what all logits have in common takes nothing away."""
+    case = Case(rows_of(2, 16, 128, (2000,), (1500,), queries=300), dense=dense, biased=not dense)
+    inputs, cotangents, size = of_case(case)
+    for offset in (0, *OFFSETS):
+        (low, _), (wide, _) = in_bfloat16(with_exact_products(inputs, offset), no_lse_of_empty(inputs, cotangents))
+        (true_out, _), _ = true_gradients(wide, cotangents, **size)
+        (naive_out, _), _ = jax.device_get(value_and_gradients(rounded_weights, low, cotangents, **size))
+        (out, _), _ = attend(implementation, low, cotangents, **size)
+        assert_as_good(out, naive_out, true_out)
 
 
 def whole_rows_rounded(**inputs):

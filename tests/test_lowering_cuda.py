@@ -296,7 +296,33 @@ def test_inference_has_no_backward_kernels():
 
 
 def test_the_gate_sees_what_no_kernel_takes():
-    assert attention_kernels(SHAPES["nosa_8b"], block_ids=None, first_block=None) == []
+    shape = SHAPES["nosa_8b"]._replace(dim=80)
+    assert attention_kernels(shape, block_ids=None, first_block=None) == []
+
+
+# ---- dense attention behind a cache, packed, or with a bias ----
+
+DENSE_BACKWARD = ["block_attention_dq", "block_attention_dkv", "block_attention_sum"]
+
+
+@pytest.mark.parametrize("changes", [{}, {"bias": None, "first_block": None}])
+def test_dense_attention_on_hopper(changes):
+    shape, changes = SHAPES["nosa_8b"], {"block_ids": None, **changes}
+    assert attention_kernels(shape, **changes) == ["mosaic", *DENSE_BACKWARD]
+    assert attention_kernels(shape, "triton", **changes) == [FORWARD[1], *DENSE_BACKWARD]
+
+
+@pytest.mark.parametrize(
+    "name", but_slow(("tiny", "nosa_8b_float32", "group_of_1", "group_of_3", "not_whole_blocks"), "tiny", "group_of_1")
+)
+def test_dense_attention_takes_triton_elsewhere(name):
+    assert attention_kernels(SHAPES[name], block_ids=None) == [FORWARD[1], *DENSE_BACKWARD]
+
+
+def test_blocks_of_any_size_do_for_dense_attention():
+    shape = SHAPES["nosa_8b"]._replace(attention=AttentionConfig(block_size=48, pooling_stride=16))
+    assert attention_kernels(shape, block_ids=None, first_block=None)[0] == "mosaic"
+    assert attention_kernels(shape, block_ids=None)[0] == FORWARD[1]
 
 
 # ---- dense attention by cuDNN ----
@@ -355,14 +381,14 @@ def test_dense_attention_under_a_checkpoint(with_cudnn):
     assert loops(jax.grad(loss), given["q"], given["k"]) == 0
 
 
-def test_what_cudnn_does_not_take_runs_in_xla(with_cudnn):
-    (forward, forward_loops), _ = dense(["out"], dtype="float32")
-    assert forward == [] and forward_loops > 0
+def test_what_cudnn_does_not_take_runs_in_triton(with_cudnn):
+    (forward, _), (gradient, _) = dense(["out"], dtype="float32")
+    assert forward == [FORWARD[1]] and gradient == [FORWARD[1], *DENSE_BACKWARD]
 
 
-def test_without_cudnn_dense_attention_runs_in_xla():
+def test_without_cudnn_dense_attention_takes_our_kernels():
     with cudnn_installed(None):
-        (forward, forward_loops), _ = dense(["out"])
-        assert forward == [] and forward_loops > 0
+        (forward, _), (gradient, _) = dense(["out"])
+        assert forward == ["mosaic"] and gradient == ["mosaic", *DENSE_BACKWARD]
         with pytest.raises(KernelUnsupportedError, match="'cudnn' cannot run: JAX cannot use cuDNN: cuDNN is not"):
             dense(["out"], "cudnn")

@@ -12,9 +12,11 @@ from support import LENGTHS, NEW, OFFLOADED, but_slow, lively_model, random_toke
 
 import nosa_jax
 from nosa_jax import CacheConfig
+from nosa_jax.attention.dense import dense_attention_in_cache
 from nosa_jax.cache import host_store, state
 from nosa_jax.decode import run_step
 from nosa_jax.locality import replay_misses
+from pallas_kernels.block_attention.reference import block_attention_ref
 
 J = 8
 M = -(-(300 + NEW) // 16)
@@ -79,6 +81,25 @@ def test_full_attention_stays_on_the_device(tokens):
     running, _ = nosa_jax.prefill(model, tokens, LENGTHS, max_length=320)
     assert running.host is None
     assert running.table is None
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_dense_attention_of_new_rows_needs_no_cache(fresh):
+    """The same of the new tokens alone as of the whole cache, whose unwritten memory may hold NaN."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal(shape, np.float32)) for shape in ((2, 20, 4, 16), *[(2, 2, 20, 16)] * 2))
+    lengths = np.array([[20], [7]])
+    positions = jnp.asarray(np.where(np.arange(20) < lengths, np.arange(20), -1), jnp.int32)
+    written = (positions >= 0)[:, None, :, None]
+    cached = tuple(
+        jnp.concatenate([jnp.where(written, x, jnp.nan), jnp.full((2, 2, 12, 16), jnp.nan)], 2) for x in (k, v)
+    )
+    out = dense_attention_in_cache(q, (k, v), cached, positions, 16, fresh=fresh)
+    expected, _ = block_attention_ref(q, *cached, None, None, positions, block_size=16)
+    np.testing.assert_allclose(out, expected, rtol=0, atol=2e-6)
+    if fresh:  # and it looks at nothing else
+        nothing = tuple(jnp.full_like(x, jnp.nan) for x in cached)
+        np.testing.assert_array_equal(dense_attention_in_cache(q, (k, v), nothing, positions, 16, fresh=True), out)
 
 
 @pytest.fixture(scope="module")

@@ -119,7 +119,16 @@ UNSUPPORTED = [
         "blocks must hold a power of two of at least 16 tokens, got 8",
     ),
     ("decode_attention", {"q": floats(B, N, D).astype(jnp.bfloat16)}, "q and pool must have one dtype"),
-    ("block_attention", {"block_ids": None}, r"dense attention \(block_ids=None\) has no kernel here"),
+    (
+        "block_attention",
+        {"block_ids": None, "block_size": 24, "first_block": ints(B, -(-S // 24))},
+        "documents of dense attention must start on multiples of 16 tokens, got blocks of 24",
+    ),
+    (
+        "block_attention",
+        {"block_ids": None} | heads_of(80),
+        r"the head dim must be a power of two in \[16, 256\], got 80",
+    ),
     ("block_attention", {"block_size": 8}, r"block_size must be a power of two in \[16, 1024\], got 8"),
     ("block_attention", {"block_size": 24}, r"block_size must be a power of two in \[16, 1024\], got 24"),
     ("block_attention", heads_of(24), r"the head dim must be a power of two in \[16, 256\], got 24"),

@@ -12,16 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_checks import (
-    LEARNED,
+    OFFSETS,
     assert_as_good,
     assert_close,
     assert_lse_close,
     assert_same_bits,
+    assert_twice_as_far_at_most,
     assert_values_close,
     case_of,
     definition,
     fuzzed_ids,
     in_bfloat16,
+    in_dtype,
     no_lse_of_empty,
     of_case,
     poisoned,
@@ -31,12 +33,14 @@ from attention_checks import (
     true_gradients,
     truth,
     value_and_gradients,
+    with_exact_products,
 )
 from support import but_slow
 
 from pallas_kernels import _backend, _inputs
 from pallas_kernels.block_attention import triton as kernels
 from pallas_kernels.block_attention.cases import SMALL, Case
+from pallas_kernels.block_attention.reference import block_attention_ref
 
 
 @pytest.fixture(autouse=True)
@@ -62,9 +66,9 @@ def assert_matches(inputs, cotangents, true, **size):
     but_slow(
         (
             "k1_g16_spans", "k2_g1_packed", "k2_g4_ragged", "k2_g8_chunk", "k2_g16_rows", "k4_g4_blocks_of_64",
-            "k1_g8_packed",
+            "k1_g8_packed", "dense_packed", "dense_chunk", "dense_without_bias",
         ),
-        "k2_g16_rows", "k4_g4_blocks_of_64", "k1_g8_packed",
+        "k2_g16_rows", "k4_g4_blocks_of_64", "k1_g8_packed", "dense_without_bias",
     ),
 )  # fmt: skip
 def test_matches_the_reference(name):
@@ -78,7 +82,18 @@ def test_any_group_size(group):
     assert_matches(inputs, cotangents, true_gradients(inputs, cotangents, **size), **size)
 
 
-@pytest.mark.parametrize("name", but_slow(("k1_g16_spans", "k2_g1_packed"), "k2_g1_packed"))
+@pytest.mark.slow
+@pytest.mark.parametrize("group, block_size", [(3, 16), (6, 48), (16, 128)])
+def test_dense_attention_with_any_group_and_blocks(group, block_size):
+    """Documents that start on multiples of the caller's blocks, in tiles and blocks of the kernels' own."""
+    rows = _inputs.small(2, group, 32, (150, 20, 200), (131,), block_size=block_size)
+    inputs, cotangents, size = of_case(Case(rows, dense=True))
+    assert_matches(inputs, cotangents, true_gradients(inputs, cotangents, **size), **size)
+
+
+@pytest.mark.parametrize(
+    "name", but_slow(("k1_g16_spans", "k2_g1_packed", "dense_without_bias"), "k2_g1_packed", "dense_without_bias")
+)
 def test_bfloat16_is_as_good_as_its_rounding(name):
     inputs, cotangents, size = case_of(name)
     (low, low_cotangents), wide = in_bfloat16(inputs, no_lse_of_empty(inputs, cotangents))
@@ -88,7 +103,7 @@ def test_bfloat16_is_as_good_as_its_rounding(name):
     assert out.dtype == jnp.bfloat16 and lse.dtype == np.float32
     assert_as_good(out, naive_out, true_out)
     assert_lse_close(lse, true_lse)
-    for learned in LEARNED:
+    for learned in grads:
         assert grads[learned].dtype == low[learned].dtype
         assert_as_good(grads[learned], naive[learned], true[learned])
 
@@ -144,6 +159,13 @@ def last_queries_moved_back(inputs):
     return inputs | {"positions": inputs["positions"] - 48, "block_ids": inputs["block_ids"] - 3}
 
 
+def behind_caches(inputs):
+    """Every row behind another number of tokens, of which the cache has room for more; padding amid the queries."""
+    positions = np.array(inputs["positions"]) - np.array([[7], [60]])
+    positions[:, 5:8] = -1
+    return inputs | {"positions": np.maximum(positions, -1)}
+
+
 def own_block_left_out(inputs):
     """After the 20th query nobody selects block 1, of which that query saw the start."""
     ids = inputs["block_ids"]
@@ -159,6 +181,8 @@ def own_block_left_out(inputs):
         ("k2_g4_ragged", dict),
         ("k1_g16_spans", last_queries_moved_back),
         ("k2_g4_ragged", own_block_left_out),
+        ("dense_packed", dict),
+        ("dense_chunk", behind_caches),
     ],
 )
 def test_nan_that_nobody_sees_does_not_spread(name, change):
@@ -170,7 +194,10 @@ def test_nan_that_nobody_sees_does_not_spread(name, change):
     wild = np.where(real[..., None, None], out, np.nan), np.where(real[..., None], lse, np.nan)
     outputs, grads = run(inputs, (out, lse), **size)
     assert_same_bits(run(poisoned(inputs, **size), wild, **size), (outputs, grads))
-    assert (grads["v"][~seen] == 0).all() and (grads["bias"][~seen] == 0).all() and (grads["q"][~real] == 0).all()
+    assert all((grads[n][~seen] == 0).all() for n in ("k", "v", "bias") if n in grads)
+    assert (grads["q"][~real] == 0).all() and (outputs[0][~real] == 0).all()
+    # And what is seen counts, with the weight it has.
+    assert_values_close(outputs, definition(inputs, **size))
 
 
 # ---- sums of the backward pass ----
@@ -191,8 +218,47 @@ def test_gradients_summed_in_segments(monkeypatch, name, length):
     assert_close(grads, truth(name)[1], 2e-6)
 
 
-@pytest.mark.parametrize("offset", [-1e3, 1e3])
-def test_a_large_bias_on_every_token_cancels(offset):
+# ---- what all logits have in common, and the largest values ----
+
+
+@pytest.mark.parametrize("name, where", [("k1_g16_spans", "bias"), ("k1_g16_spans", "q"), ("dense_chunk", "q")])
+@pytest.mark.parametrize("offset", but_slow(OFFSETS, 50, -50, -500, 5000))
+def test_large_logits_are_as_good_as_by_natural_exponentials(name, where, offset):
+    """Their common part is subtracted before the change of base, forward and backward."""
+    inputs, cotangents, size = case_of(name)
+    cotangents = no_lse_of_empty(inputs, cotangents)
+    inputs = with_exact_products(inputs, offset if where == "q" else 0.0)
+    if where == "bias":
+        inputs |= {"bias": inputs["bias"] + np.float32(offset)}
+    (out, lse), grads = run(inputs, cotangents, **size)
+    (naive_out, naive_lse), naive = run(inputs, cotangents, block_attention_ref, **size)
+    (true_out, true_lse), true = true_gradients(inputs, cotangents, **size)
+    seen = np.isfinite(true_lse)
+    assert_twice_as_far_at_most(out, naive_out, true_out)
+    assert_twice_as_far_at_most(lse[seen], naive_lse[seen], true_lse[seen])
+    for learned in true:
+        assert_twice_as_far_at_most(grads[learned], naive[learned], true[learned])
+
+
+def test_a_bias_that_stands_for_minus_infinity():
+    """-1e30 on some tokens hides them; on all of them it changes nothing."""
     inputs, cotangents, size = case_of("k1_g16_spans")
-    _, grads = run(inputs | {"bias": inputs["bias"] + np.float32(offset)}, cotangents, **size)
-    assert_close(grads, truth("k1_g16_spans")[1], 1e-3)  # logits near 1000 are rounded to 2^-14
+    hidden = np.where(np.arange(inputs["k"].shape[2]) % 3 == 1, np.float32(-1e30), inputs["bias"])
+    outputs, _ = run(inputs | {"bias": hidden}, cotangents, **size)
+    assert_values_close(outputs, definition(inputs | {"bias": hidden}, **size))
+    (out, _), _ = run(inputs | {"bias": np.full_like(hidden, -1e29)}, cotangents, **size)
+    assert np.isfinite(out).all()
+
+
+def test_values_near_the_largest_bfloat16_have_a_finite_average():
+    """Sums of a few of them are beyond float32."""
+    (low, cotangents), _ = in_bfloat16(*case_of("k1_g16_spans")[:2])
+    size = {"block_size": 16}
+    largest = float(jnp.finfo(jnp.bfloat16).max)
+    signs = np.where(np.random.default_rng(0).random(low["v"].shape) < 0.3, -1, 1)
+    low = low | {"v": jnp.asarray(signs * largest, jnp.bfloat16), "q": (0.1 * low["q"]).astype(jnp.bfloat16)}
+    out = np.asarray(run(low, jax.tree.map(np.zeros_like, cotangents), **size)[0][0], np.float64)
+    scaled = in_dtype(low, np.float32) | {"v": signs.astype(np.float32)}
+    true = np.asarray(definition(scaled, **size)[0], np.float64)
+    assert np.isfinite(out).all()
+    np.testing.assert_allclose(out / largest, true, rtol=0, atol=2**-7)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_checks import OFFSETS, assert_twice_as_far_at_most, with_exact_products
 from scores_checks import assert_close, definition, inputs_of, with_nan
 
 from pallas_kernels import _backend, _inputs, block_scores, blocks
@@ -40,6 +41,17 @@ def test_matches_the_reference(name):
     scores = run(inputs, **sizes)
     assert scores.dtype == jnp.float32
     assert_close(scores, definition(inputs, **sizes))
+
+
+def test_large_logits_are_as_good_as_by_natural_exponentials():
+    """Their common part is subtracted before the change of base."""
+    inputs, sizes = inputs_of("k2_g8_chunk"), options(SMALL["k2_g8_chunk"])
+    true = np.asarray(definition(with_exact_products(inputs, 0, "pooled_keys"), **sizes), np.float64)
+    real = np.isfinite(true)
+    for offset in OFFSETS:
+        large = with_exact_products(inputs, offset, "pooled_keys")  # sums are exact: the scores are the same
+        ours, natural = (np.asarray(scores(large, **sizes))[real] for scores in (run, definition))
+        assert_twice_as_far_at_most(ours, natural, true[real])
 
 
 @pytest.mark.parametrize("name", ["k1_g8_packed", "k2_g4_ragged"])

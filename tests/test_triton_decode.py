@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_checks import OFFSETS, assert_twice_as_far_at_most, with_exact_products
 from support import but_slow, lively_model, random_tokens, small_config
 
 import nosa_jax
@@ -97,6 +98,38 @@ def test_a_low_bias_is_widened_first():
     low = inputs | {"bias": inputs["bias"].astype(jnp.bfloat16)}
     wide = inputs | {"bias": low["bias"].astype(jnp.float32)}
     np.testing.assert_array_equal(run(decode_attention, low), run(decode_attention, wide))
+
+
+@pytest.mark.parametrize("name", but_slow(("k2_g4_ragged", "k2_g8_no_bias"), "k2_g8_no_bias"))
+def test_large_logits_are_as_good_as_by_natural_exponentials(name):
+    """Their common part, in the products or in the bias, is subtracted before the change of base."""
+    plain, layer = attention_of(name), int(made(name)["layer"])
+    kernel = jax.jit(functools.partial(decode_attention, implementation="triton"))
+    natural = jax.jit(lambda inputs: attention_reference.decode_attention_ref(**inputs, layer=layer))
+
+    def shifted(of_products, of_bias):
+        """Exact sums, so that the outputs are those without the offset."""
+        pool = np.array(plain["pool"])
+        exact = with_exact_products({"q": plain["q"], "k": pool[..., 0, :, :]}, of_products)
+        pool[..., 0, :, :] = exact["k"]
+        bias = None if plain["bias"] is None else jnp.round(plain["bias"] * 512) / 512 + of_bias
+        return plain | {"q": jnp.asarray(exact["q"]), "pool": jnp.asarray(pool), "bias": bias}
+
+    without_layer = lambda inputs: {name: x for name, x in inputs.items() if name != "layer"}
+    true = np.asarray(natural(without_layer(shifted(0, 0))), np.float64)
+    for offset in OFFSETS:
+        for inputs in [shifted(offset, 0), *([shifted(0, offset)] if plain["bias"] is not None else [])]:
+            assert_twice_as_far_at_most(kernel(**inputs), natural(without_layer(inputs)), true)
+
+
+@pytest.mark.parametrize("implementation", ["triton", "xla"])
+def test_values_near_the_largest_bfloat16_have_a_finite_average(implementation):
+    inputs = attention_of("k2_g4_ragged")
+    largest = float(jnp.finfo(jnp.bfloat16).max)
+    pool = inputs["pool"].at[..., 1, :, :].set(jnp.where(jnp.isnan(inputs["pool"][..., 1, :, :]), jnp.nan, largest))
+    low = inputs | {"pool": pool.astype(jnp.bfloat16), "q": (0.1 * inputs["q"]).astype(jnp.bfloat16)}
+    out = np.asarray(run(decode_attention, low, implementation), np.float64)[np.asarray(inputs["positions"]) >= 0]
+    np.testing.assert_allclose(out / largest, 1, rtol=0, atol=2**-7)
 
 
 def test_more_runs_for_more_blocks():

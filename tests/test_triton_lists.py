@@ -38,12 +38,12 @@ def test_by_hand():
     assert union.block_ids[0, 0, 0, :2].tolist() == [0, 1] and union.members[0, 0, 0, :2].tolist() == [0b1111, 0b1000]
     assert union.block_ids[0, 0, 1].tolist() == [0, 1, 2] and union.members[0, 0, 1].tolist() == [0b10, 0b1, 0b110]
 
-    cut = _lists.segments(table, entries=16, length=4)
+    cut = _lists.segments(table, entries=16, length=4, block_size=16)
     assert cut.queries[0, 0, :9].tolist() == [0, 1, 2, 3, 5, 3, 4, 5, 6]
     assert cut.first[0, 0].tolist() == [0, 2, 3, 4]
     assert cut.block[0, 0].tolist() == [0, 0, 1, 2, -1, -1, -1]
     assert cut.start[0, 0, :4].tolist() == [0, 4, 5, 7] and cut.stop[0, 0, :4].tolist() == [4, 5, 7, 9]
-    assert cut.rank[0, 0, :4].tolist() == [0, 1, 0, 0]
+    assert cut.inside[0, 0, :4].tolist() == [4, 1, 2, 2]
 
 
 def test_by_hand_is_what_is_seen():
@@ -51,6 +51,31 @@ def test_by_hand_is_what_is_seen():
         {m for m in ids if 0 <= m < 3 and position >= 16 * m} for ids, position in zip(IDS, POSITIONS, strict=True)
     ]
     assert found == SELECTED
+
+
+def test_ranges_of_dense_attention_by_hand():
+    """The same queries, then two documents, of blocks 0 and 1 and of block 2."""
+    positions = jnp.asarray([POSITIONS], jnp.int32)
+    sizes = {"num_blocks": 3, "block_size": 16}
+    assert _lists.prefixes(positions, None, tile=4, **sizes).counts[0].tolist() == [[0, 0, 2], [0, 2, 3]]
+    packed = jnp.asarray([[0, 0, 2]], jnp.int32)
+    found = _lists.prefixes(positions, packed, tile=4, **sizes)
+    # Query 4 is of the first document, the rest of its tile of the second: it masks all that it visits.
+    assert found.counts[0].tolist() == [[0, 0, 2], [0, 0, 3]] and found.first[0].tolist() == [0, 0, 0, 0, 0, 2, 2, 0]
+    assert _lists.last_positions(positions, None, **sizes)[0].tolist() == [47, 47, 47]
+    assert _lists.last_positions(positions, packed, **sizes)[0].tolist() == [31, 31, 47]
+    seen = {
+        None: [range(7), range(3, 7), range(5, 7)],
+        "packed": [range(5), range(3, 5), range(5, 7)],
+    }
+    for kind, expected in seen.items():
+        cut = _lists.ranges(positions, None if kind is None else packed, kv_heads=1, length=4, **sizes)
+        pieces = [range(a, b) for a, b in zip(cut.start[0, 0].tolist(), cut.stop[0, 0].tolist(), strict=True)]
+        assert [[*a, *b] for a, b in zip(pieces[::2], pieces[1::2], strict=True)] == [list(x) for x in expected]
+        assert cut.inside[0, 0].tolist() == [3, 0, 2, 0, 2, 0]
+        assert cut.block[0, 0].tolist() == [0, 0, 1, 1, 2, 2] and cut.first[0, 0].tolist() == [0, 2, 4, 6]
+    nobody = _lists.prefixes(jnp.full((1, 4), -1), None, tile=4, **sizes)
+    assert nobody.counts[0].tolist() == [[0, 0, 0]]
 
 
 def selections(name):
@@ -89,14 +114,21 @@ def test_segments(name, length):
     sizes, (ids, positions, first_block), selected = selections(name)
     entries = positions.shape[1] * min(sizes["num_blocks"], ids.shape[-1])
     table = table_of(ids, positions, first_block, **sizes)
-    cut = jax.tree.map(np.asarray, _lists.segments(table, entries=entries, length=length))
+    cut = jax.tree.map(
+        np.asarray, _lists.segments(table, entries=entries, length=length, block_size=sizes["block_size"])
+    )
     for b, h in np.ndindex(cut.first.shape[:2]):
         used = cut.first[b, h, -1]
         assert (cut.block[b, h, used:] == -1).all()
         for m in range(sizes["num_blocks"]):
             mine = range(cut.first[b, h, m], cut.first[b, h, m + 1])
-            assert (cut.block[b, h, mine] == m).all() and cut.rank[b, h, mine].tolist() == list(range(len(mine)))
+            assert (cut.block[b, h, mine] == m).all()
             pieces = [cut.queries[b, h, cut.start[b, h, e] : cut.stop[b, h, e]] for e in mine]
+            masked = np.concatenate(
+                [piece[:n] for piece, n in zip(pieces, cut.inside[b, h, mine], strict=True)] or [[]]
+            )
+            own = np.flatnonzero(selected[b, h, :, m] & (positions[b] // sizes["block_size"] == m))
+            assert set(own) <= set(masked)
             assert all(0 < len(piece) <= length for piece in pieces)
             found = np.concatenate([*pieces, np.zeros(0, np.int32)])
             np.testing.assert_array_equal(found, np.flatnonzero(selected[b, h, :, m]))
@@ -113,7 +145,7 @@ def test_more_queries_than_one_program_lists():
     num_blocks = blocks.num_blocks(length, 64)
     table = table_of(ids, positions, num_blocks=num_blocks, block_size=64)
     assert (np.asarray(table) < 0).any()
-    cut = jax.tree.map(np.asarray, _lists.segments(table, entries=2 * length, length=128))
+    cut = jax.tree.map(np.asarray, _lists.segments(table, entries=2 * length, length=128, block_size=64))
     for m in range(num_blocks):
         start = cut.start[0, 0, cut.first[0, 0, m]]
         expected = np.flatnonzero((ids[0, 0] == m).any(-1))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
 from nosa_jax import rope
+from nosa_jax.attention.dense import dense_attention_in_cache
 from nosa_jax.attention.layer import Attention
 from nosa_jax.attention.selection import replace_selection
 from nosa_jax.cache import staging, summaries
@@ -186,7 +187,10 @@ def _attend(
         last_ids = jnp.take_along_axis(ids, last, axis=2)[:, :, 0]
     flat = (*staged.shape[:2], -1, staged.shape[-1])
     keys, values = (staged[:, :, :, i].reshape(flat) for i in (0, 1))
-    bias = summaries.bias_of(state, layer, num_blocks)
-    out, _ = block_attention(q, keys, values, bias, ids, positions, block_size=config.attention.block_size)
+    bias, size = summaries.bias_of(state, layer, num_blocks), config.attention.block_size
+    if ids is None:
+        out = dense_attention_in_cache(q, (k, v), (keys, values), positions, size, fresh=fresh)
+    else:
+        out, _ = block_attention(q, keys, values, bias, ids, positions, block_size=size)
     state = staging.unstage(state, staged, last_ids, count, width, layer)
     return attention.merge(out), (state, last_ids)

@@ -118,10 +118,10 @@ def attention(inputs: dict[str, Any], *, block_size: int, gradient: bool) -> Flo
 
 
 def dense_attention(inputs: dict[str, Any], *, gradient: bool) -> Floor:
-    """Counts causal attention of q [B, T, N, D] over as many k, v [B, T, K, D]."""
+    """Counts causal attention of q [B, T, N, D], the last tokens of k, v [B, K, S, D]."""
     q, k, v = (inputs[name] for name in ("q", "k", "v"))
     batch, length, heads, dim = q.shape
-    flops = 4 * batch * heads * dim * length * (length + 1) // 2
+    flops = 4 * batch * heads * dim * (length * (length + 1) // 2 + length * (k.shape[2] - length))
     moved = nbytes(q, k, v) + nbytes(q)
     if gradient:
         moved += nbytes(q) + nbytes(q, k, v)

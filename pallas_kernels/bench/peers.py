@@ -1,6 +1,7 @@
 """Other people's attention on the same arrays, in the same run: dense attention of cuDNN, and FLA's NSA kernel.
 
-Neither takes a bias, and both are asked for rows of a single document whose queries are all of its tokens only.
+Neither takes a bias, and both are asked for rows of a single document whose queries are all of its tokens only, but for
+cuDNN the last of them: without the mask, which it does not know.
 """
 
 from __future__ import annotations
@@ -54,13 +55,26 @@ def require_whole_rows(inputs: dict[str, Any]) -> None:
         raise KernelUnsupportedError("it is compared on whole rows of one document only")
 
 
+def are_last_tokens(inputs: dict[str, Any]) -> bool:
+    """Whether the queries are the last tokens of their rows, but not all: rows behind a cache."""
+    (length, tokens), positions = (inputs["q"].shape[1], inputs["k"].shape[2]), inputs["positions"]
+    last = np.arange(tokens - length, tokens)
+    is_last = positions is not None and all(np.array_equal(row, last) for row in np.asarray(positions))
+    return inputs["first_block"] is None and length < tokens and is_last
+
+
 def cudnn(inputs: dict[str, Any], *, gradient: bool) -> Work:
-    """Dense causal attention through `jax.nn.dot_product_attention`; nothing to compare with, it attends to more."""
-    require_whole_rows(inputs)
+    """Dense causal attention through `jax.nn.dot_product_attention`; nothing to compare with, it attends to more.
+
+    Queries behind a cache see all tokens: cuDNN's causal mask starts with the first one.
+    """
+    is_causal = not are_last_tokens(inputs)
+    if is_causal:
+        require_whole_rows(inputs)
     arrays = {"q": inputs["q"], "k": jnp.swapaxes(inputs["k"], 1, 2), "v": jnp.swapaxes(inputs["v"], 1, 2)}
 
     def attend(q: Float[Array, "B T N D"], k: Float[Array, "B T K D"], v: Float[Array, "B T K D"]) -> Any:
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+        return jax.nn.dot_product_attention(q, k, v, is_causal=is_causal, implementation="cudnn")
 
     def forward_and_backward(dout: Float[Array, "B T N D"], **arrays: Any) -> Any:
         out, pull = jax.vjp(lambda x: attend(**x), arrays)

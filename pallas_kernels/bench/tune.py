@@ -17,7 +17,11 @@ from pallas_kernels._tuning import Launch
 from pallas_kernels.bench.work import Work
 
 PACKAGED = Path(_tuning.__file__).parent / "tuned"
-_KEYED = ("block_scores", "block_scores_normaliser")  # kernels that choose how many keys they visit at once
+# Kernels that choose how many keys they visit at once.
+_KEYED = (
+    "block_scores", "block_scores_normaliser",
+    "block_attention_forward_dense", "block_attention_dq_dense", "block_attention_dkv_dense",
+)  # fmt: skip
 _IMPLEMENTATION = "triton"
 
 

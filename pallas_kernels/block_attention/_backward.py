@@ -1,6 +1,7 @@
 """The backward kernels, without atomics: dq over a tile's blocks, then dk, dv and dbias over a block's queries.
 
-Both recompute the weights p from lse. With delta = sum(out * dout) - dlse: ds = p * (dout . v - delta).
+Both recompute the weights p from the highest logit and the logarithm of the sum. With delta = sum(out * dout) - dlse:
+ds = p * (dout . v - delta).
 The second pass gathers exactly the queries that selected a block, in segments of bounded length so that the sink block
 does not hold up the rest. Each segment has its own sums; a third kernel adds them in order: the same bits every run.
 """
@@ -11,56 +12,59 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import _backend
-from pallas_kernels._backend import LARGE, LOG2_E, per_head
-from pallas_kernels.block_attention._forward import is_member, load_bias, load_rows, seen_tokens
+from pallas_kernels._backend import LARGE, Softmax, per_head
+from pallas_kernels.block_attention._forward import load_bias, load_rows, seen_tokens, visits_of
 
 
-def query_kernel(
-    q, k, v, bias, positions, block_ids, members, counts, dout, lse, delta, dq, *, tile, block_size, scale
-):
-    tile_id, head, row = (_backend.program_id(axis) for axis in range(3))
+def query_kernel(q, k, v, bias, positions, lists, dout, tops, log_totals, delta, dq, *, tile, block_size, scale):
     group, dim = q.shape[-2:]
     rows = tile * group
+    tile_id, head, row, visits = visits_of(lists, tile, group)
     queries = _backend.ds(tile_id * tile, tile)
-    lse_row = load_rows(lse, row, queries, head)
-    blind = lse_row == -jnp.inf
+    softmax = Softmax.of(scale, bias is not None, k.shape[2], v.dtype)
+    top, log_total = (load_rows(x, row, queries, head) for x in (tops, log_totals))
+    blind = top >= LARGE
     # A query that sees nothing takes no part, whatever it holds: 0 * NaN is NaN.
     query, grad = (jnp.where(blind[:, None], 0, load_rows(x, row, queries, head)) for x in (q, dout))
     delta_row = jnp.where(blind, 0, load_rows(delta, row, queries, head))
-    top = jnp.where(blind, LARGE, lse_row * LOG2_E)
     position = per_head(positions[row, queries], group)
 
     def visit(causal):
         def body(trip, acc):
-            block, selected = block_ids[row, head, tile_id, trip], members[row, head, tile_id, trip]
+            block, member = visits.at(trip, causal)
             tokens = _backend.ds(block * block_size, block_size)
             keys, values = k[row, head, tokens], v[row, head, tokens]
-            member = is_member(selected, tile, group)
             if causal:
                 seen, seen_by_any = seen_tokens(block, block_size, member, position)
                 keys, values = jnp.where(seen_by_any, keys, 0), jnp.where(seen_by_any, values, 0)
-            logits = _backend.dot(query, keys.T) * (scale * LOG2_E) + load_bias(bias, row, head, tokens, 0)
+            subtracted = (top if member is None else jnp.where(member, top, LARGE))[:, None]
+            logits = softmax.logits(_backend.dot(query, keys.T), load_bias(bias, row, head, tokens, 0))
             if causal:
                 logits = jnp.where(seen, logits, -jnp.inf)
-            weights = _backend.exp2(logits - jnp.where(member, top, LARGE)[:, None])
+            weights = softmax.probabilities(logits - subtracted, log_total[:, None])
             dlogits = weights * (_backend.dot(grad, values.T) - delta_row[:, None])
             return acc + _backend.dot(dlogits.astype(keys.dtype), keys)
 
         return body
 
-    full, every = counts[row, head, tile_id, 0], counts[row, head, tile_id, 1]
-    acc = jax.lax.fori_loop(0, full, visit(causal=False), jnp.zeros((rows, dim), jnp.float32))
-    acc = jax.lax.fori_loop(full, every, visit(causal=True), acc)
+    acc = jnp.zeros((rows, dim), jnp.float32)
+    acc = jax.lax.fori_loop(visits.begin, visits.whole, visit(causal=False), acc)
+    acc = jax.lax.fori_loop(visits.whole, visits.end, visit(causal=True), acc)
     dq[row, queries, head] = (acc * scale).reshape(-1, group, dim).astype(dq.dtype)
 
 
 def key_kernel(
-    q, k, v, bias, positions, listed, block, start, stop, rank, dout, lse, delta, dk, dv, dbias,
+    q, k, v, bias, positions, listed, block, start, stop, inside, dout, tops, log_totals, delta,
+    dk, dv, dbias,
     *, gathered, block_size, scale,
 ):  # fmt: skip
-    """gathered: queries of one trip. dk, dv: [B, K, E, P, D], dbias: [B, K, E, P], float32, of one segment each."""
+    """gathered: queries of one trip. dk, dv: [B, K, E, P, D], dbias: [B, K, E, P], float32, of one segment each.
+
+    What sees nothing is not among the listed queries. Without a list it has q and dout 0 and top LARGE.
+    """
     segment, head, row = (_backend.program_id(axis) for axis in range(3))
     group, dim = q.shape[-2:]
+    softmax = Softmax.of(scale, bias is not None, k.shape[2], v.dtype)
     at = (row, head, segment)
     own, begin, end = block[at], start[at], stop[at]
 
@@ -75,15 +79,16 @@ def key_kernel(
             return begin + trip * gathered + jnp.arange(gathered, dtype=jnp.int32)
 
         def indices(trip):
-            return listed[row, head, jnp.minimum(entries(trip), end - 1)]
+            index = jnp.minimum(entries(trip), end - 1)
+            return jnp.clip(index, 0, q.shape[1] - 1) if listed is None else listed[row, head, index]
 
         def visit(causal):
             def body(trip, carry):
                 dk_acc, dv_acc, dbias_acc, index = carry
                 ahead = indices(trip + 1)  # before this trip's gathers, which would otherwise wait for it
                 query, grad = (load_rows(x, row, index, head) for x in (q, dout))
-                top = load_rows(lse, row, index, head) * LOG2_E
-                # The last trip repeats its last query, with weight 0.
+                top, log_total = (load_rows(x, row, index, head) for x in (tops, log_totals))
+                # The last trip has queries beyond the end, with weight 0.
                 top = jnp.where(per_head(entries(trip), group) < end, top, LARGE)
                 delta_row = load_rows(delta, row, index, head)
                 block_keys, block_values = keys, values
@@ -92,10 +97,10 @@ def key_kernel(
                     # Tokens that none of these queries sees may be unwritten memory.
                     seen = (token <= jnp.max(position))[:, None]
                     block_keys, block_values = jnp.where(seen, keys, 0), jnp.where(seen, values, 0)
-                logits = _backend.dot(block_keys, query.T) * (scale * LOG2_E) + block_bias
+                logits = softmax.logits(_backend.dot(block_keys, query.T), block_bias)
                 if causal:
                     logits = jnp.where(token[:, None] <= position[None], logits, -jnp.inf)
-                weights = _backend.exp2(logits - top[None])
+                weights = softmax.probabilities(logits - top[None], log_total[None])
                 dv_acc += _backend.dot(weights.astype(grad.dtype), grad)
                 dlogits = weights * (_backend.dot(block_values, grad.T) - delta_row[None])
                 dk_acc += _backend.dot(dlogits.astype(query.dtype), query)
@@ -106,10 +111,9 @@ def key_kernel(
         zeros = jnp.zeros((block_size, dim), jnp.float32)
         carry = (zeros, zeros, jnp.zeros((block_size,), jnp.float32), indices(0))
         trips = (end - begin + gathered - 1) // gathered
-        # Queries ascend, so those inside the block come first; there are at most block_size of them.
-        inside = jnp.where(rank[at] == 0, jnp.minimum(trips, -(-block_size // gathered)), 0)
-        carry = jax.lax.fori_loop(0, inside, visit(causal=True), carry)
-        dk_acc, dv_acc, dbias_acc, _ = jax.lax.fori_loop(inside, trips, visit(causal=False), carry)
+        masked = (inside[at] + gathered - 1) // gathered
+        carry = jax.lax.fori_loop(0, masked, visit(causal=True), carry)
+        dk_acc, dv_acc, dbias_acc, _ = jax.lax.fori_loop(masked, trips, visit(causal=False), carry)
         dk[at], dv[at] = dk_acc * scale, dv_acc
         if dbias is not None:
             dbias[at] = dbias_acc

@@ -1,6 +1,7 @@
 """Who selected what, in the two orders that the kernels walk it: blocks of a tile of queries, queries of a block.
 
-Both are read off one bit table, so that memory stays at T * M / 8 bytes per KV head plus the lists themselves.
+Both are read off one bit table, so that memory stays at T * M / 8 bytes per KV head plus the lists themselves. Dense
+attention needs neither table nor lists: what a tile visits and who sees a block are ranges.
 """
 
 from __future__ import annotations
@@ -28,17 +29,28 @@ class Unions(NamedTuple):
     counts: Int32[Array, "B K tiles 2"]
 
 
+class Prefixes(NamedTuple):
+    """Per tile of adjacent queries of dense attention: all blocks of their documents up to their own, a range.
+
+    counts: [..., 0] the first block, [..., 1] the end of those that every query sees whole, [..., 2] the end of all.
+    first: of each query's document; None for one document per row.
+    """
+
+    counts: Int32[Array, "B tiles 3"]
+    first: Int32[Array, "B T"] | None
+
+
 class Segments(NamedTuple):
-    """Per block the queries that selected it, ascending, cut into segments of bounded length.
+    """Per block the queries that see it, ascending, cut into segments of bounded length.
 
     Block m of a row and KV head owns the segments first[m] <= e < first[m + 1], all in order.
     """
 
-    queries: Int32[Array, "B K entries"]
+    queries: Int32[Array, "B K entries"] | None  # None: entry t is query t
     block: Int32[Array, "B K E"]  # -1: unused segment
     start: Int32[Array, "B K E"]  # first entry
     stop: Int32[Array, "B K E"]
-    rank: Int32[Array, "B K E"]  # 0 for the first segment of its block
+    inside: Int32[Array, "B K E"]  # so many entries from `start` on hold all queries that stand in the block itself
     first: Int32[Array, "B K M+1"]
 
 
@@ -133,7 +145,7 @@ def _inversion_kernel(table, offsets, queries):
         _backend.store(queries.at[row, head, at], chunk * _CHUNK + lane, mask=taken)
 
 
-def segments(table: Int32[Array, "B K M words"], *, entries: int, length: int) -> Segments:
+def segments(table: Int32[Array, "B K M words"], *, entries: int, length: int, block_size: int) -> Segments:
     """entries: most pairs of a query and a block per KV head. length: most queries of one segment."""
     batch, kv_heads, num_blocks, words = table.shape
     per_chunk = _CHUNK // _WORD
@@ -174,4 +186,81 @@ def segments(table: Int32[Array, "B K M words"], *, entries: int, length: int) -
     rank = segment - of_block(first)
     start = of_block(block_offset) + rank * length
     stop = jnp.minimum(start + length, of_block(block_offset[..., 1:]))
-    return Segments(queries, jnp.where(used, block, -1), start, stop, rank, first)
+    # Queries ascend, so those inside the block come first; there are at most as many as it has tokens.
+    inside = jnp.clip(block_size - rank * length, 0, stop - start)
+    return Segments(queries, jnp.where(used, block, -1), start, stop, inside, first)
+
+
+# ---- dense attention ----
+
+
+def prefixes(
+    positions: Int32[Array, "B T"],
+    first_block: Int32[Array, "B M"] | None,
+    *,
+    tile: int,
+    num_blocks: int,
+    block_size: int,
+) -> Prefixes:
+    """positions: padded to whole tiles with -1."""
+    first = blocks.query_first_blocks(positions, first_block, block_size)
+
+    def least(x: Array) -> Int32[Array, "B tiles"]:
+        """The smallest of each tile's real queries, `num_blocks` without any."""
+        return jnp.where(positions >= 0, x, num_blocks).reshape(x.shape[0], -1, tile).min(-1)
+
+    end = jnp.clip(-least(-1 - positions // block_size), 0, num_blocks)
+    begin, last = jnp.minimum(least(first), end), jnp.clip(-least(-first), 0, end)
+    whole = jnp.clip(least((positions + 1) // block_size), begin, end)
+    # A tile of several documents masks all that it visits.
+    whole = jnp.where(begin == last, whole, begin)
+    return Prefixes(jnp.stack([begin, whole, end], axis=-1), None if first_block is None else first)
+
+
+def last_positions(
+    positions: Int32[Array, "B T"], first_block: Int32[Array, "B M"] | None, *, num_blocks: int, block_size: int
+) -> Int32[Array, "B M"]:
+    """The highest position among the queries of each block's document; -1 where there is none."""
+    if first_block is None:
+        return jnp.broadcast_to(positions.max(-1, keepdims=True), (positions.shape[0], num_blocks))
+    first = blocks.query_first_blocks(positions, first_block, block_size)
+    row = jnp.arange(positions.shape[0])[:, None]
+    last = jnp.full((positions.shape[0], num_blocks), -1, jnp.int32).at[row, first].max(positions)
+    return jnp.take_along_axis(last, first_block, axis=-1)
+
+
+def ranges(
+    positions: Int32[Array, "B T"],
+    first_block: Int32[Array, "B M"] | None,
+    *,
+    kv_heads: int,
+    num_blocks: int,
+    block_size: int,
+    length: int,
+) -> Segments:
+    """Who sees each block in dense attention: queries beside each other, padding among them. length: of a segment."""
+    batch, queries = positions.shape
+    row, query = jnp.arange(batch)[:, None], jnp.arange(queries, dtype=jnp.int32)
+    real = positions >= 0
+    # The first query at or behind each block's start, and the last one of its document.
+    own = jnp.where(real, positions // block_size, num_blocks)
+    begin = jnp.full((batch, num_blocks + 1), queries, jnp.int32).at[row, own].min(jnp.where(real, query, queries))
+    begin = jax.lax.cummin(begin, axis=1, reverse=True)
+    if first_block is None:
+        end = jnp.max(jnp.where(real, query + 1, 0), axis=-1, keepdims=True)
+    else:
+        first = jnp.where(real, blocks.query_first_blocks(positions, first_block, block_size), num_blocks)
+        end = jnp.zeros((batch, num_blocks), jnp.int32).at[row, first].max(query + 1, mode="drop")
+        end = jnp.take_along_axis(end, first_block, axis=-1)
+    pieces = -(-queries // length)
+    start = begin[:, :-1, None] + length * jnp.arange(pieces, dtype=jnp.int32)
+    stop = jnp.maximum(jnp.minimum(start + length, end[..., None]), start)
+    inside = jnp.clip(begin[:, 1:, None] - start, 0, stop - start)
+    block = jnp.broadcast_to(jnp.arange(num_blocks, dtype=jnp.int32)[:, None], start.shape)
+
+    def of_heads(x: Array) -> Int32[Array, "B K E"]:
+        return jnp.broadcast_to(x.reshape(batch, 1, -1), (batch, kv_heads, num_blocks * pieces))
+
+    owned = pieces * jnp.arange(num_blocks + 1, dtype=jnp.int32)
+    first_of = jnp.broadcast_to(owned, (batch, kv_heads, num_blocks + 1))
+    return Segments(None, of_heads(block), of_heads(start), of_heads(stop), of_heads(inside), first_of)

@@ -26,9 +26,12 @@ class Case:
 SMALL: dict[str, Case] = {name: Case(rows, biased=name != "k2_g16_rows") for name, rows in _inputs.SMALL.items()} | {
     "dense_packed": Case(_inputs.SMALL["k2_g1_packed"], dense=True),
     "dense_without_bias": Case(_inputs.SMALL["k2_g4_ragged"], dense=True, biased=False),
+    "dense_chunk": Case(_inputs.SMALL["k2_g8_chunk"], dense=True, biased=False),
 }
 REAL: dict[str, Case] = {name: Case(rows) for name, rows in _inputs.REAL.items()} | {
     "8b_dense_16k": Case(_inputs.released(16384), dense=True, biased=False, numbered=False),
+    "8b_dense_16k_numbered": Case(_inputs.released(16384), dense=True, biased=False),
+    "8b_dense_512_of_16k": Case(_inputs.released(16384, queries=512), dense=True, biased=False),
 }
 CASES = SMALL | REAL
 

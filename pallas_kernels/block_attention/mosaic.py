@@ -2,19 +2,21 @@
 
 A tile of 128 query rows shares each block that it loads: half the traffic of the Triton kernel's tiles, which is what
 limits that one. While one warpgroup takes exponentials, the other has the tensor cores. Blocks are visited in pairs.
+Dense attention visits blocks by their number, and masks by positions alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels import _backend
-from pallas_kernels._backend import LARGE, LN_2, LOG2_E, plgpu
+from pallas_kernels import _backend, blocks
+from pallas_kernels._backend import LARGE, Softmax, plgpu
 from pallas_kernels.block_attention import _lists, triton
 from pallas_kernels.block_attention.xla import Settings
 from pallas_kernels.varying import alike, axes_of, struct, varying
@@ -36,7 +38,8 @@ def unsupported(
     group = q.shape[2] // k.shape[1]
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"q must be bfloat16 or float16, got {q.dtype}"
-    if q.shape[-1] != 128 or settings.block_size != _BLOCK:
+    chooses_blocks = block_ids is None and (first_block is None or settings.block_size % _BLOCK == 0)
+    if q.shape[-1] != 128 or not (chooses_blocks or settings.block_size == _BLOCK):
         return f"it takes blocks of {_BLOCK} and a head dim of 128, got {settings.block_size} and {q.shape[-1]}"
     if _backend.next_power_of_two(group) not in (8, 16):
         return f"it takes 5 to 16 query heads per KV head, got {group}"
@@ -54,27 +57,61 @@ def _add_products(acc: Any, weights: Any, values: Any, meanwhile: Callable[[], N
     return _backend.run_state(add)(plgpu.ACC.init(acc))
 
 
-def _kernel(refs: Any, scoped: Any, *, tokens: int, group: int, dim: int, scale: float, dtype: Any) -> None:
+class _Visits(NamedTuple):
+    """What a tile visits, in pairs from `begin` on; those up to `whole` lie wholly before every query.
+
+    block(i): the i-th block; the last one again beyond the end. masked(i): the block whose mask the i-th one has, which
+    nobody sees beyond the end. selected(i): bits of who selected the i-th block, None where only the mask tells.
+    """
+
+    pairs: Any
+    whole: Any
+    block: Callable[[Any], Any]
+    masked: Callable[[Any], Any]
+    selected: Callable[[Any], Any]
+
+
+def _visits_of(lists: _lists.Unions | _lists.Prefixes) -> tuple[Any, Any, Any, _Visits]:
+    """(tile, KV head and row of this program, what it visits)."""
+    tile, head, row = (lax.axis_index(name) for name in ("tile", "head", "row"))
+    if isinstance(lists, _lists.Prefixes):
+        tile = lists.counts.shape[1] - 1 - tile  # the longest first: what starts last is done soon
+        begin, whole, end = (lists.counts[row, tile, i] for i in range(3))
+        block = lambda i: jnp.minimum(begin + i, jnp.maximum(end - 1, 0))
+        visits = _Visits(
+            (end - begin + 1) // _PAIR, (whole - begin) // _PAIR, block, lambda i: begin + i, lambda i: None
+        )
+        return tile, head, row, visits
+
+    whole, every = (lists.counts[row, head, tile, i] for i in range(2))
+
+    def entry(list_: Any, index: Any) -> Any:
+        return list_[row, head, tile, jnp.clip(index, 0, jnp.maximum(every - 1, 0))]
+
+    def selected(i: Any) -> Any:
+        return jnp.where(i < every, entry(lists.members, i), 0)
+
+    block = lambda i: entry(lists.block_ids, i)
+    return tile, head, row, _Visits((every + 1) // _PAIR, whole // _PAIR, block, block, selected)
+
+
+def _kernel(refs: Any, scoped: Any, *, tokens: int, group: int, dim: int, softmax: Softmax, dtype: Any) -> None:
     """tokens: queries of one warpgroup, tokens * group = 64 rows."""
-    q, k, v, bias, row_positions, block_ids, members, counts, out, lse = refs
-    (rows_smem, k_smem, v_smem, bias_smem, lse_smem), loaded, used, turn = scoped
+    q, k, v, bias, row_positions, lists, out, tops, log_totals = refs
+    (rows_smem, k_smem, v_smem, bias_smem, top_smem, log_total_smem), loaded, used, turn = scoped
     q_loaded, k_loaded, v_loaded = loaded
     warpgroup = lax.axis_index("warpgroup")
-    tile, head, row = (lax.axis_index(name) for name in ("tile", "head", "row"))
-    full, every = counts[row, head, tile, 0], counts[row, head, tile, 1]
-    pairs = (every + 1) // _PAIR
+    tile, head, row, visits = _visits_of(lists)
+    pairs = visits.pairs
 
     def take_turns() -> None:
         plgpu.barrier_arrive(turn)
         plgpu.barrier_wait(turn)
 
-    def entry(list_: Any, index: Any) -> Any:
-        return list_[row, head, tile, jnp.clip(index, 0, jnp.maximum(every - 1, 0))]
-
     @_backend.when(warpgroup < 2)
     def _compute() -> None:
         plgpu.set_max_registers(232, action="increase")
-        rows, lse_rows = rows_smem.at[warpgroup], lse_smem.at[warpgroup]
+        rows, *normaliser = (x.at[warpgroup] for x in (rows_smem, top_smem, log_total_smem))
         first = (tile * 2 + warpgroup) * tokens
         for i in range(tokens):
             plgpu.copy_gmem_to_smem(
@@ -84,9 +121,10 @@ def _kernel(refs: Any, scoped: Any, *, tokens: int, group: int, dim: int, scale:
         index = plgpu.broadcasted_iota(jnp.int32, (_ROWS, _BLOCK), 0, layout=plgpu.Layout.WGMMA)
         bit = jnp.max(index, axis=1) // group + warpgroup * tokens
 
-        def selected(at: Any) -> Any:
-            """Bits of who selected the block; none beyond the end of the list."""
-            return jnp.where(at < every, entry(members, at), 0)
+        def of_rows(x: Any) -> Any:
+            """[B, T' * G] -> of the rows of this warpgroup."""
+            mine = x.at[row, _backend.ds(first * group, _ROWS)]
+            return plgpu.load(mine, layout=_ROW_VECTOR, optimized=False)
 
         @_backend.when(pairs > 0)
         def _() -> None:
@@ -98,7 +136,7 @@ def _kernel(refs: Any, scoped: Any, *, tokens: int, group: int, dim: int, scale:
             def body(pair: Any, carry: Any) -> Any:
                 acc, top, total, chosen = carry
                 slot = lax.rem(pair, jnp.array(_STAGES, pair.dtype))
-                following = tuple(selected(_PAIR * (pair + 1) + i) for i in range(_PAIR))
+                following = tuple(visits.selected(_PAIR * (pair + 1) + i) for i in range(_PAIR))
 
                 def logits_of(*accs: Any) -> Any:
                     for i, ref in enumerate(accs):
@@ -108,31 +146,39 @@ def _kernel(refs: Any, scoped: Any, *, tokens: int, group: int, dim: int, scale:
 
                 empty = plgpu.ACC((_ROWS, _BLOCK), jnp.float32)
                 logits = list(_backend.run_scoped(logits_of, *(empty,) * _PAIR))
-                new_top, is_member = top, []
+                new_top = top
+                is_member: list[Any] = []
                 if causal:
-                    mine = row_positions.at[row, _backend.ds(first * group, _ROWS)]
-                    position = plgpu.load(mine, layout=_ROW_VECTOR, optimized=False)
+                    position = of_rows(row_positions)
                     token = plgpu.broadcasted_iota(jnp.int32, (_ROWS, _BLOCK), 1, layout=plgpu.Layout.WGMMA)
                 for i in range(_PAIR):
-                    logits[i] = logits[i] * (scale * LOG2_E)
+                    added = None
                     if bias is not None:
-                        b = plgpu.load(bias_smem.at[slot, i], layout=_KEY_VECTOR, optimized=False)
-                        logits[i] += lax.broadcast_in_dim(b * LOG2_E, logits[i].shape, [1])
-                    is_member.append(((jnp.full((_ROWS,), 0, jnp.int32) + chosen[i]) >> bit) & 1 != 0)
+                        added = plgpu.load(bias_smem.at[slot, i], layout=_KEY_VECTOR, optimized=False)
+                        added = lax.broadcast_in_dim(added, logits[i].shape, [1])
+                    logits[i] = softmax.logits(logits[i], added)
+                    is_member.append(None)
+                    if chosen[i] is not None:
+                        is_member[i] = ((jnp.full((_ROWS,), 0, jnp.int32) + chosen[i]) >> bit) & 1 != 0
                     if causal:
-                        start = entry(block_ids, _PAIR * pair + i) * _BLOCK
-                        last = jnp.where(is_member[i], position, -1)
-                        seen = token + start <= lax.broadcast_in_dim(last, logits[i].shape, [0])
+                        block, takes_part = visits.masked(_PAIR * pair + i), is_member[i]
+                        if isinstance(lists, _lists.Prefixes) and lists.first is not None:
+                            takes_part = of_rows(lists.first) <= block
+                        last = position if takes_part is None else jnp.where(takes_part, position, -1)
+                        seen = token + block * _BLOCK <= lax.broadcast_in_dim(last, logits[i].shape, [0])
                         logits[i] = jnp.where(seen, logits[i], -jnp.inf)
-                    new_top = jnp.maximum(new_top, jnp.where(is_member[i], logits[i].max(axis=1), -LARGE))
+                    highest = logits[i].max(axis=1)
+                    if is_member[i] is not None:
+                        highest = jnp.where(is_member[i], highest, -LARGE)
+                    new_top = jnp.maximum(new_top, highest)
                 plgpu.barrier_arrive(used[0].at[slot])
-                decay = jnp.exp2(top - new_top)
+                decay = softmax.decay(top - new_top)
                 total *= decay
                 weights = []
                 for i in range(_PAIR):
                     # Subtracting LARGE gives the rows that did not select this block weight 0.
-                    reference = jnp.where(is_member[i], new_top, LARGE)
-                    p = jnp.exp2(logits[i] - lax.broadcast_in_dim(reference, logits[i].shape, [0]))
+                    subtracted = new_top if is_member[i] is None else jnp.where(is_member[i], new_top, LARGE)
+                    p = softmax.weights(logits[i] - lax.broadcast_in_dim(subtracted, logits[i].shape, [0]))
                     total += p.sum(axis=1)
                     weights.append(p.astype(dtype))
                 acc *= lax.broadcast_in_dim(decay, acc.shape, [0])
@@ -157,21 +203,24 @@ def _kernel(refs: Any, scoped: Any, *, tokens: int, group: int, dim: int, scale:
             plgpu.layout_cast(jnp.full((_ROWS, dim), 0, jnp.float32), plgpu.Layout.WGMMA),
             plgpu.layout_cast(zeros - LARGE, _ROW_VECTOR),
             plgpu.layout_cast(zeros, _ROW_VECTOR),
-            tuple(selected(jnp.int32(i)) for i in range(_PAIR)),
+            tuple(visits.selected(jnp.int32(i)) for i in range(_PAIR)),
         )
-        whole = full // _PAIR
-        carry = lax.fori_loop(0, whole, visit(causal=False), carry)
-        acc, top, total, _ = lax.fori_loop(whole, pairs, visit(causal=True), carry)
+        carry = lax.fori_loop(0, visits.whole, visit(causal=False), carry)
+        acc, top, total, _ = lax.fori_loop(visits.whole, pairs, visit(causal=True), carry)
         _backend.when(warpgroup == 0)(take_turns)
         blind = top <= -LARGE  # not `total == 0`: NaN must come out as NaN
+        if isinstance(lists, _lists.Prefixes):  # which blocks that a tile sees whole are not masked for its padding
+            blind |= of_rows(row_positions) < 0
         total = jnp.where(blind, 1.0, total)
         acc = acc / lax.broadcast_in_dim(total, acc.shape, [0])
         rows[...] = jnp.where(lax.broadcast_in_dim(blind, acc.shape, [0]), 0.0, acc).astype(dtype)
-        lse_rows[...] = jnp.where(blind, -jnp.inf, top * LN_2 + jnp.log(total))
+        normaliser[0][...] = jnp.where(blind, LARGE, top)
+        normaliser[1][...] = softmax.log_total(total)
         plgpu.commit_smem()
         for i in range(tokens):
             plgpu.copy_smem_to_gmem(rows.at[_backend.ds(i * group, group)], out.at[row, first + i, head])
-        plgpu.copy_smem_to_gmem(lse_rows, lse.at[row, head, _backend.ds(first * group, _ROWS)])
+        for source, target in zip(normaliser, (tops, log_totals), strict=True):
+            plgpu.copy_smem_to_gmem(source, target.at[row, head, _backend.ds(first * group, _ROWS)])
         plgpu.wait_smem_to_gmem(0)
 
     @_backend.when(warpgroup == 2)
@@ -181,7 +230,7 @@ def _kernel(refs: Any, scoped: Any, *, tokens: int, group: int, dim: int, scale:
         @_backend.loop(0, pairs)
         def _(pair: Any) -> None:
             slot = lax.rem(pair, jnp.array(_STAGES, pair.dtype))
-            spans = [_backend.ds(entry(block_ids, _PAIR * pair + i) * _BLOCK, _BLOCK) for i in range(_PAIR)]
+            spans = [_backend.ds(visits.block(_PAIR * pair + i) * _BLOCK, _BLOCK) for i in range(_PAIR)]
 
             def copy(source: Any, target: Any, barrier: Any) -> None:
                 for i, span in enumerate(spans):
@@ -198,9 +247,16 @@ def _kernel(refs: Any, scoped: Any, *, tokens: int, group: int, dim: int, scale:
             copy(v, v_smem, v_loaded)
 
 
-def _unseen_as_zero(v: Float[Array, "B K S D"], lists: triton.Lists) -> Float[Array, "B K S D"]:
+def _unseen_as_zero(
+    v: Float[Array, "B K S D"], lists: triton.Lists, first_block: Int32[Array, "B M"] | None
+) -> Float[Array, "B K S D"]:
     """v with 0 for the tokens that no query sees: they may be unwritten memory, and 0 * NaN is NaN."""
-    last = jnp.repeat(_lists.last_seen(lists.table, lists.positions), _BLOCK, axis=-1)[..., : v.shape[2]]
+    if lists.table is None:
+        sizes = {"num_blocks": blocks.num_blocks(v.shape[2], _BLOCK), "block_size": _BLOCK}
+        last = _lists.last_positions(lists.positions, first_block, **sizes)[:, None]
+    else:
+        last = _lists.last_seen(lists.table, lists.positions)
+    last = jnp.repeat(last, _BLOCK, axis=-1)[..., : v.shape[2]]
     return jnp.where((jnp.arange(v.shape[2], dtype=jnp.int32) <= last)[..., None], v, 0)
 
 
@@ -210,28 +266,40 @@ def forward(
     k: Float[Array, "B K S D"],
     v: Float[Array, "B K S D"],
     bias: Float[Array, "B K S"] | None,
-    block_ids: Int32[Array, "B K T J"],
+    block_ids: Int32[Array, "B K T J"] | None,
     positions: Int32[Array, "B T"],
     first_block: Int32[Array, "B M"] | None,
-) -> tuple[Float[Array, "B T N D"], Float[Array, "B T N"]]:
+) -> tuple[Float[Array, "B T N D"], Float[Array, "B T N"], triton.Normaliser]:
+    """(out, lse, what `triton.backward` needs)."""
     batch, length, heads, dim = q.shape
     kv_heads, num_keys = k.shape[1:3]
+    if block_ids is None:
+        settings, first_block = triton.own_blocks(settings, _BLOCK, num_keys, first_block)
     lists = triton.make_lists(settings, 2 * _ROWS, heads // kv_heads, num_keys, block_ids, positions, first_block)
-    keys = triton.pad_keys(k, _unseen_as_zero(v, lists), bias, _BLOCK)
+    keys = triton.pad_keys(k, _unseen_as_zero(v, lists, first_block), bias, _BLOCK)
     grouped = triton.group_heads(q, kv_heads, lists.tile)
     padded, group = grouped.shape[1], grouped.shape[3]
-    row_positions = jnp.broadcast_to(lists.positions[..., None], (batch, padded, group)).reshape(batch, -1)
     tokens = _ROWS // group
+    softmax = Softmax.of(settings.scale, bias is not None, num_keys, q.dtype, _backend.MOSAIC)
 
-    def block_attention_forward(*refs: Any) -> None:
-        if bias is None:
-            refs = (*refs[:3], None, *refs[3:])
+    def of_rows(x: Array) -> Array:
+        """Each query's number for each of its heads."""
+        return jnp.broadcast_to(x[..., None], (batch, padded, group)).reshape(batch, -1)
+
+    visits = lists.visits
+    if isinstance(visits, _lists.Prefixes) and visits.first is not None:
+        visits = visits._replace(first=of_rows(visits.first))
+    operands, tree = jax.tree.flatten(alike((grouped, *keys, of_rows(lists.positions), visits)))
+
+    def block_attention_forward(*flat: Any) -> None:
+        refs = (*jax.tree.unflatten(tree, flat[: len(operands)]), *flat[len(operands) :])
         tiled: Any = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
         memory = (
             plgpu.SMEM((2, _ROWS, dim), q.dtype, transforms=tiled),
             plgpu.SMEM((_STAGES, _PAIR, _BLOCK, dim), q.dtype, transforms=tiled),
             plgpu.SMEM((_STAGES, _PAIR, _BLOCK, dim), q.dtype, transforms=tiled),
             plgpu.SMEM((_STAGES, _PAIR, _BLOCK), jnp.float32),
+            plgpu.SMEM((2, _ROWS), jnp.float32),
             plgpu.SMEM((2, _ROWS), jnp.float32),
         )
         loaded = (
@@ -242,18 +310,15 @@ def forward(
         used = (plgpu.Barrier(num_arrivals=2, num_barriers=_STAGES),) * 2
 
         def run(*scoped: Any) -> None:
-            _kernel(refs, scoped, tokens=tokens, group=group, dim=dim, scale=settings.scale, dtype=q.dtype)
+            _kernel(refs, scoped, tokens=tokens, group=group, dim=dim, softmax=softmax, dtype=q.dtype)
 
         _backend.run_scoped(run, memory, loaded, used, plgpu.Barrier(num_arrivals=2), collective_axes="warpgroup")
 
-    operands = alike([x for x in (grouped, *keys, row_positions, *lists.union) if x is not None])
     axes = axes_of(operands)
-    out, lse = plgpu.kernel(
+    one = struct((batch, kv_heads, padded * group), jnp.float32, axes)
+    found = plgpu.kernel(
         block_attention_forward,
-        out_type=[
-            struct(grouped.shape, grouped.dtype, axes),
-            struct((batch, kv_heads, padded * group), jnp.float32, axes),
-        ],
+        out_type=[struct(grouped.shape, grouped.dtype, axes), one, one],
         grid=(padded // lists.tile, kv_heads, batch),
         grid_names=("tile", "head", "row"),
         num_threads=3,
@@ -262,7 +327,7 @@ def forward(
     )(*operands)
     # JAX forgets what `out_type` says of axes. A result that seemed the same on all devices would have its cotangents
     # summed over them.
-    out, lse = varying((out, lse), axes)
-    lse = jnp.moveaxis(lse.reshape(batch, kv_heads, padded, group), 1, 2)
-    group = heads // kv_heads
-    return triton.ungroup_heads(out, length, group), triton.ungroup_heads(lse, length, group)
+    out, *normaliser = varying(tuple(found), axes)
+    by_query = (jnp.moveaxis(x.reshape(batch, kv_heads, padded, group), 1, 2) for x in normaliser)
+    ungrouped = (triton.ungroup_heads(x, length, heads // kv_heads) for x in (out, *by_query))
+    return triton.outputs(settings, bias, *ungrouped)

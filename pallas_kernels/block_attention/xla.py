@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import blocks
+from pallas_kernels.formulas import weight_shift
 from pallas_kernels.varying import axes_of, varying
 
 _TILE_ROWS = 256  # query rows (tokens x group) of one tile
@@ -177,19 +178,21 @@ def forward(
     block_ids: Int32[Array, "B K T J"] | None,
     positions: Int32[Array, "B T"],
     first_block: Int32[Array, "B M"] | None,
-) -> tuple[Float[Array, "B T N D"], Float[Array, "B T N"]]:
+) -> tuple[Float[Array, "B T N D"], Float[Array, "B T N"], tuple[Array, Array]]:
+    """(out, lse, its two parts for `backward`: the highest logit and the logarithm of the sum of weights)."""
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     tiles, spans = _prepare(settings, q, k, v, bias, block_ids, positions, first_block)
     axes = axes_of((tiles, spans))
+    less = 0.5 ** weight_shift(k.shape[2], v.dtype)  # a power of two: it changes no bit of what comes out
 
-    def run_tile(tile: Tiles) -> tuple[Array, Array]:
+    def run_tile(tile: Tiles) -> tuple[Array, Array, Array]:
         plan = _plan(settings, tile, spans)
 
         def body(trip: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             out, top, total = carry
             _, _, v, logits, mask = _visit(settings, tile, spans, plan, trip)
             new_top = jnp.maximum(top, jnp.max(logits, axis=-1))
-            weights = jnp.where(mask, jnp.exp(logits - _finite(new_top)[..., None]), 0)
+            weights = jnp.where(mask, jnp.exp(logits - _finite(new_top)[..., None]) * less, 0)
             decay = jnp.exp(top - _finite(new_top))  # 0 while nothing was seen
             seen = jnp.einsum("bktgs,bksd->bktgd", weights.astype(v.dtype), v, preferred_element_type=dtype)
             return out * decay[..., None] + seen, new_top, total * decay + weights.sum(-1)
@@ -198,10 +201,11 @@ def forward(
         init = (jnp.zeros(tile.q.shape, dtype), jnp.full(rows, -jnp.inf, dtype), jnp.zeros(rows, dtype))
         out, top, total = jax.lax.fori_loop(0, plan.trips, body, varying(init, axes))
         safe = jnp.where(total == 0, 1, total)  # what sees nothing has the sum 0, and what is NaN stays so
-        return (out / safe[..., None]).astype(q.dtype), jnp.where(total == 0, -jnp.inf, top + jnp.log(safe))
+        top = jnp.where(total == 0, -jnp.inf, top)
+        return (out / safe[..., None]).astype(q.dtype), top, jnp.log(safe / less)
 
-    out, lse = jax.lax.map(run_tile, tiles)
-    return _join_rows(out, q.shape[1]), _join_rows(lse, q.shape[1])
+    out, top, log_total = (_join_rows(x, q.shape[1]) for x in jax.lax.map(run_tile, tiles))
+    return out, top + log_total, (top, log_total)
 
 
 def backward(
@@ -209,28 +213,29 @@ def backward(
     residuals: tuple[Any, ...],
     grads: tuple[Float[Array, "B T N D"], Float[Array, "B T N"]],
 ) -> tuple[Array, Array, Array, Array | None]:
-    """(dq, dk, dv, dbias) from (q, k, v, bias, block_ids, positions, first_block, out, lse)."""
-    q, k, v, bias, block_ids, positions, first_block, out, lse = residuals
+    """(dq, dk, dv, dbias) from (q, k, v, bias, block_ids, positions, first_block, out, parts of lse)."""
+    q, k, v, bias, block_ids, positions, first_block, out, (top, log_total) = residuals
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     # A query that sees nothing takes no part, whatever it holds and whatever a loss makes of its -inf: 0 * NaN is NaN.
-    blind = jnp.isneginf(lse)
+    blind = jnp.isneginf(top)
     q, dout = (jnp.where(blind[..., None], 0, x) for x in (q, grads[0]))
     dlse = jnp.where(blind, 0, grads[1])
     tiles, spans = _prepare(settings, q, k, v, bias, block_ids, positions, first_block)
     tile_length, kv_heads = tiles.q.shape[3], k.shape[1]
     # softmax backward: dlogit = p * (dp - delta), delta = sum(out * dout) - dlse.
     delta = (out.astype(dtype) * dout.astype(dtype)).sum(-1) - dlse.astype(dtype)
-    rows = tuple(_split_rows(x, kv_heads, tile_length) for x in (dout, lse, delta))
+    rows = tuple(_split_rows(x, kv_heads, tile_length) for x in (dout, top, log_total, delta))
     axes = axes_of((tiles, spans, rows))
 
     def run_tile(totals: tuple[Array, ...], args: tuple[Tiles, tuple[Array, ...]]) -> tuple[Any, Array]:
-        tile, (dout, lse, delta) = args
+        tile, (dout, top, log_total, delta) = args
         plan = _plan(settings, tile, spans)
 
         def body(trip: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
             dq, dk, dv, dbias = carry
             span_ids, k, v, logits, mask = _visit(settings, tile, spans, plan, trip)
-            weights = jnp.where(mask, jnp.exp(logits - _finite(lse)[..., None]), 0)
+            # Not less lse: where the highest logit is large, that has no digits left for the sum.
+            weights = jnp.where(mask, jnp.exp(logits - _finite(top)[..., None] - log_total[..., None]), 0)
             dweights = jnp.einsum("bktgd,bksd->bktgs", dout, v, preferred_element_type=dtype)
             dlogits = weights * (dweights - delta[..., None])
             scaled = (dlogits * settings.scale).astype(q.dtype)

@@ -1,6 +1,6 @@
 """One query per row over the stacked pooled keys of a cache, in Pallas-Triton: the decode step's scores.
 
-The first kernel writes the logits of every window and, per chunk of windows, their maximum and sum of weights; the
+The first kernel writes the products of every window and, per chunk of windows, their maximum and sum of weights; the
 second turns them into block scores. With one query the logits are few: [B, N, C].
 """
 
@@ -20,7 +20,8 @@ _DEFAULT = Launch(rows=16, num_warps=4, num_stages=1, keys=128)
 _BLOCKS = 32  # per program of the second kernel
 
 
-def _logits_kernel(layer, q, pooled, positions, logits, tops, totals, *, keys, stride, scale):
+def _logits_kernel(layer, q, pooled, positions, logits, tops, totals, *, keys, stride, factor):
+    """factor: binary orders of magnitude per unit of a product."""
     chunk, head, row = (_backend.program_id(axis) for axis in range(3))
     windows = pooled.shape[3]
     visible = blocks.num_visible_windows(positions[row], windows, stride)
@@ -36,15 +37,15 @@ def _logits_kernel(layer, q, pooled, positions, logits, tops, totals, *, keys, s
     def _():
         window = chunk * keys + jnp.arange(keys, dtype=jnp.int32)
         key = pooled[_backend.layer_index(layer, pooled), row, head, jnp.minimum(window, windows - 1)]
-        product = _backend.dot(q[row, head], key.T) * (scale * LOG2_E)
+        product = _backend.dot(q[row, head], key.T)
         product = jnp.where((window < visible)[None], product, -jnp.inf)
         top = jnp.maximum(jnp.max(product, axis=1), -LARGE)  # not -inf, for the difference of two is NaN
         logits[row, head, :, _backend.ds(chunk * keys, keys)] = product
         tops[at] = top
-        totals[at] = jnp.sum(_backend.exp2(product - top[:, None]), axis=1)
+        totals[at] = jnp.sum(_backend.exp2(product - top[:, None], factor), axis=1)
 
 
-def _blocks_kernel(positions, logits, tops, totals, out, *, windows, chunks, group, ratio, stride):
+def _blocks_kernel(positions, logits, tops, totals, out, *, windows, chunks, group, ratio, stride, factor):
     part, head, row = (_backend.program_id(axis) for axis in range(3))
     visible = blocks.num_visible_windows(positions[row], windows, stride)
     rows = logits.shape[2]
@@ -52,7 +53,7 @@ def _blocks_kernel(positions, logits, tops, totals, out, *, windows, chunks, gro
     at, inside = (row, head, jnp.where(chunk < chunks, chunk, 0)), (chunk < chunks)[:, None]
     top, total = jnp.where(inside, tops[at], -LARGE), jnp.where(inside, totals[at], 0.0)
     most = jnp.max(top, axis=0)
-    total = jnp.sum(total * _backend.exp2(top - most[None]), axis=0)
+    total = jnp.sum(total * _backend.exp2(top - most[None], factor), axis=0)
     # Rows beyond the group are padding.
     share = jnp.where((total != 0) & (jnp.arange(rows) < group), 1 / jnp.where(total != 0, total, 1.0), 0.0)
 
@@ -64,7 +65,7 @@ def _blocks_kernel(positions, logits, tops, totals, out, *, windows, chunks, gro
     seen = exists & (window < visible)
     head_row = jnp.arange(rows, dtype=jnp.int32)[:, None, None]
     loaded = logits[row, head, head_row, jnp.where(seen, window, 0)[None]]
-    weights = _backend.exp2(loaded - most[:, None, None]) * share[:, None, None]
+    weights = _backend.exp2(loaded - most[:, None, None], factor) * share[:, None, None]
     # Where nothing is seen, what was loaded may be anything.
     scores = jnp.where(exists, jnp.sum(jnp.where(seen[None], weights, 0.0), axis=0), -jnp.inf)
     _backend.store(out.at[row, head, 0, block], jnp.max(scores, axis=1), mask=block < out.shape[3])
@@ -87,10 +88,10 @@ def block_scores(
     rows = grouped.shape[2]
     launch = launch_of("block_scores_one_query", _DEFAULT, dim=dim, group=rows, dtype=q.dtype.name)
     chunks = -(-windows // launch.keys)
-    positions = positions[:, 0]
+    positions, factor = positions[:, 0], dim**-0.5 * LOG2_E
 
     def logits_kernel(*refs: Any) -> None:
-        _logits_kernel(*refs, keys=launch.keys, stride=stride, scale=dim**-0.5)
+        _logits_kernel(*refs, keys=launch.keys, stride=stride, factor=factor)
 
     parts = (batch, kv_heads, chunks, rows)
     logits = _backend.triton_call(
@@ -106,7 +107,8 @@ def block_scores(
     )(jax.lax.reshape(layer, (1,)), grouped, pooled_keys, positions)
 
     def blocks_kernel(*refs: Any) -> None:
-        _blocks_kernel(*refs, windows=windows, chunks=chunks, group=group, ratio=block_size // stride, stride=stride)
+        sizes = {"windows": windows, "chunks": chunks, "group": group, "ratio": block_size // stride, "stride": stride}
+        _blocks_kernel(*refs, **sizes, factor=factor)
 
     return _backend.triton_call(
         blocks_kernel,

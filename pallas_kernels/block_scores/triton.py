@@ -46,7 +46,7 @@ def _visible(windows, begin, end):
 
 
 def _normaliser_kernel(q, pooled, begins, ends, lse, *, tile, windows, scale):
-    """Base-2 log-sum-exp of the scaled logits; LARGE for queries that see nothing."""
+    """Log-sum-exp in the unit of the products, `scale` of a natural one; LARGE for queries that see nothing."""
     tile_id, head, row = (_backend.program_id(axis) for axis in range(3))
     group = q.shape[3]
     rows = tile * group
@@ -56,7 +56,8 @@ def _normaliser_kernel(q, pooled, begins, ends, lse, *, tile, windows, scale):
     # Padding may hold anything.
     query = jnp.where(begin_rows < end_rows, q[row, queries, head].reshape(rows, q.shape[-1]), 0)
 
-    factor = scale * LOG2_E  # positive: the largest logit stays the largest
+    # What all products have in common is subtracted before the change of base, see `_backend.Softmax`.
+    factor = scale * LOG2_E
 
     def visit(masked):
         def body(chunk, carry):
@@ -66,9 +67,9 @@ def _normaliser_kernel(q, pooled, begins, ends, lse, *, tile, windows, scale):
             if masked:
                 at = (chunk * windows + jnp.arange(windows, dtype=jnp.int32))[None]
                 logits = jnp.where(_visible(at, begin_rows, end_rows), logits, -jnp.inf)
-            new_top = jnp.maximum(top, jnp.max(logits, axis=1) * factor)
-            weights = _backend.exp2(logits * factor - new_top[:, None])
-            return new_top, total * _backend.exp2(top - new_top) + jnp.sum(weights, axis=1)
+            new_top = jnp.maximum(top, jnp.max(logits, axis=1))
+            weights = _backend.exp2(logits - new_top[:, None], factor)
+            return new_top, total * _backend.exp2(top - new_top, factor) + jnp.sum(weights, axis=1)
 
         return body
 
@@ -76,7 +77,8 @@ def _normaliser_kernel(q, pooled, begins, ends, lse, *, tile, windows, scale):
     stop = (jnp.max(end) + windows - 1) // windows
     top, total = _sweep(visit, carry, begin, end, windows, _first_chunk(begin, end, windows, stop), stop)
     seen = total != 0  # NaN stays NaN
-    lse[row, queries, head] = jnp.where(seen, top + jnp.log2(jnp.where(seen, total, 1.0)), LARGE).reshape(tile, group)
+    found = top + jnp.log(jnp.where(seen, total, 1.0)) / scale
+    lse[row, queries, head] = jnp.where(seen, found, LARGE).reshape(tile, group)
 
 
 def _score_kernel(q, pooled, begins, ends, exists, lse, out, *, tile, windows, heads, ratio, scale):
@@ -112,7 +114,7 @@ def _score_kernel(q, pooled, begins, ends, exists, lse, out, *, tile, windows, h
     def visit(masked):
         def body(chunk, left):
             keys = pooled[row, head, _backend.ds(chunk * windows, windows)]
-            weights = _backend.exp2(_backend.dot(keys, query.T) * (scale * LOG2_E) - normaliser)
+            weights = _backend.exp2(_backend.dot(keys, query.T) - normaliser, scale * LOG2_E)
             if masked:
                 at = (chunk * windows + jnp.arange(windows, dtype=jnp.int32))[:, None]
                 weights = jnp.where(_visible(at, begin_rows, end_rows), weights, 0.0)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import _backend
-from pallas_kernels._backend import LARGE, LOG2_E, pad_to_multiple
+from pallas_kernels._backend import LARGE, Softmax, pad_to_multiple
 from pallas_kernels._tuning import Launch, launch_of
 from pallas_kernels.decode_attention.arguments import Residence, Store, Token
 from pallas_kernels.fetch_blocks.triton import fetch_block
@@ -38,7 +38,7 @@ def _fetch(host, pool, page_table, loads, slots, at, begin, width):
 
 def _update_kernel(
     layer, positions, slots, block_ids, loads, page_table, k, v, q, bias, _pool_in, host, sums, tops, totals, pool,
-    *, width, scale,
+    *, width, softmax,
 ):  # fmt: skip
     """`_split_kernel` after the run's part of the pool is brought up to date."""
     split, head, row = (_backend.program_id(axis) for axis in range(3))
@@ -57,10 +57,10 @@ def _update_kernel(
         pool[(*at, own, 1, token)] = v[row, head].astype(pool.dtype)
 
     _backend.barrier()
-    _split_kernel(layer, positions, slots, block_ids, q, bias, pool, sums, tops, totals, width=width, scale=scale)
+    _split_kernel(layer, positions, slots, block_ids, q, bias, pool, sums, tops, totals, width=width, softmax=softmax)
 
 
-def _split_kernel(layer, positions, slots, block_ids, q, bias, pool, sums, tops, totals, *, width, scale):
+def _split_kernel(layer, positions, slots, block_ids, q, bias, pool, sums, tops, totals, *, width, softmax):
     split, head, row = (_backend.program_id(axis) for axis in range(3))
     at, begin = (_backend.layer_index(layer, pool), row, head), split * width
     num_slots, size, dim = pool.shape[3], pool.shape[5], pool.shape[6]
@@ -86,17 +86,16 @@ def _split_kernel(layer, positions, slots, block_ids, q, bias, pool, sums, tops,
                 valid = is_valid(block, slot)
                 block, slot = jnp.where(valid, block, 0), jnp.where(valid, slot, 0)
             keys, values = pool[(*at, slot, 0)], pool[(*at, slot, 1)]
-            logits = _backend.dot(query, keys.T) * (scale * LOG2_E)
-            if bias is not None:
-                logits += (bias[(*at, block)].astype(jnp.float32) * LOG2_E)[None]
+            added = None if bias is None else bias[(*at, block)].astype(jnp.float32)[None]
+            logits = softmax.logits(_backend.dot(query, keys.T), added)
             if masked:
                 token = block * size + jnp.arange(size, dtype=jnp.int32)
                 seen = valid & (token <= position)
                 logits = jnp.where(seen[None], logits, -jnp.inf)
                 values = jnp.where(seen[:, None], values, 0)  # unwritten memory may hold NaN
             new_top = jnp.maximum(top, jnp.max(logits, axis=1))
-            weights = _backend.exp2(logits - new_top[:, None])
-            decay = _backend.exp2(top - new_top)
+            weights = softmax.weights(logits - new_top[:, None])
+            decay = softmax.decay(top - new_top)
             acc = acc * decay[:, None] + _backend.dot(weights.astype(values.dtype), values)
             return acc, new_top, total * decay + jnp.sum(weights, axis=1)
 
@@ -112,11 +111,11 @@ def _split_kernel(layer, positions, slots, block_ids, q, bias, pool, sums, tops,
     sums[part], tops[part], totals[part] = jax.lax.fori_loop(leading, stop, visit(masked=True), carry)
 
 
-def _sum_kernel(sums, tops, totals, out, *, group):
+def _sum_kernel(sums, tops, totals, out, *, group, softmax):
     member, head, row = (_backend.program_id(axis) for axis in range(3))
     part = (row, head, slice(None), member)
     top = tops[part]
-    weights = _backend.exp2(top - jnp.max(top, axis=0))
+    weights = softmax.decay(top - jnp.max(top, axis=0))
     total = jnp.sum(totals[part] * weights, axis=0)
     acc = jnp.sum(sums[part] * weights[:, None], axis=0)
     out[row, head * group + member] = (acc / jnp.where(total > 0, total, 1.0)).astype(out.dtype)
@@ -152,11 +151,13 @@ class _Call(NamedTuple):
     launch: Launch
     q: Array
     listed: tuple[Array | None, ...]
+    softmax: Softmax
     parts: tuple[jax.ShapeDtypeStruct, ...]
 
 
-def _prepare(default: Launch, q: Array, kv_heads: int, *listed: Array | None) -> _Call:
+def _prepare(default: Launch, q: Array, pool: Array, bias: Array | None, scale: float, *listed: Array | None) -> _Call:
     """listed: slots, block ids and the like, [B, K, J]."""
+    kv_heads, size = pool.shape[2], pool.shape[5]
     q = _backend.heads_as_rows(q, kv_heads)
     batch, _, rows, dim = q.shape
     selected = next(x for x in listed if x is not None).shape[-1]
@@ -168,6 +169,7 @@ def _prepare(default: Launch, q: Array, kv_heads: int, *listed: Array | None) ->
         launch_of("decode_attention", default, dim=dim, group=rows, dtype=q.dtype.name),
         q,
         tuple(None if x is None else pad_to_multiple(x, 2, splits, -1) for x in listed),
+        Softmax.of(scale, bias is not None, selected * size, pool.dtype),
         tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((*lead, dim), lead, lead)),
     )
 
@@ -184,7 +186,7 @@ def _add_up(call: _Call, parts: tuple[Array, ...], like: Array) -> Array:
     group = like.shape[1] // kv_heads
 
     def kernel(*refs: Any) -> None:
-        _sum_kernel(*refs, group=group)
+        _sum_kernel(*refs, group=group, softmax=call.softmax)
 
     return _backend.triton_call(
         kernel,
@@ -206,10 +208,10 @@ def decode_attention(
     *,
     scale: float,
 ) -> Float[Array, "B N D"]:
-    call = _prepare(_RESIDENT, q, pool.shape[2], slots, block_ids)
+    call = _prepare(_RESIDENT, q, pool, bias, scale, slots, block_ids)
 
     def kernel(*refs: Any) -> None:
-        _split_kernel(*refs, width=call.width, scale=scale)
+        _split_kernel(*refs, width=call.width, softmax=call.softmax)
 
     parts = _backend.triton_call(
         kernel,
@@ -232,10 +234,10 @@ def update_and_attend(
     scale: float,
 ) -> tuple[Float[Array, "B N D"], Float[Array, "L B K slots 2 P D"]]:
     (q, k, v), (pool, host, page_table, bias), (block_ids, slots, loads) = token, store, residence
-    call = _prepare(_RESIDENT if host is None else _FETCHING, q, pool.shape[2], slots, block_ids, loads)
+    call = _prepare(_RESIDENT if host is None else _FETCHING, q, pool, bias, scale, slots, block_ids, loads)
 
     def kernel(*refs: Any) -> None:
-        _update_kernel(*refs, width=call.width, scale=scale)
+        _update_kernel(*refs, width=call.width, softmax=call.softmax)
 
     operands = (jax.lax.reshape(layer, (1,)), positions, *call.listed, page_table, k, v, call.q, bias, pool, host)
     *parts, pool = _backend.triton_call(

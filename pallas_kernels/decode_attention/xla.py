@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels import blocks
 from pallas_kernels.decode_attention.arguments import Residence, Store, Token
 from pallas_kernels.fetch_blocks.xla import fetch_blocks
+from pallas_kernels.formulas import weight_shift
 from pallas_kernels.varying import axes_of, varying
 
 _CHUNK = 4  # blocks gathered at once
@@ -41,6 +42,9 @@ def decode_attention(
     if bias is not None:
         valid &= block_ids < bias.shape[3]
 
+    less = 0.5 ** weight_shift(
+        block_ids.shape[-1] * size, pool.dtype
+    )  # a power of two: it changes no bit of the output
     chunks = -(-block_ids.shape[-1] // _CHUNK)
     pad = ((0, 0), (0, 0), (0, chunks * _CHUNK - block_ids.shape[-1]))
     block_ids = jnp.pad(jnp.where(valid, block_ids, 0), pad)
@@ -64,7 +68,7 @@ def decode_attention(
         logits = jnp.where(mask[:, :, None], logits, -jnp.inf)
         new_top = jnp.maximum(top, jnp.max(logits, axis=-1))
         safe_top = jnp.where(jnp.isfinite(new_top), new_top, 0)
-        weights = jnp.where(mask[:, :, None], jnp.exp(logits - safe_top[..., None]), 0)
+        weights = jnp.where(mask[:, :, None], jnp.exp(logits - safe_top[..., None]) * less, 0)
         decay = jnp.exp(top - safe_top)  # 0 while nothing was seen
         values = pool[layer, row, head, slot, 1].reshape(batch, kv_heads, -1, dim)
         values = jnp.where(mask[..., None], values, 0)  # unwritten memory may hold NaN
