@@ -1,4 +1,4 @@
-"""What users get who call nothing but `prefill`, `generate`, `stream` and `jit_decode_step`.
+"""What users get who call nothing but `prefill`, `jit_extend`, `generate`, `stream` and `jit_decode_step`.
 
     python -m experiments.as_used --runs nosa:16:16384:64:80 full:4:16384:64:device --output DIR/as_used_h100.json
 
@@ -8,7 +8,7 @@ random tokens and weights random unless a checkpoint is given, so selections are
 blocks crossed per step, layer, KV head and row. Times are medians of synchronised calls after a warm one:
 
 prefill_s: `prefill` with room for the new tokens (or of `max_length`).   first_token_s: until `stream` has yielded one.
-extend_s: `extend` of the prompt's state by `--extend` tokens, where asked for.
+extend_s: `jit_extend` of the prompt's state by `--extend` tokens, where asked for.
 generate_ms, stream_ms, own_loop_ms: per decode step, of `generate` (less its time to the first token), of `stream` and
 of a loop of `jit_decode_step`. peak_gb: of device memory, weights included, beside what `plan` says.
 """
@@ -87,6 +87,19 @@ def own_loop(model: NosaLM, state: Any, logits: Any, steps: int) -> float:
     return (time.perf_counter() - start) / (steps - 2)
 
 
+def extending(model: NosaLM, tokens: Any, count: int, repeats: int, *, max_length: int, **rooms: Any) -> float:
+    """Median seconds of `jit_extend` by so many tokens, again and again."""
+    room = max(max_length, tokens.shape[1] + count * (repeats + 1))
+    state, _ = nosa_jax.prefill(model, tokens, max_length=room, **rooms)
+    samples = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        state, logits = nosa_jax.jit_extend(model, state, tokens[:, :count])
+        jax.block_until_ready(logits)
+        samples.append(time.perf_counter() - start)
+    return statistics.median(samples[1:])
+
+
 def streamed(model: NosaLM, tokens: Any, **options: Any) -> tuple[float, float]:
     """Seconds to the first token, and per step after it."""
     start, times = time.perf_counter(), []
@@ -105,12 +118,8 @@ def measure(run: Run, model: NosaLM, *, repeats: int, extend: int, decode: bool)
     found["prefill_tokens_per_second"] = run.rows * run.context / found["prefill_s"]
     found |= {"peak_gb": peak_bytes() / 1e9, "weights_peak_gb": before / 1e9, "plan_gb": planned.device_bytes / 1e9}
     if extend:
-        more = tokens[:, :extend]
-        room = max(run.max_length, run.context + extend)
-        state, _ = nosa_jax.prefill(model, tokens, max_length=room, **rooms)
-        found["extend_s"] = seconds(lambda: nosa_jax.extend(model, state, more)[1], repeats)
+        found["extend_s"] = extending(model, tokens, extend, repeats, max_length=run.max_length, **rooms)
         found["extend_peak_gb"] = peak_bytes() / 1e9
-        del state
     if decode and run.new >= 8:
         options = {"max_new_tokens": run.new, **rooms}
         streamed(model, tokens, **options)
