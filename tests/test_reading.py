@@ -22,7 +22,7 @@ from nosa_jax.decode import widths
 ROOM = 400
 
 
-def reading(budget, prompt=304, rows=3, cache=OFFLOADED):
+def reading(budget, prompt=widths.rounded(300), rows=3, cache=OFFLOADED):
     plan = nosa_jax.plan(small_config(), rows, ROOM, cache, dtype=jnp.float32, prompt=prompt, working_set=budget)
     return plan.reading
 
@@ -57,7 +57,7 @@ def same_state(one, other):
         close(one.pooled_keys.pooled[:, row, :, :windows], other.pooled_keys.pooled[:, row, :, :windows])
 
 
-@pytest.mark.parametrize("cache", [OFFLOADED, CacheConfig(offload=False)])
+@pytest.mark.parametrize("cache", [OFFLOADED, pytest.param(CacheConfig(offload=False), marks=pytest.mark.slow)])
 def test_groups_and_chunks_read_what_one_pass_reads(model, tokens, cache):
     """Three rows in twos: the second group begins with a row that is done."""
     found = budgets(cache)

@@ -267,7 +267,8 @@ def test_an_interrupted_run_resumes_to_the_bit(tmp_path, capsys):
     first = train(CONFIG, CORPUS, tmp_path, on_record=interrupt_at(3))
     assert first.interrupted and first.step == 3
     assert first.directory == tmp_path
-    assert f"Interrupted after step 3: saved {tmp_path}/checkpoints/3; resume=True continues" in capsys.readouterr().out
+    said = f"Interrupted after step 3: saved {tmp_path}/checkpoints/3; resume=True (--resume) continues"
+    assert said in capsys.readouterr().out
     assert signal.getsignal(signal.SIGINT) is before
 
     second = train(CONFIG, make_corpus(), tmp_path, resume=True, progress=False)
