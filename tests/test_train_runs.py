@@ -44,6 +44,11 @@ def test_a_folder_has_one_run_at_a_time(tmp_path):
         with pytest.raises(ValueError, match=rule):
             train(CONFIG, CORPUS, tmp_path, progress=False)
     assert {path.name for path in tmp_path.iterdir()} <= {".lock"}
+    (tmp_path / "letter.txt").touch()
+    with pytest.raises(
+        ValueError, match=rf"directory: must be new, empty, or .*, got {tmp_path} with letter.txt\. Name"
+    ):
+        train(CONFIG, CORPUS, tmp_path, progress=False)
     with only_run("directory", tmp_path / "new" / "folder"):
         pass
 
