@@ -148,7 +148,7 @@ def test_the_variant_is_what_was_asked_for(tmp_path):
         ),
         (
             "--data chat.jsonl",
-            "chat.jsonl:1: must hold text under 'text', got fields ['messages']. Read chats with train.chat (--format chat",
+            "chat.jsonl:1: must hold text under 'text', got fields ['messages']. Read chats with train.chat (--form",
         ),
         (
             "--coordinator localhost --num-processes 2 --process-id 0",
