@@ -107,7 +107,7 @@ def exported_importance(trained: Path, folder: Path) -> Path:
     return file
 
 
-def test_train_goes_on_from_a_folder_and_from_its_checkpoints(trained, text, tmp_path):
+def test_train_goes_on_from_a_folder_and_from_its_checkpoints(trained, text, tmp_path, undrawn):
     """As what began with the folder's weights, to the bit; the steps are those compiled for `trained`."""
     out = tmp_path / "run"
     arguments = [*train_arguments(text, out), "--checkpoint-every=1", "--init", str(trained / "model")]

@@ -46,6 +46,8 @@ MODEL = ModelConfig(
     head_dim=8,
     attention=dataclasses.replace(presets.tiny().attention, num_selected_blocks=6),
 )
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2)
 CONFIG = TrainConfig(
     MODEL, OPTIMIZER, steps=6, batch_size=2, length=24, log_every=1, eval_every=2, eval_batches=2, eval_selection=False
@@ -267,7 +269,10 @@ def test_an_interrupted_run_resumes_to_the_bit(tmp_path, capsys):
     first = train(CONFIG, CORPUS, tmp_path, on_record=interrupt_at(3))
     assert first.interrupted and first.step == 3
     assert first.directory == tmp_path
-    assert f"Interrupted after step 3: saved {tmp_path}/checkpoints/3; resume=True continues" in capsys.readouterr().out
+    assert (
+        f"Interrupted after step 3: saved {tmp_path}/checkpoints/3; resume=True (--resume) continues"
+        in capsys.readouterr().out
+    )
     assert signal.getsignal(signal.SIGINT) is before
 
     second = train(CONFIG, make_corpus(), tmp_path, resume=True, progress=False)
