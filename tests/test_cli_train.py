@@ -154,7 +154,6 @@ def test_the_variant_is_what_was_asked_for(tmp_path):
             "--coordinator localhost --num-processes 2 --process-id 0",
             "--coordinator: must be a host and a port, got loc",
         ),
-        ("--distributed", "initialize: must be called before anything else is done with JAX"),
         ("--data broken.jsonl", "broken.jsonl:2: must be one JSON object"),
         ("--data latin.jsonl", "latin.jsonl:1: must be UTF-8"),
         ("--data empty.txt", "--data: must hold text, got 0 that are not text and 1 that are empty"),
