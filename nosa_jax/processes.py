@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -26,18 +27,33 @@ def initialize(
 
     With none of them JAX finds all in the environment that Slurm, Kubernetes or Open MPI made. Afterwards
     `jax.devices()` are those of all processes. SIGTERM keeps its meaning: it ends a process, and one that is in
-    `train` saves first. Raises ValueError where some are given without the others.
+    `train` saves first. Raises ValueError where some are given without the others, where none are and there is no
+    cluster, and where JAX was used before.
     """
     given = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
     missing = [name for name, value in given.items() if value is None]
     if missing and len(missing) < len(given):
         rule = f"must be given with {' and '.join(name for name in given if name not in missing)}"
         raise bad_value(" and ".join(missing), rule, None, "Give all three, or none in a cluster that JAX knows.")
+    if coordinator_address is not None and not re.fullmatch(r".+:\d+", coordinator_address):
+        raise bad_value("coordinator_address", "must be a host and a port", coordinator_address, "Write 10.0.0.1:1234.")
     if num_processes is not None and process_id is not None:
         require_size("process_id", process_id, 0, require_int("num_processes", num_processes, 1) - 1)
     # JAX's service would take SIGTERM for a notice that somebody asks it for, and so swallow it where nobody does.
     jax.config.update("jax_enable_preemption_service", False)
-    jax.distributed.initialize(coordinator_address, num_processes, process_id)
+    try:
+        jax.distributed.initialize(coordinator_address, num_processes, process_id)
+    except jax.errors.JaxRuntimeError:  # the others do not answer, say
+        raise
+    except RuntimeError as error:
+        rule = "must be called before anything else is done with JAX, and once"
+        raise bad_value("initialize", rule, "a process that uses JAX", "Call it first, or begin afresh.") from error
+    except ValueError as error:
+        if not missing:
+            raise
+        rule = "must be given where JAX finds no cluster"
+        remedy = "Give num_processes and process_id, too, or start all processes by Slurm, Kubernetes or Open MPI."
+        raise bad_value("coordinator_address", rule, None, remedy) from error
 
 
 def is_writer() -> bool:

@@ -113,3 +113,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         skip = pytest.mark.skip(reason="needs an NVIDIA GPU: run `pytest -m gpu` on a machine that has one")
         for item in marked:
             item.add_marker(skip)
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs end without their picture, which takes longer than all steps of a small one."""
+    monkeypatch.setattr("nosa_jax.train.loop._draw", lambda root: None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 import sys
 import tomllib
 from pathlib import Path
@@ -104,6 +105,22 @@ def exported_importance(trained: Path, folder: Path) -> Path:
     file = folder / "importance.safetensors"
     assert main(["export", str(trained), str(file), "--importance-only"]) == 0
     return file
+
+
+def test_train_goes_on_from_a_folder_and_from_its_checkpoints(trained, text, tmp_path, undrawn):
+    """As what began with the folder's weights, to the bit; the steps are those compiled for `trained`."""
+    out = tmp_path / "run"
+    arguments = [*train_arguments(text, out), "--checkpoint-every=1", "--init", str(trained / "model")]
+    assert main(arguments) == 0
+    first = lambda folder: next(r["loss"] for r in read_log(folder / "log.jsonl") if r["kind"] == "train")
+    assert first(out) < first(trained)  # the same text, with what was learned before
+    written = {path.name: path.read_bytes() for path in (out / "model").iterdir()}
+    shutil.rmtree(out / "checkpoints" / "2")
+    shutil.rmtree(out / "model")
+    assert main([*arguments, "--resume"]) == 0
+    assert {path.name: path.read_bytes() for path in (out / "model").iterdir()} == written
+    assert {"model.safetensors", "tokenizer.json"} <= written.keys()
+    assert [record["step"] for record in read_log(out / "log.jsonl") if record["kind"] == "train"] == [1, 2]
 
 
 def test_train_has_a_flag_for_every_setting():

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
+from flax import nnx
 
 import nosa_jax
 from nosa_jax import presets, train
@@ -145,6 +146,14 @@ def test_the_variant_is_what_was_asked_for(tmp_path):
             "--data body.jsonl",
             "body.jsonl:1: must hold text under 'text', got fields ['body']. Correct the line, or pass --field",
         ),
+        (
+            "--data chat.jsonl",
+            "chat.jsonl:1: must hold text under 'text', got fields ['messages']. Read chats with train.chat (--form",
+        ),
+        (
+            "--coordinator localhost --num-processes 2 --process-id 0",
+            "--coordinator: must be a host and a port, got loc",
+        ),
         ("--data broken.jsonl", "broken.jsonl:2: must be one JSON object"),
         ("--data latin.jsonl", "latin.jsonl:1: must be UTF-8"),
         ("--data empty.txt", "--data: must hold text, got 0 that are not text and 1 that are empty"),
@@ -166,6 +175,20 @@ def test_a_folder_with_nothing_but_hidden_files_is_empty(asked):
     Path("run").mkdir()
     Path("run/.lock").touch()
     asked("--files", "a.txt", "--out", "run")
+
+
+def test_bytes_are_told_to_a_model_that_is_trained_on_them():
+    model = nnx.eval_shape(lambda: nosa_jax.NosaLM(presets.tiny(), rngs=nnx.Rngs(0)))
+    said = [
+        Train(data=(("x",),))._tokenizer(*given)[1]
+        for given in (
+            (None, 999, ["text", "tokens"]),
+            (None, 999, ["tokens"]),
+            (None, 99, ["text"]),
+            (model, 999, ["text"]),
+        )
+    ]
+    assert [type(tokenizer) for tokenizer in said] == [ByteTokenizer, *[type(None)] * 3]
 
 
 def test_the_model_goes_out_with_what_it_was_trained_with(texts):

@@ -65,7 +65,7 @@ PYTHON = [
 def test_examples_run(name, example, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = vars(nosa_jax) | vars(importlib.import_module(name))
-    names |= {"model": lively_model(small_config()), "tokens": random_tokens(2, 65)}
+    names |= {"nosa_jax": nosa_jax, "model": lively_model(small_config()), "tokens": random_tokens(2, 65)}
     jaxtyping.config.update("jaxtyping_disable", True)  # as users run it
     try:
         exec(compile(example, f"docstring of {name}", "exec"), names)

@@ -169,7 +169,7 @@ def test_dense_attention_by_our_kernels(implementation, name):
     """Values and gradients as good as their rounding, NaN where nobody looks, the same bits again; and XLA's values."""
     inputs, cotangents, size = of_case(DENSE[name])
     if name == "chunk":  # padding amid the queries, and unwritten memory behind them
-        positions = np.array(inputs["positions"]) - np.array([[130], [700]])
+        positions = np.array(inputs["positions"]) - np.array([[130], [700]], np.int32)
         positions[:, 100:103] = -1
         inputs = inputs | {"positions": positions}
     clean, wide = in_bfloat16(inputs, no_lse_of_empty(inputs, cotangents))

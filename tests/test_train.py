@@ -46,6 +46,8 @@ MODEL = ModelConfig(
     head_dim=8,
     attention=dataclasses.replace(presets.tiny().attention, num_selected_blocks=6),
 )
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2)
 CONFIG = TrainConfig(
     MODEL, OPTIMIZER, steps=6, batch_size=2, length=24, log_every=1, eval_every=2, eval_batches=2, eval_selection=False
@@ -316,6 +318,17 @@ def test_a_used_directory_is_resumed_only_when_asked_and_only_by_the_same_run(tm
         resume(dataclasses.replace(CONFIG, model=MODEL.with_attention(num_query_blocks=1)), CORPUS)
     with pytest.raises(ValueError, match="corpus: must be the text of the checkpoint"):
         resume(CONFIG, make_corpus(seed=1))
+    part = dataclasses.replace(CONFIG, trainable="importance")
+    with pytest.raises(
+        ValueError, match=r"TrainConfig.trainable: must train what \* does, as .*, got \*importance\*\."
+    ):
+        resume(part, CORPUS)
+    low = dataclasses.replace(CONFIG.optimizer, moment_dtype="bfloat16")
+    with pytest.raises(ValueError, match=r"OptimizerConfig.moment_dtype: must be float32 as in .*, got bfloat16\."):
+        resume(dataclasses.replace(CONFIG, optimizer=low), CORPUS)
+    os.rename(tmp_path / "checkpoints/1", tmp_path / "checkpoints/9")
+    with pytest.raises(ValueError, match=rf"TrainConfig.steps: must be at least 9, .* in {tmp_path}/.*, got 6\. Raise"):
+        resume(CONFIG, CORPUS)
 
 
 def test_continued_pretraining_switches_the_variant_of_a_model(tmp_path):

@@ -18,6 +18,8 @@ from nosa_jax import parallel, train
 from nosa_jax._pytree import by_name
 from nosa_jax.model import forward
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 MODEL = dataclasses.replace(small_config(), vocab_size=256)
 BLOCK = MODEL.attention.block_size
 OPTIMIZER = train.OptimizerConfig(learning_rate=1e-2, warmup_fraction=0.0)

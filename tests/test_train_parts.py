@@ -65,6 +65,7 @@ def test_a_step_of_parts_is_the_step_at_once(x64):
     assert opt_state[1].count.dtype == skipped.total.dtype == jnp.int32
 
 
+@pytest.mark.slow
 def test_only_what_trains_changes():
     """Importance alone, in bfloat16: the rest keeps its bits, and importance goes where its own gradient says."""
     trainable, _ = split(MODEL, "importance")

@@ -162,6 +162,25 @@ def test_parts_of_an_address_are_refused(given, missing):
         parallel.initialize(**given)
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            ValueError("coordinator_address should be defined."),
+            "^coordinator_address: must be given where JAX finds no",
+        ),
+        (RuntimeError("must be called before any JAX calls"), "^initialize: must be called before anything else"),
+    ],
+)
+def test_what_keeps_a_process_from_joining_is_said(monkeypatch, error, said):
+    def refuse(*_):
+        raise error
+
+    monkeypatch.setattr(jax.distributed, "initialize", refuse)
+    with pytest.raises(ValueError, match=said):
+        parallel.initialize()
+
+
 def test_a_process_reads_the_rows_that_its_devices_hold(monkeypatch):
     sharding = NamedSharding(mesh_of((1, 1, 1, 1)), PartitionSpec(("data", "fsdp")))
 

@@ -22,6 +22,8 @@ from nosa_jax._paths import only_run
 from nosa_jax.train import Checkpoints, load_model, loop, read_log, train
 from nosa_jax.train._interrupt import interrupt_flag
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 STEPS = dataclasses.replace(CONFIG, checkpoint_every=3, eval_every=0)
 
 
@@ -44,20 +46,30 @@ def test_a_folder_has_one_run_at_a_time(tmp_path):
         with pytest.raises(ValueError, match=rule):
             train(CONFIG, CORPUS, tmp_path, progress=False)
     assert {path.name for path in tmp_path.iterdir()} <= {".lock"}
+    (tmp_path / "letter.txt").touch()
+    with pytest.raises(
+        ValueError, match=rf"directory: must be new, empty, or .*, got {tmp_path} with letter.txt\. Name"
+    ):
+        train(CONFIG, CORPUS, tmp_path, progress=False)
     with only_run("directory", tmp_path / "new" / "folder"):
         pass
 
 
-def test_numbers_of_numpy_become_those_of_python(tmp_path, without_type_checker):
+def test_a_run_leaves_a_picture_where_it_can(run, monkeypatch):
+    assert (run / "training.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.undo()
+    monkeypatch.setattr(loop, "plot_run", lambda *_: 1 / 0)
+    with pytest.warns(RuntimeWarning, match=rf"no picture of {run}: ZeroDivisionError"):
+        assert train(STEPS, CORPUS, run, resume=True, progress=False).step == 6
+
+
+def test_numbers_of_numpy_become_those_of_python(without_type_checker):
     """They are logged and saved as JSON."""
     optimizer = dataclasses.replace(CONFIG.optimizer, beta1=np.float32(0.5), weight_decay=np.int64(1))
     fields = {"steps": np.int64(1), "seed": np.int32(0), "remat": np.bool_(False)}
-    config = dataclasses.replace(CONFIG, optimizer=optimizer, **fields)
-    corpus = dataclasses.replace(CORPUS, bytes_per_token=np.float64(2))
-    result = train(config, corpus, tmp_path, progress=False)
-    start = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
-    assert start["config"]["steps"] == result.step == 1 and start["config"]["optimizer"]["beta1"] == 0.5
-    assert type(corpus.bytes_per_token) is float
+    told = json.loads(json.dumps(dataclasses.asdict(dataclasses.replace(CONFIG, optimizer=optimizer, **fields))))
+    assert told["steps"] == 1 and told["remat"] is False and told["optimizer"]["beta1"] == 0.5
+    assert type(dataclasses.replace(CORPUS, bytes_per_token=np.float64(2)).bytes_per_token) is float
     with pytest.raises(TypeError, match=r"TrainConfig.remat: must be True or False, got 1"):
         dataclasses.replace(CONFIG, remat=1)
 
@@ -105,11 +117,12 @@ def test_numbers_that_are_not_finite_are_null_in_the_log(tmp_path):
     seen, numbers = [], {"own": math.nan, "other": -math.inf, "third": 1.0}
     options = {"evaluation": lambda model: numbers, "on_record": seen.append}
     for resume in (False, True):  # evaluated again, with nothing new to say
-        train(dataclasses.replace(STEPS, steps=1), CORPUS, tmp_path, resume=resume, progress=False, **options)
+        train(STEPS, CORPUS, tmp_path, resume=resume, progress=False, **options)
     refuse = lambda constant: pytest.fail(constant)
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    [told] = [record for record in seen if record["kind"] == "eval"]
     [logged] = [r for line in lines if (r := json.loads(line, parse_constant=refuse))["kind"] == "eval"]
-    assert [logged[name] for name in numbers] == [None, None, 1.0] and math.isnan(seen[2]["own"])
+    assert [logged[name] for name in numbers] == [None, None, 1.0] and math.isnan(told["own"])
 
 
 # --- Checkpoints ---------------------------------------------------------------------------------------------------

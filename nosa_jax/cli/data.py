@@ -21,6 +21,7 @@ from pallas_kernels.checks import bad_value, require_number
 
 Format = Literal["auto", "text", "jsonl", "tokens", "chat"]
 ShardDtype = Literal["uint16", "uint32", "int32"]
+Found = list[tuple[Format, list[Path]]]
 _ENDINGS = {".jsonl": "jsonl", ".npy": "tokens", ".bin": "tokens"}
 
 
@@ -31,24 +32,12 @@ def read_corpus(files: tuple[str, ...] = (), heldout_fraction: float = 0.05) -> 
         return train.load_corpus(found, heldout_fraction=heldout_fraction)
 
 
-def read_source(
-    data: Sequence[Sequence[str]],
-    tokenizer: ByteTokenizer | FileTokenizer | Path | None,
-    *,
-    weights: Sequence[float] = (),
-    forms: Sequence[Format] = ("auto",),
-    end_of_text: int | None = None,
-    field: str | None = None,
-    template: Path | None = None,
-    token_dtype: ShardDtype | None = None,
-    **cut: Any,
-) -> Source:
-    """The source of the files that `data` names (paths, folders, globs, as often as --data was given).
+def find_data(data: Sequence[Sequence[str]], weights: Sequence[float], forms: Sequence[Format]) -> Found:
+    """The kind and the files of each source that `data` names (paths, folders, globs, as often as --data was given).
 
     weights: of a mixture, one for each of `data`; none for one text of all files.
     forms: one for all, or one for each of `data` in a mixture; "auto" goes by how the files' names end, which must be
         one kind.
-    field, template, token_dtype: None for the defaults. cut: length, block_size, pack and heldout_fraction.
     """
     if weights and len(weights) != len(data):
         remedy = "Write --data once for each source, for example --data a.jsonl --data b c --weights 0.7 0.3."
@@ -64,14 +53,30 @@ def read_source(
             else "must be one without --weights"
         )
         raise bad_value("--format", rule, " ".join(forms) or "none", "Drop or add some.")
-    with called("--data", "patterns", "files"):
+    with called("--data", "patterns"):
         found = [train.find_files(*group) for group in groups]
-        kinds: Any = [
-            _form(files) if form == "auto" else form for files, form in zip(found, itertools.cycle(forms), strict=False)
-        ]
-        _check_used(
-            kinds, chat=("--template", template), jsonl=("--field", field), tokens=("--token-dtype", token_dtype)
-        )
+    pairs = zip(itertools.cycle(forms), found, strict=False)
+    return [(_form(files) if form == "auto" else form, files) for form, files in pairs]
+
+
+def read_source(
+    found: Found,
+    tokenizer: ByteTokenizer | FileTokenizer | Path | None,
+    *,
+    weights: Sequence[float] = (),
+    end_of_text: int | None = None,
+    field: str | None = None,
+    template: Path | None = None,
+    token_dtype: ShardDtype | None = None,
+    **cut: Any,
+) -> Source:
+    """The source of what `find_data` found, a mixture where there are weights.
+
+    field, template, token_dtype: None for the defaults. cut: length, block_size, pack and heldout_fraction.
+    """
+    kinds = [kind for kind, _ in found]
+    _check_used(kinds, chat=("--template", template), jsonl=("--field", field), tokens=("--token-dtype", token_dtype))
+    with called("--data", "files"):
         options: dict[str, dict[str, Any]] = {
             "text": {"tokenizer": tokenizer, "end_of_text": end_of_text},
             "jsonl": {"tokenizer": tokenizer, "end_of_text": end_of_text, "field": field or "text"},
@@ -80,9 +85,7 @@ def read_source(
         }
         if "chat" in kinds:
             options["chat"]["template"] = _read_template(template, tokenizer)
-        sources: Any = [
-            getattr(train, kind)(files, **options[kind], **cut) for files, kind in zip(found, kinds, strict=True)
-        ]
+        sources: Any = [getattr(train, kind)(files, **options[kind], **cut) for kind, files in found]
     return sources[0] if len(sources) == 1 else train.mixture(list(zip(sources, weights, strict=True)))
 
 

@@ -6,13 +6,24 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import nosa_jax
 from nosa_jax import NosaLM, parallel, processes, train
 from nosa_jax._extras import require_extras
-from nosa_jax.cli.data import Format, ShardDtype, describe, origin_with, read_corpus, read_source, read_tokenizer
+from nosa_jax.cli.data import (
+    Format,
+    Found,
+    ShardDtype,
+    describe,
+    find_data,
+    origin_with,
+    read_corpus,
+    read_source,
+    read_tokenizer,
+)
 from nosa_jax.cli.flags import called
 from nosa_jax.cli.plan import PresetName, preset
 from nosa_jax.cli.terminal import facts, heading, working
@@ -23,7 +34,7 @@ from nosa_jax.hf.save import check_folder
 from nosa_jax.hf.text import tokenizer_of
 from nosa_jax.model import Remat
 from nosa_jax.train import OptimizerConfig, TrainConfig, TrainResult
-from nosa_jax.train.log import LOG_NAME
+from nosa_jax.train.loop import check_run_folder
 from nosa_jax.train.optim import UNUSED
 from pallas_kernels.checks import bad_value
 
@@ -204,7 +215,7 @@ class Train:
         require_extras("train", "hf")
         self._check()
         if self.out is not None:
-            check_run_folder(self.out)
+            _check_out(self.out)
         if self.distributed or (self.coordinator, self.num_processes, self.process_id) != (None, None, None):
             parallel.initialize(self.coordinator, self.num_processes, self.process_id)
         sizes: Any = as_sizes(self.mesh)
@@ -214,14 +225,15 @@ class Train:
             with called("--init", "path"):
                 model = outline(self.init, variant=self._variant())
         given = self._fresh() if model is None else model.config
-        tokenizer, written = self._tokenizer(model, given.vocab_size)
+        found = find_data(self.data, self.weights, self.format) if self.data else []
+        tokenizer, written = self._tokenizer(model, given.vocab_size, [kind for kind, _ in found])
         if self.init is None and self._file is None and written is not None:
             # A fresh model has no tokens of its own: it gets room for those of --tokenizer.
             given = dataclasses.replace(given, vocab_size=max(given.vocab_size, written.vocab_size))
         config = self.config(given)
         out = self.out or Path("runs", f"{self._start()}-{config.model.attention.variant}")
-        check_run_folder(out)
-        source: Any = self._source(tokenizer, config)
+        _check_out(out)
+        source: Any = self._source(found, tokenizer, config)
         if processes.is_writer():
             heading(f"Training {out.resolve().name} ({config.model.attention.variant}) for {config.steps} steps")
             facts([("text", describe(source)), ("folder", out)])
@@ -261,14 +273,13 @@ class Train:
             return self.init.resolve().name
         return self.preset or ("tiny" if self.config_file is None else self.config_file.stem)
 
-    def _source(self, tokenizer: Any, config: TrainConfig) -> Any:
-        if not self.data:
+    def _source(self, found: Found, tokenizer: Any, config: TrainConfig) -> Any:
+        if not found:
             return read_corpus(tuple(itertools.chain(*self.files)), self.heldout_fraction)
         return read_source(
-            self.data,
+            found,
             tokenizer,
             weights=self.weights,
-            forms=self.format,
             end_of_text=self.end_of_text,
             field=self.field,
             template=self.template,
@@ -280,9 +291,12 @@ class Train:
         )
 
     def _tokenizer(
-        self, model: NosaLM | None, vocab_size: int
+        self, model: NosaLM | None, vocab_size: int, kinds: Sequence[Format]
     ) -> tuple[Path | None, ByteTokenizer | FileTokenizer | None]:
-        """Where the tokenizer of --data is, None for bytes; and the one to write, None for what --init brings along."""
+        """Where the tokenizer of --data is, None for bytes; and the one to write, None for what --init brings along.
+
+        kinds: of --data. Of token ids alone nobody knows what they stand for.
+        """
         own = model is not None and "tokenizer.json" in model.origin.files
         if not self.data:
             if own:
@@ -296,7 +310,10 @@ class Train:
             return self.tokenizer, read_tokenizer(self.tokenizer, vocab_size)
         if own:
             return self.init, None
-        return None, ByteTokenizer() if vocab_size == ByteTokenizer.vocab_size else None
+        fits = vocab_size == ByteTokenizer.vocab_size
+        if model is None and any(kind != "tokens" for kind in kinds):
+            fits = vocab_size >= ByteTokenizer.vocab_size
+        return None, ByteTokenizer() if fits else None
 
     def _report(self, result: TrainResult, out: Path) -> None:
         heading(f"{'Interrupted' if result.interrupted else 'Done'} after step {result.step}")
@@ -324,13 +341,7 @@ def as_sizes(mesh: str) -> dict[str, int]:
     return sizes
 
 
-def check_run_folder(out: Path) -> None:
-    """Raises ValueError or FileExistsError for a folder that holds something, but no run: a home folder, say."""
+def _check_out(out: Path) -> None:
+    """Raises ValueError or FileExistsError for a folder that is not to be written into."""
     check_folder(out / "model")
-    if not out.exists():
-        return
-    names = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
-    if names and not {LOG_NAME, "checkpoints"} & set(names):
-        rule = "must be new, empty, or the folder of a run"
-        got = f"{out} with {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        raise bad_value("--out", rule, got, f"Name a new one, {out / 'run'} for example.")
+    check_run_folder("--out", out)

@@ -257,7 +257,7 @@ class Checkpoints:
                     f"{item}.{name}",
                     f"must be {expected}",
                     f"{found} in {self.directory / str(step)}",
-                    "Use the configuration that the checkpoint was trained with, or another directory.",
+                    "Use the configuration and the optimizer that it was trained with, or another directory.",
                 )
         with self.reading(step):
             restored = self._manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(wanted)}))

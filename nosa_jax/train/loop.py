@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from nosa_jax import parallel, processes
 from nosa_jax._extras import import_extra, missing_modules
 from nosa_jax._paths import only_run, user_path
+from nosa_jax._pytree import by_name
 from nosa_jax.hf.load import from_pretrained, outline
 from nosa_jax.model import NosaLM
 from nosa_jax.origin import Origin
@@ -30,7 +31,8 @@ from nosa_jax.train.data import Corpus, OtherOrderError, Source
 from nosa_jax.train.feed import Feed, as_source
 from nosa_jax.train.fields import differences, model_config_from_dict
 from nosa_jax.train.log import LOG_NAME, JsonLines, Record
-from nosa_jax.train.patterns import split
+from nosa_jax.train.optim import OptimizerConfig
+from nosa_jax.train.patterns import matches, split
 from nosa_jax.train.plots import PICTURE_NAME, plot_run
 from nosa_jax.train.profile import Profiler
 from nosa_jax.train.run import Run
@@ -38,6 +40,8 @@ from nosa_jax.train.step import Loss, TrainState, init_state
 from nosa_jax.train.trackers import as_trackers
 from pallas_kernels.checks import bad_type, bad_value, require_type
 from pallas_kernels.device import default_device
+
+_SAME = "Use the same value, or take another directory."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,10 +111,10 @@ def train(
     Of several processes all end after the same step. Where one fails while it reads batches or writes its log, the
     others do too, with a RuntimeError.
 
-    Raises ValueError for text shorter than a window or out of the vocabulary, for a directory that another run uses
-    or that already holds checkpoints without `resume`, for a checkpoint of another run, and for a mesh that does not
-    divide what it cuts; FloatingPointError after `config.max_skipped` steps in a row whose loss or gradient is not
-    finite.
+    Raises ValueError for text shorter than a window or out of the vocabulary, for a directory that another run uses,
+    that holds other things than a run or, without `resume`, checkpoints, for a checkpoint of another run or of more
+    than `config.steps` steps, and for a mesh that does not divide what it cuts; FloatingPointError after
+    `config.max_skipped` steps in a row whose loss or gradient is not finite.
     """
     import_extra("tqdm")
     source = as_source(config, source)
@@ -136,6 +140,7 @@ def train(
         if root is not None:
             with processes.failing_together("opening the directory"):
                 if processes.is_writer():
+                    check_run_folder("directory", root)
                     stack.enter_context(only_run("directory", root))
             checkpoints = stack.enter_context(
                 Checkpoints(
@@ -165,7 +170,8 @@ def train(
             with processes.failing_together("making the first state"):
                 state = _first_state(config, model, mesh, optimizer)
         else:
-            state = checkpoints.restore_newest(like, partial(_resume_data, config, source, feed))
+            _check_steps(config, checkpoints)
+            state = checkpoints.restore_newest(like, partial(_resume, config, source, feed, like.model, optimizer))
         del model
         bar = watching.enter_context(Progress(config.steps, int(state.step), shown=progress and writes))
         stop = stack.enter_context(interrupt_flag())
@@ -183,6 +189,17 @@ def train(
         run.state.model.origin = origin  # the compiled step may be that of a run with another
         interrupted = run.peers.settle(stop.is_set())
         return TrainResult(run.state.model, run.step, run.history, run.evaluations, root, interrupted)
+
+
+def check_run_folder(argument: str, folder: Path) -> None:
+    """Raises ValueError for a folder that holds something, but no run: a home folder, say."""
+    if not folder.exists():
+        return
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    if names and not {LOG_NAME, "checkpoints"} & set(names):
+        got = f"{folder} with {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        rule, remedy = "must be new, empty, or the folder of a run", f"Name a new one, {folder / 'run'} for example."
+        raise bad_value(argument, rule, got, remedy)
 
 
 def _draw(root: Path) -> None:
@@ -261,8 +278,19 @@ def _first_state(config: TrainConfig, model: Any, mesh: Mesh | None, optimizer: 
     return jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding), state)
 
 
-def _resume_data(config: TrainConfig, source: Source, feed: Feed, meta: dict[str, Any]) -> None:
-    """Moves `feed` on to where the checkpoint of `meta` was; raises ValueError where that is one of another run."""
+def _check_steps(config: TrainConfig, checkpoints: Checkpoints) -> None:
+    """Raises ValueError for a run that took more steps than it is to have: none would lead to what was asked for."""
+    step = checkpoints.latest_step()
+    if step is not None and step > config.steps:
+        rule = f"must be at least {step}, the steps that were taken before in {checkpoints.directory}"
+        raise bad_value("TrainConfig.steps", rule, config.steps, "Raise it, or take another directory.")
+
+
+def _resume(config: TrainConfig, source: Source, feed: Feed, model: Any, optimizer: Any, meta: dict[str, Any]) -> None:
+    """Moves `feed` on to where the checkpoint of `meta` was; raises ValueError where that is one of another run.
+
+    model: of shapes. optimizer: what is used instead of the one of `config`, or None.
+    """
     saved = meta["config"]
     # As configurations, so that a field which is younger than the checkpoint has its default.
     saved = {**saved, "model": model_config_from_dict(saved["model"])}
@@ -270,12 +298,18 @@ def _resume_data(config: TrainConfig, source: Source, feed: Feed, meta: dict[str
         now = getattr(config, name)
         if saved[name] != now:
             is_model = name == "model"  # of many fields, few of which differ
-            raise bad_value(
-                f"TrainConfig.{name}",
-                f"must be {'as' if is_model else f'{saved[name]} as'} in the checkpoint to resume",
-                differences(now, saved[name]) if is_model else now,
-                "Use the same value, or take another directory.",
-            )
+            rule = f"must be {'as' if is_model else f'{saved[name]} as'} in the checkpoint to resume"
+            got = differences(now, saved[name]) if is_model else now
+            raise bad_value(f"TrainConfig.{name}", rule, got, _SAME)
+    # The moments that were kept are of what trained then. Other patterns may say the same.
+    patterns = tuple(saved.get("trainable", TrainConfig.trainable))
+    if any(matches(patterns, name) != matches(config.trainable, name) for name in by_name(model)):
+        rule = f"must train what {' '.join(patterns)} does, as in the checkpoint to resume"
+        raise bad_value("TrainConfig.trainable", rule, " ".join(config.trainable), _SAME)
+    kept, dtype = saved["optimizer"].get("moment_dtype", OptimizerConfig.moment_dtype), config.optimizer.moment_dtype
+    if optimizer is None and kept != dtype:
+        rule = f"must be {kept} as in the checkpoint to resume"
+        raise bad_value("OptimizerConfig.moment_dtype", rule, dtype, _SAME)
     if meta["corpus"] != source.fingerprint():
         raise bad_value(
             "corpus",

@@ -149,7 +149,8 @@ class Run:
         """Saves and, unless the user is waiting for the prompt, evaluates."""
         saved = self.save()
         if self.checkpoints is not None:
-            self.checkpoints.wait()
+            with processes.failing_together("writing the last checkpoint"):
+                self.checkpoints.wait()
         if self.ended and self.step < self.config.steps:
             goes_on = f"saved {saved}; resume=True (--resume) continues"
             where = "nothing was saved (no directory)" if saved is None else goes_on

@@ -118,7 +118,9 @@ def jsonl(
             content = found.get(field)
             if not isinstance(content, str):
                 got = f"{type(content).__name__} {content!r:.60}" if field in found else f"fields {sorted(found)!r:.80}"
-                raise bad_value(where, f"must hold text under {field!r}", got, "Correct the line, or pass field=.")
+                is_chat = "messages" in found or "conversations" in found
+                remedy = "Read chats with train.chat (--format chat)" if is_chat else "Correct the line"
+                raise bad_value(where, f"must hold text under {field!r}", got, f"{remedy}, or pass field=.")
             if not content:
                 empty.append(where)
             yield Document(as_utf8(content, where), where)
