@@ -9,10 +9,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 from support import but_slow
 from targets import H200, cudnn_installed
 
-from nosa_jax import AttentionConfig, ModelConfig, presets
+import nosa_jax
+from nosa_jax import AttentionConfig, CacheConfig, ModelConfig, NosaLM, presets
 from pallas_kernels import (
     KernelUnsupportedError,
     Residence,
@@ -392,3 +394,24 @@ def test_without_cudnn_dense_attention_takes_our_kernels():
         assert forward == ["mosaic"] and gradient == ["mosaic", *DENSE_BACKWARD]
         with pytest.raises(KernelUnsupportedError, match="'cudnn' cannot run: JAX cannot use cuDNN: cuDNN is not"):
             dense(["out"], "cudnn")
+
+
+def test_prompts_reach_the_host_store_by_kernels_alone():
+    """XLA would write what is not whole rows two bytes at a time."""
+    config, rows, room = presets.tiny(), 3, 400
+    model = jax.eval_shape(lambda: NosaLM(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
+    tokens = jax.ShapeDtypeStruct((rows, 64), jnp.int32)
+
+    def read(model, tokens):
+        state, _ = nosa_jax.prefill(model, tokens, max_length=room, cache=CacheConfig(slots=8))
+        return nosa_jax.extend(model, state, tokens)
+
+    with jax.sharding.use_abstract_mesh(H200):
+        text = jax.jit(read).trace(model, tokens).lower(lowering_platforms=("cuda",)).as_text()
+    store = f"tensor<4x{rows * room // 16}x2x2x16x32xbf16>"
+    users = [line for line in text.splitlines() if store in line]
+    assert any('name = "write_back_blocks"' in line for line in users)
+    assert any('name = "fetch_blocks"' in line for line in users)
+    assert not any(
+        operation in line for line in users for operation in (".dynamic_update_slice", ".scatter", ".select")
+    )

@@ -55,7 +55,7 @@ def plan_reading(
     def size(rows: int, chunk: int | None) -> int:
         whole = fresh and chunk is None
         staged = min(num_blocks, blocks.num_blocks(width, config.attention.block_size)) if whole else num_blocks
-        of_group = 0 if rows == batch else 2 * rows * row_bytes  # a group works on a copy of its rows, before and after
+        of_group = 0 if rows == batch else 3 * rows * row_bytes // 2  # a group works on a copy of its rows
         read = width if chunk is None else chunk
         return of_group + _bytes(config, rows, read, staged, jnp.dtype(dtype).itemsize)
 
