@@ -75,6 +75,23 @@ def fails(arguments: list[str], capsys) -> str:
 # --- train, generate, locality ------------------------------------------------------------------------------------
 
 
+def test_compiled_programs_are_kept_for_the_next_command(tmp_path, monkeypatch, capsys):
+    """By the command, not by calls from Python; where the user says otherwise, there."""
+    named = jax.config.jax_compilation_cache_dir
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("sys.argv", ["nosa", "--version"])
+    try:
+        for before, after in ((None, str(tmp_path / "nosa-jax" / "programs")), ("elsewhere", "elsewhere")):
+            jax.config.update("jax_compilation_cache_dir", before)
+            main(["--version"])
+            assert jax.config.jax_compilation_cache_dir == before
+            main()
+            assert jax.config.jax_compilation_cache_dir == after
+        assert (tmp_path / "nosa-jax" / "programs").is_dir()
+    finally:
+        jax.config.update("jax_compilation_cache_dir", named)
+
+
 def test_train_saves_checkpoints_log_and_model(trained):
     assert sorted(path.name for path in (trained / "checkpoints").iterdir()) == ["2"]
     assert [record["step"] for record in read_log(trained / "log.jsonl") if record["kind"] == "train"][-1] == 2

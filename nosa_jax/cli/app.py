@@ -10,6 +10,8 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
+
 import nosa_jax
 from nosa_jax._extras import import_extra
 from nosa_jax._paths import user_path
@@ -41,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done, 1: the demo's check failed or the reader of the output has gone, 2: any error, 130: interrupted.
     Raises SystemExit for --help and for arguments that do not parse.
     """
+    if argv is None:
+        _keep_programs()
     arguments = list(sys.argv[1:] if argv is None else argv)
     command: Command | None = None
     with usable_streams(), warnings.catch_warnings():
@@ -72,6 +76,19 @@ def _describe(error: Exception) -> str:
         return _one_line(str(error))
     unexpected = f"unexpected {type(error).__name__}: {_one_line(str(error))}".removesuffix(": ")
     return f"{unexpected} ({TRACEBACK_VARIABLE}=1 shows where it comes from)"
+
+
+def _keep_programs() -> None:
+    """Lets JAX find what this command compiled before in the user's cache folder, unless the user named another.
+
+    JAX_ENABLE_COMPILATION_CACHE=false keeps none.
+    """
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    with contextlib.suppress(OSError, RuntimeError):  # no home, or one that cannot be written to
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nosa-jax" / "programs"
+        folder.mkdir(parents=True, exist_ok=True)
+        jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def _one_line(text: str) -> str:
