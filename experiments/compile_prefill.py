@@ -10,6 +10,7 @@ store, which XLA would do two bytes at a time. Fails where a program breaks one 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import sys
@@ -26,6 +27,8 @@ import nosa_jax
 from experiments.compile_for_h200 import TARGET
 from experiments.environment import save
 from nosa_jax import CacheConfig, NosaLM, decode, presets
+from nosa_jax.decode.checks import Limits
+from nosa_jax.decode.prompt import Prompt, read_prompt
 
 CONTEXT, NEW = 16384, 72
 MOST = 1.1  # of the peak, that a plan may say
@@ -40,10 +43,12 @@ def compiled(config: Any, rows: int, cache: CacheConfig) -> Any:
     mesh = AbstractMesh((1,), ("device",), axis_types=(AxisType.Auto,), abstract_device=device)
     placed = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
     model = placed(jax.eval_shape(lambda: NosaLM(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)))
-    tokens = placed(jax.ShapeDtypeStruct((rows, CONTEXT), jnp.int32))
-    prefill = lambda model, tokens: nosa_jax.prefill(model, tokens, max_length=CONTEXT + NEW, cache=cache)
+    numbers = lambda *shape: placed(jax.ShapeDtypeStruct(shape, jnp.int32))
+    prompt = Prompt(numbers(rows, CONTEXT), numbers(rows))
+    # What `prefill` runs after its checks, which know the memory of this machine only.
+    prefill = functools.partial(read_prompt, max_length=CONTEXT + NEW, cache=cache, limits=Limits())
     with jax.sharding.use_abstract_mesh(mesh):
-        lowered = jax.jit(prefill).trace(model, tokens).lower(lowering_platforms=("cuda",))
+        lowered = jax.jit(prefill).trace(model, prompt).lower(lowering_platforms=("cuda",))
         return lowered.compile(compiler_options=decode.COMPILER_OPTIONS)
 
 
