@@ -16,6 +16,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from pallas_kernels.checks import bad_value, require_int, require_size
 
 
+class OtherProcessError(RuntimeError):
+    """What ends a process because another one has failed, whose own error says why."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what} failed in another process, whose message says why")
+
+
 def initialize(
     coordinator_address: str | None = None, num_processes: int | None = None, process_id: int | None = None
 ) -> None:
@@ -77,7 +84,10 @@ def differs(number: int) -> bool:
 
 @contextlib.contextmanager
 def failing_together(what: str) -> Iterator[None]:
-    """An error inside, in any process, ends the block with an error in all of them; else some would wait for ever."""
+    """An error inside, in any process, ends the block with an error in all of them; else some would wait for ever.
+
+    It is its own error in the process where it arose, and OtherProcessError in the others.
+    """
     error: BaseException | None = None
     try:
         yield
@@ -87,7 +97,7 @@ def failing_together(what: str) -> Iterator[None]:
     if error is not None:
         raise error
     if failed:
-        raise RuntimeError(f"{what} failed in another process, whose message says why")
+        raise OtherProcessError(what)
 
 
 @contextlib.contextmanager
@@ -128,13 +138,13 @@ class Peers:
         """Whether one was to stop when all were asked; all get the same answer.
 
         Waits for what was queued before the question, not for what came after it. Raises the error held here, or
-        RuntimeError where another process has failed.
+        OtherProcessError where another process has failed.
         """
         stop, failed = (bool(flag) for flag in to_host(self._asked)[0])
         if failed and self._error is not None:
             raise self._error
         if failed:
-            raise RuntimeError("training failed in another process, whose message says why")
+            raise OtherProcessError("training")
         return stop
 
     def settle(self, stop: bool) -> bool:

@@ -384,6 +384,7 @@ def test_warnings_are_notes(capsys, monkeypatch):
         (Train(), "or pass heldout_fraction=0.0.", "or pass --heldout-fraction 0.0."),
         (Train(), "TrainConfig.seed: must be 0, got 1.", "--seed: must be 0, got 1."),
         (Train(), "Correct it, or pass field=.", "Correct it, or pass --field."),
+        (Train(), "TrainConfig.model: a model. Pass (model=)", "--preset and --variant: a model. Pass (--init)"),
         (Train(data=(("a",),)), "source: must hold text, not data=2.", "--data: must hold text, not data=2."),
         (
             Export(Path("run"), Path("out")),

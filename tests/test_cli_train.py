@@ -12,7 +12,7 @@ import tokenizers
 from flax import nnx
 
 import nosa_jax
-from nosa_jax import presets, train
+from nosa_jax import parallel, presets, train
 from nosa_jax.cli import main
 from nosa_jax.cli.data import origin_with
 from nosa_jax.cli.train import Train
@@ -185,10 +185,14 @@ def test_bytes_are_told_to_a_model_that_is_trained_on_them():
             (None, 999, ["text", "tokens"]),
             (None, 999, ["tokens"]),
             (None, 99, ["text"]),
-            (model, 999, ["text"]),
+            (model, 999, ["tokens"]),
         )
     ]
     assert [type(tokenizer) for tokenizer in said] == [ByteTokenizer, *[type(None)] * 3]
+    with pytest.raises(
+        ValueError, match=r"^--tokenizer: must be given for text where --init brings no tokenizer\.json"
+    ):
+        Train(data=(("x",),))._tokenizer(model, 999, ["tokens", "text"])
 
 
 def test_the_model_goes_out_with_what_it_was_trained_with(texts):
@@ -199,3 +203,24 @@ def test_the_model_goes_out_with_what_it_was_trained_with(texts):
     told = origin_with(told, None, None, Path("chat.jinja"), None)
     assert told.files["chat_template.jinja"].decode() == TEMPLATE and told.stop_tokens == (7,)
     assert origin_with(Origin(), ByteTokenizer(), None, None, 10).stop_tokens == (10,)
+
+
+def test_the_end_of_text_that_a_model_was_trained_with_stops_it():
+    """With its own tokenizer, whose other files hold as before."""
+    own = {"tokenizer.json": b"{}", "generation_config.json": b'{"eos_token_id": [2, 3], "top_k": 4}'}
+    told = [origin_with(Origin({"eos_token_id": 2, "mine": 1}, own), None, None, None, end) for end in (None, 7, 3)]
+    assert [origin.stop_tokens for origin in told] == [(2, 3), (7,), (3, 2)]
+    assert told[0].files == own
+    assert json.loads(told[1].files["generation_config.json"]) == {"eos_token_id": 7, "top_k": 4}
+    assert told[1].config == {"eos_token_id": 7, "mine": 1} and told[1].files["tokenizer.json"] == b"{}"
+    assert origin_with(Origin(), None, None, None, 7).stop_tokens == (7,)
+
+
+def test_what_failed_in_another_process_is_no_surprise(texts, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise parallel.OtherProcessError("training")
+
+    monkeypatch.setattr(train, "train", fail)
+    assert main(["train", *SIZES, "--data", "a.txt"]) == 2
+    said = "nosa: error: training failed in another process, whose message says why\n"
+    assert capsys.readouterr().err.endswith(said)

@@ -116,7 +116,8 @@ def test_text_of_any_encoding_is_read_byte_by_byte(tmp_path, encoding):
 
 def test_what_a_run_wrote_is_no_text(tmp_path, monkeypatch):
     run = tmp_path / "runs" / "tiny"
-    for name in ("log.jsonl", "checkpoints/5/_CHECKPOINT_METADATA", "checkpoints/5/meta", "model/config.json", "notes"):
+    checkpoint = ("checkpoints/5/_CHECKPOINT_METADATA", "checkpoints/5/meta")
+    for name in ("log.jsonl", *checkpoint, "model/config.json", "training.png", "not_finite-3-0.npz", "notes"):
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_text("{}")
     (tmp_path / "saved" / "7").mkdir(parents=True)

@@ -99,8 +99,9 @@ def test_runs_go_on_in_other_numbers_of_processes(tmp_path):
 @pytest.mark.parametrize(
     ("trouble", "first", "last"),
     [
-        ("write", "OSError: No space left on device", "RuntimeError: training failed in another process"),
-        ("read", "RuntimeError: training failed in another process", "OSError: no more text"),
+        ("write", "OSError: No space left on device", "OtherProcessError: training failed in another process"),
+        ("read", "OtherProcessError: training failed in another process", "OSError: no more text"),
+        ("save", "OtherProcessError: writing the checkpoint before failed in", "OSError: no more room"),
         ("nan", "FloatingPointError: loss: must stay finite", "FloatingPointError: loss: must stay finite"),
     ],
 )

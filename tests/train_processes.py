@@ -4,7 +4,7 @@
 
 COUNT processes have 4 devices together. AXES is a mesh as `nosa train --mesh` takes it. TROUBLE is "none" or what comes
 in the third step: the first process cannot "write" its log, the last one cannot "read" or gets a "signal"; or "nan":
-no loss is finite.
+no loss is finite; or "save": the last process hears after the second step that its part of a checkpoint is missing.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 from typing import Any
 
 import jax
+import orbax.checkpoint as ocp
 from support import small_config
 
 import nosa_jax
@@ -40,6 +41,19 @@ def troubled(feed_next: Any, trouble: str, stop: bool) -> Any:
         return feed_next(feed)
 
     return following
+
+
+def unsaved(wait: Any) -> Any:
+    """Orbax's `wait_until_finished`, which tells once of an error with the first checkpoint."""
+    told: list[bool] = []
+
+    def waiting(manager: Any) -> None:
+        wait(manager)
+        if not told and manager.latest_step() == 2:
+            told.append(True)
+            raise OSError("no more room")
+
+    return waiting
 
 
 def full_disk(record: dict[str, Any]) -> None:
@@ -74,6 +88,9 @@ def main(index: int, count: int, port: int, folder: str, axes: str, steps: int, 
         options = {"loss": lambda model, batch: jax.numpy.nan * model.norm[...].sum()}
     if trouble in ("read", "signal"):
         Feed.__next__ = troubled(Feed.__next__, trouble, index == count - 1)
+    if trouble == "save" and index == count - 1:
+        manager: Any = ocp.CheckpointManager
+        manager.wait_until_finished = unsaved(manager.wait_until_finished)
     result = train.train(config, source, folder, mesh=mesh, resume=True, progress=False, **options)
     nosa_jax.save_pretrained(result.model, f"{folder}/model")
     said = {"train": [r["loss"] for r in result.history], "eval": [r["loss"] for r in result.evaluations]}

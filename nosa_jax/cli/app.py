@@ -24,6 +24,7 @@ from nosa_jax.cli.locality import Locality
 from nosa_jax.cli.plan import Plan
 from nosa_jax.cli.terminal import note, show, usable_streams
 from nosa_jax.cli.train import Train
+from nosa_jax.parallel import OtherProcessError
 
 # Subcommands: dataclasses whose fields are the flags and whose `run` does the work and returns the exit code.
 Command = Demo | Train | Export | Generate | Locality | Plan | Doctor
@@ -33,8 +34,17 @@ _DESCRIPTION = (
     "Native and offloadable sparse attention in JAX. `nosa demo` shows all of it in a few minutes, `nosa --version` "
     f"the version. Set {TRACEBACK_VARIABLE}=1 to see where an error comes from."
 )
-# What bad input raises: values and files of the user, missing extras, a loss that is no longer finite.
-_MISTAKES = (ValueError, TypeError, OSError, ImportError, FloatingPointError, nosa_jax.KernelUnsupportedError)
+# What bad input raises: values and files of the user, missing extras, a loss that is no longer finite, and any of these
+# in another process.
+_MISTAKES = (
+    ValueError,
+    TypeError,
+    OSError,
+    ImportError,
+    FloatingPointError,
+    nosa_jax.KernelUnsupportedError,
+    OtherProcessError,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from nosa_jax import train
+from nosa_jax._json import parse_object
 from nosa_jax.cli.flags import called
 from nosa_jax.cli.terminal import size, working
 from nosa_jax.hf import ByteTokenizer, FileTokenizer
@@ -131,15 +133,26 @@ def origin_with(
     if tokenizer is not None:  # of the files and ids of another one nothing holds
         files = {} if path is None else read_texts(path if path.is_dir() else path.parent)
         files["tokenizer.json"] = tokenizer.to_json().encode()
-        if end_of_text is not None:
-            files.pop(GENERATION_NAME, None)  # which would have the last word
         stop = read_vocabulary(path, end_of_text).end_of_text
         config = {key: value for key, value in origin.config.items() if not key.endswith(("_token_id", "_token_ids"))}
         origin = Origin(config if stop is None else {**config, "eos_token_id": stop}, files, origin.model_type)
+    if end_of_text is not None:
+        origin = _ended_by(end_of_text, origin)
     if template is not None:
         files = {**origin.files, "chat_template.jinja": template.read_bytes()}
         origin = dataclasses.replace(origin, files=files)
     return origin
+
+
+def _ended_by(token: int, origin: Origin) -> Origin:
+    """`origin` with another stop token. It becomes the first of several where it is one of them."""
+    ids = [token, *(other for other in origin.stop_tokens if other != token)]
+    stop = ids if token in origin.stop_tokens and len(ids) > 1 else token
+    files = dict(origin.files)
+    if GENERATION_NAME in files:  # it has the last word, on how to sample too
+        generation = parse_object(GENERATION_NAME, files[GENERATION_NAME])
+        files[GENERATION_NAME] = (json.dumps({**generation, "eos_token_id": stop}, indent=2) + "\n").encode()
+    return dataclasses.replace(origin, config={**origin.config, "eos_token_id": stop}, files=files)
 
 
 def _form(files: list[Path]) -> Any:

@@ -14,6 +14,7 @@ from nosa_jax.cli.terminal import facts, heading, working
 from nosa_jax.hf import ByteTokenizer
 from nosa_jax.hf.load import origin_of
 from nosa_jax.hf.save import check_folder
+from nosa_jax.train.folder import CHECKPOINTS_NAME
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Export:
         if not self.importance_only:
             check_folder(self.out)
         with working("reading the checkpoint"):
-            model = train.load_model(self.run_folder / "checkpoints", self.step)
+            model = train.load_model(self.run_folder / CHECKPOINTS_NAME, self.step)
         with working(f"writing {self.out}"):
             if self.importance_only:
                 nosa_jax.save_importance(model, self.out)

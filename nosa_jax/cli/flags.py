@@ -21,6 +21,7 @@ _OTHER_NAMES = {
         "path": "--out",
         "dtype": "--token-dtype",
         "coordinator_address": "--coordinator",
+        "model": "--init",
         "TrainConfig.model": "--preset and --variant",
     },
     "Export": {"directory": "run-folder", "path": "out"},
@@ -68,7 +69,7 @@ def as_typed(message: str, command: Any) -> str:
             return match[0]
         if not (match.start() == 0 or owner or value is not None or "_" in name):
             return match[0]
-        text = names[name]
+        text = names.get(owner + name, names[name])
         if value == "None":
             return f"no {text}"
         if value == "False":

@@ -33,8 +33,9 @@ from nosa_jax.hf.load import outline
 from nosa_jax.hf.save import check_folder
 from nosa_jax.hf.text import tokenizer_of
 from nosa_jax.model import Remat
+from nosa_jax.origin import Origin
 from nosa_jax.train import OptimizerConfig, TrainConfig, TrainResult
-from nosa_jax.train.loop import check_run_folder
+from nosa_jax.train.folder import CHECKPOINTS_NAME, LOG_NAME, MODEL_NAME, check_run_folder
 from nosa_jax.train.optim import UNUSED
 from pallas_kernels.checks import bad_value
 
@@ -234,17 +235,20 @@ class Train:
         out = self.out or Path("runs", f"{self._start()}-{config.model.attention.variant}")
         _check_out(out)
         source: Any = self._source(found, tokenizer, config)
+        origin = None
+        if self.data:  # before the run, which would be done when this fails
+            told = (written, self.tokenizer, self.template, self.end_of_text)
+            origin = origin_with(Origin() if model is None else model.origin, *told)
         if processes.is_writer():
             heading(f"Training {out.resolve().name} ({config.model.attention.variant}) for {config.steps} steps")
             facts([("text", describe(source)), ("folder", out)])
         result = train.train(
             config, source, out, model=self.init, mesh=mesh, resume=self.resume, trackers=self.trackers
         )
-        if self.data:
-            told = (written, self.tokenizer, self.template, self.end_of_text)
-            result.model.origin, written = origin_with(result.model.origin, *told), None
+        if origin is not None:
+            result.model.origin, written = origin, None
         with working("writing the model"):
-            nosa_jax.save_pretrained(result.model, out / "model", tokenizer=written)
+            nosa_jax.save_pretrained(result.model, out / MODEL_NAME, tokenizer=written)
         if processes.is_writer():
             self._report(result, out)
         return 130 if result.interrupted else 0
@@ -310,6 +314,10 @@ class Train:
             return self.tokenizer, read_tokenizer(self.tokenizer, vocab_size)
         if own:
             return self.init, None
+        if model is not None and vocab_size > ByteTokenizer.vocab_size and any(kind != "tokens" for kind in kinds):
+            rule = f"must be given for text where --init brings no tokenizer.json for its vocabulary of {vocab_size}"
+            remedy = "Name the folder of the original, or pass token ids as --data. (256 would be bytes.)"
+            raise bad_value("--tokenizer", rule, "none", remedy)
         fits = vocab_size == ByteTokenizer.vocab_size
         if model is None and any(kind != "tokens" for kind in kinds):
             fits = vocab_size >= ByteTokenizer.vocab_size
@@ -321,9 +329,9 @@ class Train:
         facts(
             [
                 ("held-out loss", "not evaluated" if bits is None else f"{bits:.4f} bits per byte"),
-                ("checkpoints", f"{out / 'checkpoints'} (the same command with --resume continues)"),
-                ("log", out / "log.jsonl"),
-                ("model", f'{out / "model"} (nosa generate {out / "model"} --prompt "...")'),
+                ("checkpoints", f"{out / CHECKPOINTS_NAME} (the same command with --resume continues)"),
+                ("log", out / LOG_NAME),
+                ("model", f'{out / MODEL_NAME} (nosa generate {out / MODEL_NAME} --prompt "...")'),
             ]
         )
 
@@ -343,5 +351,5 @@ def as_sizes(mesh: str) -> dict[str, int]:
 
 def _check_out(out: Path) -> None:
     """Raises ValueError or FileExistsError for a folder that is not to be written into."""
-    check_folder(out / "model")
+    check_folder(out / MODEL_NAME)
     check_run_folder("--out", out)

@@ -47,13 +47,14 @@ from nosa_jax.parallel.rules import (
     spec,
     specs,
 )
-from nosa_jax.processes import initialize
+from nosa_jax.processes import OtherProcessError, initialize
 
 __all__ = [
     "AXES",
     "PIECES",
     "ROWS",
     "RULES",
+    "OtherProcessError",
     "activations",
     "all_tokens",
     "as_lying",

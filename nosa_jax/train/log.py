@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nosa_jax._paths import user_path
-
-LOG_NAME = "log.jsonl"
+from nosa_jax.train.folder import LOG_NAME
 
 Record = dict[str, Any]
 

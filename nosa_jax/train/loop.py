@@ -30,10 +30,11 @@ from nosa_jax.train.config import TrainConfig
 from nosa_jax.train.data import Corpus, OtherOrderError, Source
 from nosa_jax.train.feed import Feed, as_source
 from nosa_jax.train.fields import differences, model_config_from_dict
-from nosa_jax.train.log import LOG_NAME, JsonLines, Record
+from nosa_jax.train.folder import CHECKPOINTS_NAME, LOG_NAME, PICTURE_NAME, PROFILE_NAME, check_run_folder
+from nosa_jax.train.log import JsonLines, Record
 from nosa_jax.train.optim import OptimizerConfig
 from nosa_jax.train.patterns import matches, split
-from nosa_jax.train.plots import PICTURE_NAME, plot_run
+from nosa_jax.train.plots import plot_run
 from nosa_jax.train.profile import Profiler
 from nosa_jax.train.run import Run
 from nosa_jax.train.step import Loss, TrainState, init_state
@@ -109,7 +110,7 @@ def train(
 
     Ctrl-C, SIGTERM and SIGHUP let the current step end, save, and return what there is; a second Ctrl-C stops at once.
     Of several processes all end after the same step. Where one fails while it reads batches or writes its log, the
-    others do too, with a RuntimeError.
+    others do too, with a RuntimeError (`nosa_jax.parallel.OtherProcessError`).
 
     Raises ValueError for text shorter than a window or out of the vocabulary, for a directory that another run uses,
     that holds other things than a run or, without `resume`, checkpoints, for a checkpoint of another run or of more
@@ -144,7 +145,7 @@ def train(
                     stack.enter_context(only_run("directory", root))
             checkpoints = stack.enter_context(
                 Checkpoints(
-                    root / "checkpoints",
+                    root / CHECKPOINTS_NAME,
                     keep=config.keep_checkpoints,
                     keep_every=config.keep_every,
                     clean=True,
@@ -164,7 +165,7 @@ def train(
             log = watching.enter_context(JsonLines(root / LOG_NAME if root is not None and writes else None))
             watching.enter_context(told)
             traced = config.profile_steps if root is not None and writes else None
-            profiler = watching.enter_context(Profiler((root or Path()) / "profile", traced))
+            profiler = watching.enter_context(Profiler((root or Path()) / PROFILE_NAME, traced))
         # Memory is spent from here on, and for one state.
         if checkpoints is None or checkpoints.latest_step() is None:
             with processes.failing_together("making the first state"):
@@ -189,17 +190,6 @@ def train(
         run.state.model.origin = origin  # the compiled step may be that of a run with another
         interrupted = run.peers.settle(stop.is_set())
         return TrainResult(run.state.model, run.step, run.history, run.evaluations, root, interrupted)
-
-
-def check_run_folder(argument: str, folder: Path) -> None:
-    """Raises ValueError for a folder that holds something, but no run: a home folder, say."""
-    if not folder.exists():
-        return
-    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-    if names and not {LOG_NAME, "checkpoints"} & set(names):
-        got = f"{folder} with {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        rule, remedy = "must be new, empty, or the folder of a run", f"Name a new one, {folder / 'run'} for example."
-        raise bad_value(argument, rule, got, remedy)
 
 
 def _draw(root: Path) -> None:

@@ -17,7 +17,6 @@ from pallas_kernels.checks import bad_value
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-PICTURE_NAME = "training.png"
 _COLUMNS = 3
 _BLUE, _RED = COLOURS[:2]  # of training and of held-out text; of the first and of the last evaluation
 

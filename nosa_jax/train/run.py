@@ -24,6 +24,7 @@ from nosa_jax.train.data import Batch, Source, heldout_bytes_per_token
 from nosa_jax.train.evaluation import Evaluation, evaluate_batches
 from nosa_jax.train.feed import Feed
 from nosa_jax.train.flops import mfu, peak_flops
+from nosa_jax.train.folder import NOT_FINITE
 from nosa_jax.train.log import JsonLines, Record, as_json
 from nosa_jax.train.loss import bits_per_byte
 from nosa_jax.train.profile import Profiler
@@ -168,6 +169,9 @@ class Run:
             "corpus": self.source.fingerprint(),
             "data": self.feed.get_state(),
         }
+        # Orbax raises here, in one process alone, what went wrong with the files of the checkpoint before.
+        with processes.failing_together("writing the checkpoint before"):
+            self.checkpoints.wait()
         return self.checkpoints.save(self.state, meta)
 
     def _check_before(self) -> None:
@@ -194,7 +198,7 @@ class Run:
         """Writes this process's part of a batch into the run's folder, for those who look for the cause."""
         if self.checkpoints is None:
             return ""
-        path = self.checkpoints.directory.parent / f"not_finite-{self.step}-{jax.process_index()}.npz"
+        path = self.checkpoints.directory.parent / f"{NOT_FINITE}{self.step}-{jax.process_index()}.npz"
         arrays = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
         held: Any = {name: _held(array) for name, array in arrays.items() if array is not None}
         try:

@@ -21,6 +21,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from nosa_jax._extras import import_extra
 from nosa_jax._paths import user_path
+from nosa_jax.train.folder import TENSORBOARD_NAME
 from nosa_jax.train.log import Record
 from pallas_kernels.checks import bad_type, bad_value
 
@@ -87,7 +88,7 @@ class TensorBoard:
         self.close()
         root = None if record.get("directory") is None else Path(record["directory"])
         self.check(root)
-        directory = self._directory or root / "tensorboard"  # type: ignore[operator]
+        directory = self._directory or root / TENSORBOARD_NAME  # type: ignore[operator]
         step = record["step"]
         self._writer = self._make(str(directory), purge_step=step + 1 if step else None)
         text = json.dumps(record.get("config", {}), indent=4)

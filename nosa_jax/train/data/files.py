@@ -14,12 +14,10 @@ from typing import Any
 import numpy as np
 
 from nosa_jax._paths import user_path
-from nosa_jax.train.log import LOG_NAME
+from nosa_jax.train.folder import is_part_of_run
 from pallas_kernels.checks import bad_type, bad_value
 
 _STDLIB_SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
-# What Orbax writes into every checkpoint.
-_CHECKPOINT = "_CHECKPOINT_METADATA"
 # Bytes that text does not hold: control characters other than bell to carriage return, and escape.
 _CONTROL = np.array([*range(7), *range(14, 27), *range(28, 32), 127], np.uint8)
 
@@ -44,7 +42,7 @@ def find_files(*patterns: str | os.PathLike[str]) -> list[Path]:
     def part_of_run(path: Path) -> Path | None:
         """What of a training run `path` is or lies in, None for anything else."""
         outer = None if path == path.parent else part_of_run(path.parent)
-        return outer or (path if _is_part_of_run(path) else None)
+        return outer or (path if is_part_of_run(path) else None)
 
     for pattern in patterns:
         path = user_path("patterns", pattern)
@@ -59,17 +57,6 @@ def find_files(*patterns: str | os.PathLike[str]) -> list[Path]:
     if written:
         warn("skipped what a training run wrote: " + some(sorted(written)))
     return _once(found)
-
-
-def _is_part_of_run(path: Path) -> bool:
-    """Whether `path` is a checkpoint, or what else a run writes, which lies beside its log and checkpoints."""
-    if os.path.exists(path / _CHECKPOINT):
-        return True
-    run = path.parent
-    written = (LOG_NAME, "checkpoints", "model", "wandb", "tensorboard", "profile", "training.png")
-    return (path.name in written or path.name.startswith("not_finite-")) and (
-        (run / "checkpoints").is_dir() and (run / LOG_NAME).is_file()
-    )
 
 
 def _matches(path: Path) -> Iterator[Path]:
