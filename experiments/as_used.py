@@ -91,10 +91,11 @@ def extending(model: NosaLM, tokens: Any, count: int, repeats: int, *, max_lengt
     """Median seconds of `jit_extend` by so many tokens, again and again."""
     room = max(max_length, tokens.shape[1] + count * (repeats + 1))
     state, _ = nosa_jax.prefill(model, tokens, max_length=room, **rooms)
+    more = jax.random.randint(jax.random.key(1), (len(tokens), count), 0, model.config.vocab_size, jnp.int32)
     samples = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
-        state, logits = nosa_jax.jit_extend(model, state, tokens[:, :count])
+        state, logits = nosa_jax.jit_extend(model, state, more)
         jax.block_until_ready(logits)
         samples.append(time.perf_counter() - start)
     return statistics.median(samples[1:])
@@ -111,7 +112,8 @@ def streamed(model: NosaLM, tokens: Any, **options: Any) -> tuple[float, float]:
 def measure(run: Run, model: NosaLM, *, repeats: int, extend: int, decode: bool) -> dict[str, Any]:
     tokens = jax.random.randint(jax.random.key(0), (run.rows, run.context), 0, model.config.vocab_size, jnp.int32)
     rooms = {"cache": run.cache, "chunk": run.chunk}
-    planned = nosa_jax.plan(model.config, run.rows, run.max_length, run.cache)
+    read = {"prompt": run.context, "chunk": run.chunk}
+    planned = nosa_jax.plan(model.config, run.rows, run.max_length, run.cache, **read)
     before = peak_bytes()
     prefill = lambda: nosa_jax.prefill(model, tokens, max_length=run.max_length, **rooms)
     found: dict[str, Any] = {"prefill_s": seconds(lambda: prefill()[1], repeats)}

@@ -27,7 +27,7 @@ import nosa_jax
 from experiments.compile_for_h200 import TARGET
 from experiments.environment import save
 from nosa_jax import CacheConfig, NosaLM, decode, presets
-from nosa_jax.decode.checks import Limits
+from nosa_jax.cache.working_set import Limits
 from nosa_jax.decode.prompt import Prompt, read_prompt
 
 CONTEXT, NEW = 16384, 72

@@ -149,7 +149,7 @@ def test_host_memory_limit():
 def test_weights_count_where_one_memory_is_all(monkeypatch):
     """The machine's memory is not what is free of it: on a CPU the weights take their part."""
     model, tokens = lively_model(small_config()), random_tokens(1, 20)
-    plan = nosa_jax.plan(model.config, 1, 24, dtype=jnp.float32, prompt=32)  # 20 tokens, padded
+    plan = nosa_jax.plan(model.config, 1, 24, dtype=jnp.float32, prompt=20)
     limit = plan.host_bytes + plan.device_bytes
     monkeypatch.setattr(memory, "_physical_memory", lambda: limit)
     nosa_jax.prefill(model, tokens, max_length=24)
@@ -169,7 +169,7 @@ def test_weights_count_where_one_memory_is_all(monkeypatch):
 def test_records_are_part_of_the_check(monkeypatch, call, record, entry):
     """Twice: as they are written, one entry per step first, and as they are returned."""
     model, tokens, new = lively_model(small_config()), random_tokens(2, 20), 4
-    plan = nosa_jax.plan(model.config, 2, 20 + new, dtype=jnp.float32, prompt=32)
+    plan = nosa_jax.plan(model.config, 2, 20 + new, dtype=jnp.float32, prompt=20)
     limit = plan.host_bytes + plan.device_bytes + 2 * new * entry
     monkeypatch.setattr(memory, "_physical_memory", lambda: limit)
     traced = lambda: jax.eval_shape(lambda: getattr(nosa_jax, call)(model, tokens, max_new_tokens=new, record=record))

@@ -16,15 +16,28 @@ from support import LENGTHS, OFFLOADED, random_tokens, small_config
 import nosa_jax
 from nosa_jax import CacheConfig, presets
 from nosa_jax.cache import host_store
-from nosa_jax.cache.working_set import DEFAULT_BYTES, Reading, plan_reading
+from nosa_jax.cache.state import device_bytes
+from nosa_jax.cache.working_set import DEFAULT_BYTES, Limits, Reading, plan_reading, rounded
 from nosa_jax.decode import widths
 
 ROOM = 400
 
 
-def reading(budget, prompt=widths.rounded(300), rows=3, cache=OFFLOADED):
-    plan = nosa_jax.plan(small_config(), rows, ROOM, cache, dtype=jnp.float32, prompt=prompt, working_set=budget)
-    return plan.reading
+def reading(budget, cache):
+    """How three rows of 300 tokens are read."""
+    return nosa_jax.plan(
+        small_config(), 3, ROOM, cache, dtype=jnp.float32, prompt=300, working_set=budget
+    ).reading  # fmt: skip
+
+
+def reading_more(state, width, budget):
+    """How so many more tokens are."""
+    row_bytes = device_bytes(state) // 3
+    limits = Limits(None, budget)
+    config = small_config()
+    return plan_reading(
+        config, 3, width, state.num_blocks, dtype=jnp.float32, row_bytes=row_bytes, fresh=False, limits=limits
+    )
 
 
 def budgets(cache):
@@ -32,7 +45,7 @@ def budgets(cache):
     sizes = {}
     for budget in range(6_000_000, 1_000_000, -50_000):
         try:
-            found = reading(budget, cache=cache)
+            found = reading(budget, cache)
         except ValueError:
             break
         sizes[found.rows, found.chunk] = found.bytes
@@ -57,22 +70,69 @@ def same_state(one, other):
         close(one.pooled_keys.pooled[:, row, :, :windows], other.pooled_keys.pooled[:, row, :, :windows])
 
 
-@pytest.mark.parametrize("cache", [OFFLOADED, pytest.param(CacheConfig(offload=False), marks=pytest.mark.slow)])
-def test_groups_and_chunks_read_what_one_pass_reads(model, tokens, cache):
+@pytest.mark.parametrize(
+    ("cache", "chunked"),
+    [
+        (OFFLOADED, False),
+        pytest.param(OFFLOADED, True, marks=pytest.mark.slow),
+        pytest.param(CacheConfig(offload=False), True, marks=pytest.mark.slow),
+    ],
+)
+def test_groups_and_chunks_read_what_one_pass_reads(model, tokens, cache, chunked):
     """Three rows in twos: the second group begins with a row that is done."""
     found = budgets(cache)
-    assert {rows for rows, _ in found} == {3, 2, 1}
+    assert {rows for rows, _ in found} == ({3, 2, 1} if cache.offload else {3, 1})
     read = functools.partial(nosa_jax.prefill, model, tokens, LENGTHS, max_length=ROOM, cache=cache)
     state, logits = read()
     more, counts = random_tokens(3, 70, seed=8), np.array([70, 0, 33])
     grown, after = nosa_jax.extend(model, state, more, counts)
-    for budget in {found[2, None], min(found.values())}:
-        part, of_part = read(working_set=budget)
-        np.testing.assert_allclose(of_part, logits, rtol=1e-4, atol=1e-5)
-        same_state(part, state)
-        part, of_part = nosa_jax.extend(model, part, more, counts, working_set=budget + 60_000)
-        np.testing.assert_allclose(of_part[counts > 0], after[counts > 0], rtol=1e-4, atol=1e-4)
-        same_state(part, grown)
+    budget, for_more, rows = found.get((2, None), found[1, None]), 4_200_000, 2
+    if chunked:
+        budget, for_more, rows = min(found.values()), 1_450_000, 1
+    if not cache.offload:  # a group's copy of its rows is most of it
+        for_more, rows = budget + 60_000, 1
+    part, of_part = read(working_set=budget)
+    np.testing.assert_allclose(of_part, logits, rtol=1e-4, atol=1e-5)
+    same_state(part, state)
+    assert reading_more(part, 512, for_more).rows == rows
+    part, of_part = nosa_jax.extend(model, part, more, counts, working_set=for_more)
+    np.testing.assert_allclose(of_part[counts > 0], after[counts > 0], rtol=1e-4, atol=1e-4)
+    same_state(part, grown)
+
+
+def test_what_must_not_be_gone_on_from_is_nan_under_jit(model, tokens):
+    """Rows without room for their tokens, and ids out of the vocabulary, read whole or in chunks."""
+    state, _ = nosa_jax.prefill(model, tokens[:, :30], max_length=40)
+    more = random_tokens(3, 12, seed=8)
+    wrong = jnp.asarray(more).at[0, 3].set(-1).at[1, 11].set(1000)
+    extend = jax.jit(nosa_jax.extend)
+    counts = jnp.array([12, 10, 11])
+    grown, logits = extend(model, state, more, counts)
+    assert np.isnan(logits).all(-1).tolist() == [True, False, True] and grown.lengths.tolist() == [40, 40, 40]
+    assert np.isnan(extend(model, state, wrong, jnp.array([10, 10, 3]))[1]).all(-1).tolist() == [True, False, False]
+    expected = nosa_jax.extend(model, state, more[:, :10], np.array([10, 10, 10]))[1]
+    np.testing.assert_allclose(logits[1], expected[1], rtol=1e-4, atol=1e-5)
+    prefill = jax.jit(functools.partial(nosa_jax.prefill, max_length=20, chunk=5))
+    assert np.isnan(prefill(model, wrong, jnp.array([12, 11, 7]))[1]).all(-1).tolist() == [True, False, False]
+
+
+def test_tokens_stay_where_they_were_put(model):
+    """Padding moves nothing: a call of any width runs where its arguments lie."""
+    device = jax.devices()[-1]
+    for width in (32, 37):
+        tokens = jax.device_put(random_tokens(1, width), device)
+        padded = widths.padded(tokens, 48)
+        assert padded.devices() == {device} and padded.committed and padded.shape == (1, 48)
+        np.testing.assert_array_equal(padded[:, :width], tokens)
+
+
+def test_short_turns_of_wide_arrays_are_short(model, tokens, monkeypatch):
+    """How much is read follows the longest row, not the width of what it stands in."""
+    state, _ = nosa_jax.prefill(model, tokens[:, :30], max_length=ROOM)
+    monkeypatch.setattr(widths, "pieces", lambda width, pieces=widths.pieces: asked.append(width) or pieces(width))
+    asked = []
+    nosa_jax.extend(model, state, tokens, np.array([3, 0, 5]))
+    assert asked == [5]
 
 
 def test_in_place_and_beside(model, tokens):
@@ -122,11 +182,14 @@ def test_what_an_extension_holds_is_part_of_the_check(model, tokens, monkeypatch
     state, _ = nosa_jax.prefill(model, tokens, max_length=ROOM, cache=OFFLOADED)
     limit = lambda size: monkeypatch.setattr("nosa_jax.decode.checks.device_limit", lambda: size)
     held = sum(x.nbytes for x in jax.tree.leaves(dataclasses.replace(state, host=None)))
-    needed = plan_reading(
-        model.config, 3, 64, 25, dtype=jnp.float32, row_bytes=held // 3, fresh=False
-    ).bytes  # fmt: skip
+    needed = reading_more(state, 64, None).bytes
     limit(nosa_jax.cache.memory.Limit(needed + held - 1, "for a test"))
     with pytest.raises(nosa_jax.CacheTooLargeError, match=r"^extend: .*Lower working_set, or go on in place"):
+        nosa_jax.extend(model, state, tokens[:, :10])
+    limit(nosa_jax.cache.memory.Limit(needed + held, "for a test"))
+    host = nosa_jax.cache.memory.Limit(2 * state.host.nbytes - 1, "here")
+    monkeypatch.setattr("nosa_jax.decode.checks.host_limit", lambda: host)
+    with pytest.raises(nosa_jax.CacheTooLargeError, match=r"^extend: a copy of the host store .*jit_extend"):
         nosa_jax.extend(model, state, tokens[:, :10])
     limit(nosa_jax.cache.memory.Limit(needed, "for a test"))
     nosa_jax.jit_extend(model, state, tokens[:, :10])
@@ -146,9 +209,9 @@ def test_the_working_set_of_many_rows_is_bounded():
 
 @given(st.integers(1, 2**20))
 def test_widths(count):
-    room = widths.rounded(count)
+    room = rounded(count)
     assert count <= room <= max(count * 9 / 8, count + 15)
-    assert widths.rounded(room) == room
+    assert rounded(room) == room
     pieces = list(widths.pieces(count))
     assert [begin for begin, _ in pieces] == [sum(size for _, size in pieces[:i]) for i in range(len(pieces))]
     assert sum(size for _, size in pieces) >= count > pieces[-1][0]
@@ -156,5 +219,5 @@ def test_widths(count):
 
 
 def test_few_widths():
-    assert len({widths.rounded(count) for count in range(1024, 2048)}) <= 9
+    assert len({rounded(count) for count in range(1024, 2048)}) <= 9
     assert {size for count in range(1, 4096) for _, size in widths.pieces(count)} == {64, 512}

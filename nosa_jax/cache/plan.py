@@ -14,11 +14,11 @@ import numpy as np
 from flax import nnx
 
 from nosa_jax.cache import memory
-from nosa_jax.cache.working_set import DEFAULT_BYTES, Reading, plan_reading
+from nosa_jax.cache.working_set import Reading, as_limits, plan_reading, rounded
 from nosa_jax.config import CacheConfig, ModelConfig
 from nosa_jax.model import NosaLM
 from pallas_kernels import blocks
-from pallas_kernels.checks import as_float_dtype, bad_value, require_int, require_number, require_type
+from pallas_kernels.checks import as_float_dtype, bad_value, require_int, require_number, require_size, require_type
 from pallas_kernels.device import RATES, Rates, current_device
 
 GB = 10**9
@@ -78,11 +78,11 @@ class Plan:
         devices: how many run such a batch each, over one host memory.
         """
         rows = f"batch ({devices * self.batch})"
-        tokens = f"max_length ({self.max_length}, prompt and new tokens)"
+        tokens = f"max_length ({self.max_length}, prompt and new tokens with their padding)"
         remedy = f"Lower {rows}, {tokens} or slots ({self.slots})"
         if self.slots is None:
             remedy = f"Lower {rows} or {tokens}, or offload the cache"
-        remedy += ", or lower working_set" if self.reading.bytes > DEFAULT_BYTES else ""
+        remedy += ", or lower working_set" if self.reading.rows > 1 or self.reading.chunk is None else ""
         host = memory.host_limit()
         needed = devices * self.host_bytes
         if needed > host.size:
@@ -148,7 +148,8 @@ def plan(
     cache: where the KV cache lives, and its slots.
     dtype: of weights and cache; importance is float32 in any.
     prompt: tokens of the longest prompt; None for `max_length`.
-    chunk, working_set: how prompts are read, see `prefill`.
+    chunk, working_set: how prompts are read, see `prefill`. (`generate` gives rows room for their prompt and for
+        `max_new_tokens`, each padded as `nosa_jax.decode.room_for` says.)
     misses: blocks fetched per step, layer, KV head and row; None takes published measurements by slots.
     link_bytes_per_second, hbm_bytes_per_second: rates of the link and of device memory; None takes what was measured
         on the card that JAX uses, if it is a known one (H100 or H200), else on an H200. Planning alone makes JAX use
@@ -165,6 +166,7 @@ def plan(
     for name, rate in (("link_bytes_per_second", link), ("hbm_bytes_per_second", memory_rate)):
         if require_number(name, rate, 0.0) == 0:
             raise bad_value(name, "must be above 0", rate, "Pass bytes per second.")
+    limits = as_limits(chunk, working_set)
     if misses is not None:
         misses = require_number("misses", misses, 0.0)
     attention, itemsize = config.attention, jnp.dtype(dtype).itemsize
@@ -185,10 +187,10 @@ def plan(
     if slots is not None:
         device["slot tables"] = tables * slots * 2 * 4 + batch * m * 4  # and the pages
     of_row = (sum(device.values()) - device["weights"]) // batch + 4  # and its length
-    reading = plan_reading(
-        config, batch, max_length if prompt is None else require_int("prompt", prompt, 1), m,
-        dtype=dtype, row_bytes=of_row, fresh=True, chunk=chunk, budget=working_set,
-    )  # fmt: skip
+    width = max_length
+    if prompt is not None:
+        width = rounded(require_size("prompt", prompt, 1, max_length))
+    reading = plan_reading(config, batch, width, m, dtype=dtype, row_bytes=of_row, fresh=True, limits=limits)
     device["prefill"] = reading.bytes
 
     if slots is None or slots >= m:

@@ -128,7 +128,7 @@ def specs(state: DecodeState) -> DecodeState:
 
 def device_bytes(state: DecodeState) -> int:
     """What the state takes in device memory."""
-    return sum(x.nbytes for x in jax.tree.leaves(dataclasses.replace(state, host=None)))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(dataclasses.replace(state, host=None)))
 
 
 def rows_of(state: DecodeState, first: Int32[Array, ""], count: int) -> DecodeState:

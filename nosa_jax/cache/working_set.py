@@ -12,8 +12,32 @@ from pallas_kernels.checks import bad_value, require_int
 
 DEFAULT_BYTES = 2 * 2**30
 MLP_TOKENS = 8192  # that go through the MLP at once: enough to keep a large GPU busy
+_LEAST_WIDTH = 16  # tokens
 _LEAST_CHUNK = 256  # tokens; shorter chunks would read the cache again and again
 _SCORES_BYTES = 2**28  # of queries that select, or attend, at the same time
+
+
+class Limits(NamedTuple):
+    """How prompts are read. chunk: tokens of a row at once. working_set: bytes held meanwhile. None for the default."""
+
+    chunk: int | None = None
+    working_set: int | None = None
+
+
+def as_limits(chunk: Any, working_set: Any) -> Limits:
+    """Raises ValueError or TypeError for what is neither None nor a number that can be."""
+    chunk = None if chunk is None else require_int("chunk", chunk, 1, "must be an int >= 1 or None")
+    rule = "must be a number of bytes >= 1 or None"
+    return Limits(chunk, None if working_set is None else require_int("working_set", working_set, 1, rule))
+
+
+def rounded(count: int) -> int:
+    """What prompts, and room for new tokens, are padded to outside `jax.jit`, so that near lengths share a program.
+
+    `count` or a little more, at most an eighth from 128 on: one of eight numbers between a power of two and the next.
+    """
+    step = max(_LEAST_WIDTH, 1 << max(0, count.bit_length() - 4))
+    return -(-count // step) * step
 
 
 class Reading(NamedTuple):
@@ -33,21 +57,19 @@ def plan_reading(
     dtype: Any,
     row_bytes: int,
     fresh: bool,
-    chunk: int | None = None,
-    budget: int | None = None,
+    limits: Limits = Limits(),
 ) -> Reading:
-    """The largest groups of rows that fit `budget`; where not even one row does, one row in chunks of its tokens.
+    """The largest groups of rows that fit the working set; where not even one row does, one row in chunks of tokens.
 
     width: new tokens of a row, at most.
     num_blocks: blocks that a row may fill, new tokens included.
     row_bytes: what the state of a row takes on the device.
     fresh: whether the rows are empty before.
-    chunk: tokens at once, by wish; None leaves it open.
-    budget: bytes; None for DEFAULT_BYTES, or what one row needs where that is more.
-    Raises ValueError where the budget is too small for one row.
+    limits: a chunk of None leaves it open; a working set of None is DEFAULT_BYTES, or what one row needs where that is
+        more.
+    Raises ValueError where the working set is too small for one row.
     """
-    if budget is not None:
-        budget = require_int("working_set", budget, 1)
+    chunk, budget = limits
     limit = DEFAULT_BYTES if budget is None else budget
     given = chunk is not None
     chunk = None if chunk is None or chunk >= width else chunk
@@ -67,11 +89,12 @@ def plan_reading(
     least = size(1, chunk)
     if budget is not None and least > budget:
         rule = f"must hold {'a chunk of ' + str(chunk) + ' tokens of ' if chunk else ''}one row, {least} bytes"
-        raise bad_value("working_set", rule, budget, "Raise it, or lower max_length.")
-    rows = batch
-    while rows > 1 and size(rows, chunk) > limit:
-        rows -= 1
-    rows = -(-batch // -(-batch // rows))  # groups as even as they can be
+        raise bad_value("working_set", rule, budget, "Raise it, or lower max_length." if fresh else "Raise it.")
+    most = batch
+    while most > 1 and size(most, chunk) > limit:
+        most -= 1
+    # Where groups do not divide the batch the last one reads rows again: the least work, and the largest groups of it.
+    rows = min(range(most // 2 + 1, most + 1), key=lambda rows: (-(-batch // rows) * rows, -rows))
     return Reading(rows, chunk, size(rows, chunk))
 
 

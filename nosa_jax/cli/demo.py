@@ -16,6 +16,7 @@ from nosa_jax._paths import only_run
 from nosa_jax.cli.data import describe, read_corpus
 from nosa_jax.cli.locality import as_json, write_json
 from nosa_jax.cli.terminal import Timer, duration, facts, heading, indented, show, size, working
+from nosa_jax.decode import room_for
 from nosa_jax.environment import environment
 from nosa_jax.hf.save import check_folder
 from nosa_jax.locality import comparison_table, draw, record
@@ -168,7 +169,8 @@ class Demo:
             return jax.block_until_ready(generation)
 
     def _show_text(self, model: NosaLM, prompt: np.ndarray, cache: CacheConfig, generation: Generation) -> str:
-        plan = nosa_jax.plan(model.config, 1, len(prompt) + self.new_tokens, cache, dtype=model.embed.dtype)
+        room = room_for(len(prompt), self.new_tokens)
+        plan = nosa_jax.plan(model.config, 1, room, cache, dtype=model.embed.dtype)
         facts(
             [
                 ("on the host", f"{plan.num_blocks} blocks of {model.config.attention.block_size} tokens per layer and "

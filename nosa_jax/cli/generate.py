@@ -17,6 +17,7 @@ from nosa_jax import CacheConfig, NosaLM, Sampling, Step
 from nosa_jax.cli.checkpoint import Dtype, encode, load
 from nosa_jax.cli.terminal import facts, show, size, working
 from nosa_jax.config import Variant
+from nosa_jax.decode import room_for
 from nosa_jax.hf import GrowingText
 from nosa_jax.hf.text import tokenizer_of
 from pallas_kernels.checks import bad_value
@@ -87,7 +88,7 @@ class Generate:
             show(text.add(int(step.tokens[0])), end="")
         show(text.finish())
         show(stderr=True)
-        facts(figures(model, len(tokens), len(tokens) + self.max_new_tokens, cache, seen), stderr=True)
+        facts(figures(model, len(tokens), room_for(len(tokens), self.max_new_tokens), cache, seen), stderr=True)
         return 0
 
     def _read_prompt(self) -> bytes:

@@ -7,7 +7,7 @@ from nosa_jax.decode.checks import Prompt
 from nosa_jax.decode.generation import GREEDY, Generation, Step, generate, stream
 from nosa_jax.decode.program import COMPILER_OPTIONS
 from nosa_jax.decode.prompt import extend, jit_extend, prefill
-from nosa_jax.decode.request import RECORDS
+from nosa_jax.decode.request import RECORDS, room_for
 from nosa_jax.decode.sampling import Sampling, row_keys, sample
 from nosa_jax.decode.step import StepOutput, decode_step, jit_decode_step, run_step
 
@@ -26,6 +26,7 @@ __all__ = [
     "jit_decode_step",
     "jit_extend",
     "prefill",
+    "room_for",
     "row_keys",
     "run_step",
     "sample",

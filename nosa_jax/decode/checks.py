@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Int32
 
+from nosa_jax import parallel
 from nosa_jax._pytree import pytree_dataclass
 from nosa_jax.attention import layout
-from nosa_jax.cache.memory import device_limit
+from nosa_jax.cache.memory import device_limit, host_limit
 from nosa_jax.cache.plan import GB, CacheTooLargeError, plan
 from nosa_jax.cache.state import DecodeState, device_bytes, require_fitting
-from nosa_jax.cache.working_set import plan_reading
+from nosa_jax.cache.working_set import Limits, plan_reading
 from nosa_jax.config import CacheConfig
-from nosa_jax.decode import widths
 from nosa_jax.model import NosaLM, as_block_ids
 from pallas_kernels.checks import bad_type, bad_value, is_concrete, require_int, require_type
 from pallas_kernels.promotion import usual_promotion
@@ -58,20 +59,6 @@ def check_model(model: Any) -> None:
     require_type("model", model, NosaLM, "Build one with NosaLM(...) or from_pretrained(...).")
 
 
-class Limits(NamedTuple):
-    """How prompts are read. chunk: tokens of a row at once. working_set: bytes held meanwhile. None for the default."""
-
-    chunk: int | None = None
-    working_set: int | None = None
-
-
-def as_limits(chunk: Any, working_set: Any) -> Limits:
-    """Raises ValueError or TypeError for what is neither None nor a number that can be."""
-    chunk = None if chunk is None else require_int("chunk", chunk, 1, "must be an int >= 1 or None")
-    rule = "must be a number of bytes >= 1 or None"
-    return Limits(chunk, None if working_set is None else require_int("working_set", working_set, 1, rule))
-
-
 def check_cache(
     model: NosaLM, prompt: Prompt, max_length: Any, cache: Any, limits: Limits, devices: int = 1, records: int = 0
 ) -> int:
@@ -84,7 +71,7 @@ def check_cache(
     rule = f"must be an int >= tokens.shape[1] = {prompt.width}"
     max_length = require_int("max_length", max_length, prompt.width, rule)
     rows = prompt.batch // devices
-    read = {"prompt": widths.rounded(prompt.width), **limits._asdict()}
+    read = {"prompt": prompt.width, **limits._asdict()}
     one_device = plan(model.config, rows, max_length, cache, dtype=model.embed.dtype, **read)
     if records:
         one_device = dataclasses.replace(one_device, device=one_device.device | {"records": rows * records})
@@ -92,20 +79,33 @@ def check_cache(
     return max_length
 
 
+def row_devices(rows: int, *trees: Any) -> int:
+    """How many devices share the rows of a call, by the mesh that its arguments lie on; see `parallel.by_rows`."""
+    mesh = parallel.mesh_of(*trees)
+    return (
+        1 if mesh is None else parallel.size_of(mesh, parallel.fitting(mesh, (rows,), PartitionSpec(parallel.ROWS))[0])
+    )
+
+
 def check_working_set(model: NosaLM, state: DecodeState, width: int, limits: Limits, *, copies: bool) -> None:
     """Raises CacheTooLargeError unless reading `width` more tokens fits into device memory.
 
     copies: whether there will be two states.
     """
-    rows = state.lengths.shape[0]
-    held = device_bytes(state)
+    devices = row_devices(state.lengths.shape[0], model, state)
+    rows, held = state.lengths.shape[0] // devices, device_bytes(state) // devices
     reading = plan_reading(
         model.config, rows, width, state.num_blocks,
-        dtype=model.embed.dtype, row_bytes=held // rows, fresh=False, budget=limits.working_set,
+        dtype=model.embed.dtype, row_bytes=held // rows, fresh=False, limits=limits,
     )  # fmt: skip
+    remedy = "Lower working_set, or go on in place with jit_extend" if copies else "Lower working_set"
+    if copies and state.host is not None and 2 * state.host.nbytes > (host := host_limit()).size:
+        raise CacheTooLargeError(
+            f"extend: a copy of the host store must fit beside it, got {2 * state.host.nbytes / GB:.2f} GB needed and "
+            f"{host.size / GB:.2f} GB available ({host.source}). Go on in place with jit_extend."
+        )
     needed, free = reading.bytes + held * copies, device_limit()
     if needed > free.size:
-        remedy = "Lower working_set, or go on in place with jit_extend" if copies else "Lower working_set"
         raise CacheTooLargeError(
             f"extend: what it holds must fit in device memory, got {needed / GB:.2f} GB needed and "
             f"{free.size / GB:.2f} GB available ({free.source}). {remedy}."

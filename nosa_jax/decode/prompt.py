@@ -14,10 +14,10 @@ from jaxtyping import Array, Float, Int32
 from nosa_jax import parallel
 from nosa_jax.attention import layout
 from nosa_jax.cache.state import DecodeState, device_bytes, empty_state, own_pages, specs
-from nosa_jax.cache.working_set import plan_reading
+from nosa_jax.cache.working_set import Limits, as_limits, plan_reading, rounded
 from nosa_jax.config import CacheConfig
 from nosa_jax.decode import checks, widths
-from nosa_jax.decode.checks import Limits, Prompt
+from nosa_jax.decode.checks import Prompt
 from nosa_jax.decode.program import program
 from nosa_jax.decode.reading import read_groups
 from nosa_jax.decode.step import StepOutput, output_specs
@@ -57,8 +57,9 @@ def prefill(
     anything is allocated, when cache and working set do not fit.
     """
     prompt = checks.as_prompt(model, tokens, lengths)
-    limits = checks.as_limits(chunk, working_set)
-    max_length = checks.check_cache(model, prompt, max_length, cache, limits)
+    limits = as_limits(chunk, working_set)
+    devices = checks.row_devices(prompt.batch, model, prompt)
+    max_length = checks.check_cache(model, prompt, max_length, cache, limits, devices)
     if not is_tracing():
         prompt = padded_prompt(prompt)
     model, prompt = checks.untransformed((model, prompt))
@@ -68,7 +69,7 @@ def prefill(
 
 def padded_prompt(prompt: Prompt) -> Prompt:
     """The prompt, padded to a width that others share."""
-    return Prompt(widths.padded(prompt.tokens, widths.rounded(prompt.width)), prompt.lengths)
+    return Prompt(widths.padded(prompt.tokens, rounded(prompt.width)), prompt.lengths)
 
 
 def extend(
@@ -121,15 +122,16 @@ def _extend(
     lengths = layout.as_lengths(lengths, batch, width, minimum=0)
     count = jnp.asarray(np.full(batch, width, np.int32)) if lengths is None else lengths
     checks.check_room(state, count)
-    limits = checks.as_limits(None, working_set)
+    limits = as_limits(None, working_set)
     model, state, tokens, count = checks.untransformed((model, state, tokens, count))
     logits = jnp.zeros((batch, model.config.vocab_size), jnp.float32)
-    if is_tracing() or not is_concrete(tokens, count):
+    if is_tracing() or not is_concrete(tokens, count) or not tokens.is_fully_addressable:
         checks.check_working_set(model, state, width, limits, copies=copies)
         return run(model, state, tokens, count, logits, limits=limits)
     tokens, count = np.asarray(tokens), np.asarray(count)
-    parts = list(widths.pieces(width))
-    checks.check_working_set(model, state, max(size for _, size in parts), limits, copies=copies)
+    parts = list(widths.pieces(max(1, int(count.max(initial=0)))))
+    for size in {size for _, size in parts}:
+        checks.check_working_set(model, state, size, limits, copies=copies)
     for begin, size in parts:
         part = widths.padded(jnp.asarray(tokens[:, begin : begin + size]), size)
         in_part = jnp.asarray(np.clip(count - begin, 0, size))
@@ -153,8 +155,7 @@ def _more(
     def body(model: NosaLM, state: DecodeState, tokens: Array, count: Array, logits: Array) -> State:
         reading = plan_reading(
             model.config, len(tokens), tokens.shape[1], state.num_blocks,
-            dtype=model.embed.dtype, row_bytes=device_bytes(state) // len(tokens), fresh=False,
-            budget=limits.working_set,
+            dtype=model.embed.dtype, row_bytes=device_bytes(state) // len(tokens), fresh=False, limits=limits,
         )  # fmt: skip
         state, out = read_groups(model, state, tokens, count, None, reading, fresh=False)
         return state, jnp.where((count > 0)[:, None], out.logits, logits)
@@ -194,8 +195,7 @@ def read_prompt(
         state = make(pages)
         reading = plan_reading(
             config, prompt.batch, prompt.width, num_blocks,
-            dtype=dtype, row_bytes=device_bytes(state) // len(pages), fresh=True, chunk=limits.chunk,
-            budget=limits.working_set,
+            dtype=dtype, row_bytes=device_bytes(state) // len(pages), fresh=True, limits=limits,
         )  # fmt: skip
         return read_groups(model, state, prompt.tokens, prompt.lengths, forced, reading, fresh=True)
 

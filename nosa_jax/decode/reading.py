@@ -38,8 +38,30 @@ def read_groups(
 
     forced_block_ids: replace the selection of each row's last token, see `replace_selection`.
     fresh: the rows were empty before.
+    Logits of a row are NaN where it had no room for its tokens, or one of them is out of the vocabulary.
     """
-    batch, rows = tokens.shape[0], min(reading.rows, tokens.shape[0])
+    rows = min(reading.rows, tokens.shape[0])
+    room = state.max_length - state.lengths
+    known = (tokens >= 0) & (tokens < model.config.vocab_size) | (jnp.arange(tokens.shape[1]) >= count[:, None])
+    usable = (count <= room) & known.all(1)
+    count = jnp.clip(count, 0, jnp.minimum(tokens.shape[1], room))
+    state, out = _read_all(model, state, tokens, count, forced_block_ids, reading, rows=rows, fresh=fresh)
+    return state, dataclasses.replace(out, logits=jnp.where(usable[:, None], out.logits, jnp.nan))
+
+
+def _read_all(
+    model: NosaLM,
+    state: DecodeState,
+    tokens: Int32[Array, "B n"],
+    count: Int32[Array, " B"],
+    forced_block_ids: Int32[Array, "L B K J"] | None,
+    reading: Reading,
+    *,
+    rows: int,
+    fresh: bool,
+) -> tuple[DecodeState, StepOutput]:
+    """`read_groups` of tokens that fit. rows: of a group."""
+    batch = tokens.shape[0]
     read = functools.partial(_read_chunks, model, chunk=reading.chunk, fresh=fresh)
     if rows == batch:
         return read(state, tokens, count, forced_block_ids)
@@ -126,7 +148,6 @@ def _read(
     """`read_groups` of tokens that are read at once."""
     config = model.config
     n = tokens.shape[1]
-    count = jnp.clip(count, 0, jnp.minimum(n, state.max_length - state.lengths))
     place = state.lengths[:, None] + jnp.arange(n, dtype=jnp.int32)
     positions = jnp.where(jnp.arange(n) < count[:, None], place, -1)
 

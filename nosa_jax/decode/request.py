@@ -11,8 +11,9 @@ import numpy as np
 from jaxtyping import Array
 
 from nosa_jax._pytree import pytree_dataclass
+from nosa_jax.cache.working_set import Limits, as_limits, rounded
 from nosa_jax.config import CacheConfig, ModelConfig
-from nosa_jax.decode import checks, widths
+from nosa_jax.decode import checks
 from nosa_jax.decode.checks import Prompt
 from nosa_jax.decode.sampling import Filter, Sampling, row_keys
 from nosa_jax.model import NosaLM
@@ -61,13 +62,13 @@ class Options(NamedTuple):
     room: int
     cache: CacheConfig
     names: tuple[str, ...]
-    limits: checks.Limits
+    limits: Limits
 
 
 def as_options(max_new_tokens: int, cache: Any, record: Any, chunk: Any, working_set: Any) -> Options:
     """The checked options of `generate` and `stream`; see there. max_new_tokens: checked."""
-    room = max_new_tokens if is_tracing() else widths.rounded(max_new_tokens)
-    return Options(room, cache, _record_names(record), checks.as_limits(chunk, working_set))
+    room = max_new_tokens if is_tracing() else rounded(max_new_tokens)
+    return Options(room, cache, _record_names(record), as_limits(chunk, working_set))
 
 
 def as_request(
@@ -107,6 +108,11 @@ def as_request(
 def max_length_of(prompt: Prompt, options: Options) -> int:
     """What the rows of a generation may grow to."""
     return prompt.width + options.room
+
+
+def room_for(prompt: int, new: int) -> int:
+    """What `generate` lets rows grow to outside `jax.jit`, for prompts of so many tokens and so many new ones."""
+    return rounded(prompt) + rounded(new)
 
 
 def _as_stop_tokens(stop_tokens: Any) -> np.ndarray:

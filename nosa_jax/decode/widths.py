@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from pallas_kernels.checks import is_concrete
 
-_LEAST = 16
 _PIECES = (64, 512, 4096)  # tokens that are read into running rows at once
-
-
-def rounded(count: int) -> int:
-    """`count` or a little more, at most an eighth from 128 on: one of eight numbers between a power of two and the
-    next."""
-    step = max(_LEAST, 1 << (count.bit_length() - 4) if count.bit_length() > 4 else 1)
-    return -(-count // step) * step
 
 
 def pieces(width: int) -> Iterator[tuple[int, int]]:
@@ -35,9 +27,14 @@ def pieces(width: int) -> Iterator[tuple[int, int]]:
         begin += size
 
 
-def padded(tokens: Any, width: int) -> Any:
-    """Tokens [B, T] with zeros after them; made on the host where values are known, so that nothing compiles."""
+def padded(tokens: Array, width: int) -> Array:
+    """Tokens [B, T] with zeros after them, where they were.
+
+    Made on the host where that is possible, so that nothing compiles: of arrays that nobody has put anywhere.
+    """
     if tokens.shape[1] == width:
         return tokens
     pad = ((0, 0), (0, width - tokens.shape[1]))
-    return jnp.asarray(np.pad(np.asarray(tokens), pad)) if is_concrete(tokens) else jnp.pad(tokens, pad)
+    if is_concrete(tokens) and not tokens.committed:
+        return jnp.asarray(np.pad(np.asarray(tokens), pad))
+    return jnp.pad(tokens, pad)

