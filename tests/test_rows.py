@@ -79,8 +79,7 @@ def test_ragged_batch_equals_rows_alone(kv_heads, group, dim, lengths, bucket):
 @pytest.mark.parametrize(
     ("width", "offload"),
     [
-        (1, True),
-        pytest.param(7, True, marks=pytest.mark.slow),
+        *(pytest.param(width, True, marks=pytest.mark.slow) for width in (1, 7)),
         (64, True),
         *(pytest.param(*case, marks=pytest.mark.slow) for case in ((64, False), (1000, True))),
     ],
