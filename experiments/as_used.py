@@ -8,7 +8,7 @@ random tokens and weights random unless a checkpoint is given, so selections are
 blocks crossed per step, layer, KV head and row. Times are medians of synchronised calls after a warm one:
 
 prefill_s: `prefill` with room for the new tokens (or of `max_length`).   first_token_s: until `stream` has yielded one.
-extend_s: `jit_extend` of the prompt's state by `--extend` tokens, where asked for.
+extend_s: `jit_extend` of the prompt's state by `--extend` tokens.   forward_s: `forward` of the prompts, with `--forward`.
 generate_ms, stream_ms, own_loop_ms: per decode step, of `generate` (less its time to the first token), of `stream` and
 of a loop of `jit_decode_step`. peak_gb: of device memory, weights included, beside what `plan` says.
 """
@@ -109,7 +109,7 @@ def streamed(model: NosaLM, tokens: Any, **options: Any) -> tuple[float, float]:
     return times[0], (times[-1] - times[1]) / max(1, len(times) - 2)
 
 
-def measure(run: Run, model: NosaLM, *, repeats: int, extend: int, decode: bool) -> dict[str, Any]:
+def measure(run: Run, model: NosaLM, *, repeats: int, extend: int, decode: bool, forward: bool) -> dict[str, Any]:
     tokens = jax.random.randint(jax.random.key(0), (run.rows, run.context), 0, model.config.vocab_size, jnp.int32)
     rooms = {"cache": run.cache, "chunk": run.chunk}
     read = {"prompt": run.context, "chunk": run.chunk}
@@ -119,6 +119,9 @@ def measure(run: Run, model: NosaLM, *, repeats: int, extend: int, decode: bool)
     found: dict[str, Any] = {"prefill_s": seconds(lambda: prefill()[1], repeats)}
     found["prefill_tokens_per_second"] = run.rows * run.context / found["prefill_s"]
     found |= {"peak_gb": peak_bytes() / 1e9, "weights_peak_gb": before / 1e9, "plan_gb": planned.device_bytes / 1e9}
+    if forward:
+        found["forward_s"] = seconds(lambda: nosa_jax.forward(model, tokens, logits="last").logits, repeats)
+        found["forward_tokens_per_second"] = run.rows * run.context / found["forward_s"]
     if extend:
         found["extend_s"] = extending(model, tokens, extend, repeats, max_length=run.max_length, **rooms)
         found["extend_peak_gb"] = peak_bytes() / 1e9
@@ -148,7 +151,8 @@ def in_this_process(args: argparse.Namespace) -> None:
     else:
         model = nosa_jax.from_pretrained(args.model, variant=run.variant, dtype=jnp.bfloat16)
     jax.block_until_ready(jax.tree.leaves(model))
-    found = measure(run, model, repeats=args.repeats, extend=args.extend, decode=not args.prefill_only)
+    what = {"extend": args.extend, "decode": not args.prefill_only, "forward": args.forward}
+    found = measure(run, model, repeats=args.repeats, **what)
     print(json.dumps(found), flush=True)
 
 
@@ -159,6 +163,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--extend", type=int, default=0, help="time `extend` by so many tokens, too")
     parser.add_argument("--prefill-only", action="store_true", help="leave out the decode loops")
+    parser.add_argument("--forward", action="store_true", help="time `forward` of the prompts, too")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     own = dict(os.environ)
     if "--child" not in sys.argv:
@@ -173,6 +178,7 @@ def main() -> None:
         again = [sys.executable, "-m", "experiments.as_used", "--child", text, "--model", args.model]
         again += ["--repeats", str(args.repeats), "--extend", str(args.extend)]
         again += ["--tiny"] * args.tiny + ["--prefill-only"] * args.prefill_only
+        again += ["--forward"] * args.forward
         done = subprocess.run(again, capture_output=True, text=True, env=own)
         if done.returncode:  # one failure must not lose the rest of the run
             entry["failed"] = done.stderr.strip().splitlines()[-1][:300]
