@@ -8,7 +8,7 @@ random tokens and weights random unless a checkpoint is given, so selections are
 blocks crossed per step, layer, KV head and row. Times are medians of synchronised calls after a warm one:
 
 prefill_s: `prefill` with room for the new tokens (or of `max_length`).   first_token_s: until `stream` has yielded one.
-extend_s: `jit_extend` of the prompt's state by `--extend` tokens.   forward_s: `forward` of the prompts, with `--forward`.
+extend_s: `jit_extend` of the prompt's state by `--extend` tokens.   forward_s: `forward` of them, with `--forward`.
 generate_ms, stream_ms, own_loop_ms: per decode step, of `generate` (less its time to the first token), of `stream` and
 of a loop of `jit_decode_step`. peak_gb: of device memory, weights included, beside what `plan` says.
 """
