@@ -53,7 +53,11 @@ class Evaluation:
 
 def evaluate(
     model: Any,
-    tokens: Integer[np.ndarray | Array, " S"] | Corpus | Source | Batch | Iterable[Batch | Integer[np.ndarray | Array, "B W"]],
+    tokens: Integer[np.ndarray | Array, " S"]
+    | Corpus
+    | Source
+    | Batch
+    | Iterable[Batch | Integer[np.ndarray | Array, "B W"]],
     *,
     batch_size: int | None = None,
     length: int | None = None,
