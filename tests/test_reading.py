@@ -100,6 +100,7 @@ def test_groups_and_chunks_read_what_one_pass_reads(model, tokens, cache, chunke
     same_state(part, grown)
 
 
+@pytest.mark.slow
 def test_what_must_not_be_gone_on_from_is_nan_under_jit(model, tokens):
     """Rows without room for their tokens, and ids out of the vocabulary, read whole or in chunks."""
     state, _ = nosa_jax.prefill(model, tokens[:, :30], max_length=40)
