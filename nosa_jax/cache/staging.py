@@ -15,12 +15,8 @@ from jaxtyping import Array, Float, Int32
 from nosa_jax.cache import host_store, slots
 from nosa_jax.cache.slots import SlotTable
 from nosa_jax.cache.state import DecodeState, put_table, table_at
+from nosa_jax.cache.working_set import staged_blocks
 from pallas_kernels import blocks, fetch_blocks, write_back_blocks
-
-
-def staged_blocks(state: DecodeState, width: int, *, fresh: bool) -> int:
-    """How many blocks of each row are staged for `width` new tokens: all, or what they fill of rows that were empty."""
-    return min(state.num_blocks, blocks.num_blocks(width, state.block_size)) if fresh else state.num_blocks
 
 
 def stage(
@@ -33,7 +29,7 @@ def stage(
     layer: which layer.
     fresh: the rows are empty, nothing need be read.
     """
-    m = staged_blocks(state, width, fresh=fresh)
+    m = staged_blocks(state.num_blocks, width, state.block_size, fresh=fresh)
     if state.host is None:
         return jax.lax.dynamic_index_in_dim(state.pool, layer, keepdims=False)[:, :, :m]
     shape = (1, *state.pool.shape[1:3], m, *state.pool.shape[4:])

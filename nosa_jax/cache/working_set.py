@@ -48,6 +48,11 @@ class Reading(NamedTuple):
     bytes: int
 
 
+def staged_blocks(num_blocks: int, width: int, block_size: int, *, fresh: bool) -> int:
+    """How many blocks of each row are staged for `width` new tokens: all, or what they fill of rows that were empty."""
+    return min(num_blocks, blocks.num_blocks(width, block_size)) if fresh else num_blocks
+
+
 def plan_reading(
     config: ModelConfig,
     batch: int,
@@ -75,8 +80,7 @@ def plan_reading(
     chunk = None if chunk is None or chunk >= width else chunk
 
     def size(rows: int, chunk: int | None) -> int:
-        whole = fresh and chunk is None
-        staged = min(num_blocks, blocks.num_blocks(width, config.attention.block_size)) if whole else num_blocks
+        staged = staged_blocks(num_blocks, width, config.attention.block_size, fresh=fresh and chunk is None)
         of_group = 0 if rows == batch else 3 * rows * row_bytes // 2  # a group works on a copy of its rows
         read = width if chunk is None else chunk
         return of_group + _bytes(config, rows, read, staged, jnp.dtype(dtype).itemsize)

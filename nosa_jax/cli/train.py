@@ -195,7 +195,8 @@ class Train:
         if self.variant is not None:
             return self.variant
         if self.stage is not None:
-            return {"pretrain": "full", "continued": "nosa", "sft": None}[self.stage]  # type: ignore[return-value]
+            of_stages: dict[str, Variant | None] = {"pretrain": "full", "continued": "nosa", "sft": None}
+            return of_stages[self.stage]
         return None if self._file is None else self._file.model.attention.variant
 
     def _fresh(self) -> ModelConfig:

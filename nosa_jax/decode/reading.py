@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -40,31 +41,27 @@ def read_groups(
     fresh: the rows were empty before.
     Logits of a row are NaN where it had no room for its tokens, or one of them is out of the vocabulary.
     """
-    rows = min(reading.rows, tokens.shape[0])
     room = state.max_length - state.lengths
     known = (tokens >= 0) & (tokens < model.config.vocab_size) | (jnp.arange(tokens.shape[1]) >= count[:, None])
     usable = (count <= room) & known.all(1)
     count = jnp.clip(count, 0, jnp.minimum(tokens.shape[1], room))
-    state, out = _read_all(model, state, tokens, count, forced_block_ids, reading, rows=rows, fresh=fresh)
+    read = functools.partial(_read_chunks, model, chunk=reading.chunk, fresh=fresh)
+    if reading.rows < tokens.shape[0]:
+        read = functools.partial(_in_groups, read, reading.rows)
+    state, out = read(state, tokens, count, forced_block_ids)
     return state, dataclasses.replace(out, logits=jnp.where(usable[:, None], out.logits, jnp.nan))
 
 
-def _read_all(
-    model: NosaLM,
+def _in_groups(
+    read: Callable[..., tuple[DecodeState, StepOutput]],
+    rows: int,
     state: DecodeState,
     tokens: Int32[Array, "B n"],
     count: Int32[Array, " B"],
     forced_block_ids: Int32[Array, "L B K J"] | None,
-    reading: Reading,
-    *,
-    rows: int,
-    fresh: bool,
 ) -> tuple[DecodeState, StepOutput]:
-    """`read_groups` of tokens that fit. rows: of a group."""
+    """`read` of so many rows at a time."""
     batch = tokens.shape[0]
-    read = functools.partial(_read_chunks, model, chunk=reading.chunk, fresh=fresh)
-    if rows == batch:
-        return read(state, tokens, count, forced_block_ids)
     shapes = jax.eval_shape(lambda *args: read(*args)[1], state, tokens, count, forced_block_ids)
     whole = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 

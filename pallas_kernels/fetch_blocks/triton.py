@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -65,9 +64,7 @@ def _move_kernel(layer, block_ids, slots, page_table, host, pool, *, move, progr
     jax.lax.fori_loop(0, block_ids.shape[-1] // programs, body, 0)
 
 
-def _call(
-    move: Callable[..., None], host: Array, pool: Array, lists: tuple[Array, ...], layer: Array | None, *, fetch: bool
-) -> Array:
+def _call(host: Array, pool: Array, lists: tuple[Array, ...], layer: Array | None, *, fetch: bool) -> Array:
     """The pool where blocks are fetched, else the store, in place where that is donated. lists: table, ids, slots."""
     page_table, *listed = lists
     programs = min(_PROGRAMS, _backend.next_power_of_two(listed[0].shape[-1]))
@@ -81,6 +78,7 @@ def _call(
         host, pool = (host, target) if fetch else (target, pool)
         _move_kernel(layer, block_ids, slots, page_table, host, pool, move=move, programs=programs)
 
+    move = fetch_block if fetch else _store_block
     target = pool if fetch else host
     return _backend.triton_call(
         kernel,
@@ -108,7 +106,7 @@ def fetch_blocks(
     slots: Int32[Array, "B heads X"],
     layer: Int32[Array, ""],
 ) -> Float[Array, "layers B K slots 2 P D"]:
-    return _call(fetch_block, host, pool, (page_table, block_ids, slots), layer, fetch=True)
+    return _call(host, pool, (page_table, block_ids, slots), layer, fetch=True)
 
 
 def write_back_blocks(
@@ -119,6 +117,6 @@ def write_back_blocks(
     slots: Int32[Array, "*L B heads X"],
     layer: Int32[Array, ""] | None,
 ) -> Float[Array, "L pages K 2 P D"]:
-    moved = _call(_store_block, host, pool, (page_table, block_ids, slots), layer, fetch=False)
+    moved = _call(host, pool, (page_table, block_ids, slots), layer, fetch=False)
     # Moves nothing: it gives the result back the type of an array in host memory.
     return jax.device_put(moved, jax.memory.Space.Host)
