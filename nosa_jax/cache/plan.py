@@ -14,11 +14,20 @@ import numpy as np
 from flax import nnx
 
 from nosa_jax.cache import memory
+from nosa_jax.cache.pages import as_row_limits
 from nosa_jax.cache.working_set import Reading, as_limits, plan_reading, rounded
 from nosa_jax.config import CacheConfig, ModelConfig
 from nosa_jax.model import NosaLM
 from pallas_kernels import blocks
-from pallas_kernels.checks import as_float_dtype, bad_value, require_int, require_number, require_size, require_type
+from pallas_kernels.checks import (
+    IntegersLike,
+    as_float_dtype,
+    bad_value,
+    require_int,
+    require_number,
+    require_size,
+    require_type,
+)
 from pallas_kernels.device import RATES, Rates, current_device
 
 GB = 10**9
@@ -38,7 +47,8 @@ class CacheTooLargeError(MemoryError, ValueError):
 class Plan:
     """Bytes by part, and what one decode step moves. `str(plan)` is a table.
 
-    host_bytes: KV cache in host memory. device: bytes by part, weights included; "prefill" is what reading the prompts
+    max_length: the most that any row may hold. pages: of the host store, one per block of a row. host_bytes: KV cache
+    in host memory. device: bytes by part, weights included; "prefill" is what reading the prompts
     holds beside the rest, and free again while decoding. reading: how they are read. pcie_bytes_per_token: expected,
     blocks fetched and written back. hbm_bytes_per_token: read per generated token, the weights shared by the batch.
     tokens_per_second: of the whole batch, if a step took its HBM time plus its PCIe time: a bound, not a promise.
@@ -49,6 +59,7 @@ class Plan:
     slots: int | None
     num_blocks: int
     block_bytes: int
+    pages: int
     host_bytes: int
     device: dict[str, int]
     reading: Reading
@@ -70,6 +81,12 @@ class Plan:
     @property
     def tokens_per_second(self) -> float:
         return self.batch / self.seconds_per_step
+
+    def with_pages(self, pages: int) -> Plan:
+        """The same with another number of pages in the host store, if there is one."""
+        if self.pages == 0:
+            return self
+        return dataclasses.replace(self, pages=pages, host_bytes=self.host_bytes // self.pages * pages)
 
     def require_memory(self, allocated: tuple[str, ...] = (), devices: int = 1) -> None:
         """Raises CacheTooLargeError unless host and device bytes fit.
@@ -113,8 +130,9 @@ class Plan:
 
     def __str__(self) -> str:
         where = "all on the device" if self.slots is None else f"{self.slots} of {self.num_blocks} blocks on the device"
+        alike = self.pages in (0, self.batch * self.num_blocks)
         rows = [
-            ("batch x context", f"{self.batch} x {self.max_length} tokens, {where}"),
+            ("batch x context", f"{self.batch} x {'' if alike else 'at most '}{self.max_length} tokens, {where}"),
             ("host memory", f"{self.host_bytes / GB:.3f} GB"),
             *((f"device: {part}", f"{size / GB:.3f} GB") for part, size in self.device.items()),
             ("device memory", f"{self.device_bytes / GB:.3f} GB"),
@@ -129,7 +147,7 @@ class Plan:
 def plan(
     config: ModelConfig,
     batch: int,
-    max_length: int,
+    max_length: float | IntegersLike,
     cache: CacheConfig = CacheConfig(),
     *,
     dtype: Any = jnp.bfloat16,
@@ -140,14 +158,15 @@ def plan(
     link_bytes_per_second: float | None = None,
     hbm_bytes_per_second: float | None = None,
 ) -> Plan:
-    """Counts bytes for `batch` rows that may grow to `max_length` tokens.
+    """Counts bytes for `batch` rows that may grow to `max_length` tokens, one number for all or one per row.
 
     config: of the model.
     batch: rows that decode together.
-    max_length: tokens that each may hold, prompt and new ones.
+    max_length: tokens that each may hold, prompt and new ones: an int, or one per row [batch]; host memory is counted
+        by row, device memory by the largest.
     cache: where the KV cache lives, and its slots.
     dtype: of weights and cache; importance is float32 in any.
-    prompt: tokens of the longest prompt; None for `max_length`.
+    prompt: tokens of the longest prompt; None for the largest `max_length`.
     chunk, working_set: how prompts are read, see `prefill`. (`generate` gives rows room for their prompt and for
         `max_new_tokens`, each padded as `nosa_jax.decode.room_for` says.)
     misses: blocks fetched per step, layer, KV head and row; None takes published measurements by slots.
@@ -158,7 +177,9 @@ def plan(
     """
     require_type("config", config, ModelConfig, "Pass presets.nosa_8b() or model.config.")
     require_type("cache", cache, CacheConfig, "Pass CacheConfig(...).")
-    batch, max_length = _count("batch", batch), _count("max_length", max_length)
+    batch = _count("batch", batch)
+    row_limits = as_row_limits(max_length, batch)
+    max_length = _count("max_length", max_length) if row_limits is None else int(row_limits.max())
     dtype = as_float_dtype("dtype", dtype)
     rates = default_rates()
     link = rates.link if link_bytes_per_second is None else link_bytes_per_second
@@ -186,7 +207,7 @@ def plan(
         device["importance"] = tables * 4 * (m * attention.block_size + windows + 2)
     if slots is not None:
         device["slot tables"] = tables * slots * 2 * 4 + batch * m * 4  # and the pages
-    of_row = (sum(device.values()) - device["weights"]) // batch + 4  # and its length
+    of_row = (sum(device.values()) - device["weights"]) // batch + 8  # and its length and limit
     width = max_length
     if prompt is not None:
         width = rounded(require_size("prompt", prompt, 1, max_length))
@@ -197,21 +218,24 @@ def plan(
         misses = 0.0
     elif misses is None:
         misses = expected_misses(config, slots)
-    full_row = [m * attention.block_size]
-    moved = step_bytes(config, full_row, dtype=dtype, fetched=misses, offloaded=slots is not None)
+    held = [m] if row_limits is None else [blocks.num_blocks(int(limit), attention.block_size) for limit in row_limits]
+    full_rows = [count * attention.block_size for count in held]
+    moved = step_bytes(config, full_rows, dtype=dtype, fetched=misses, offloaded=slots is not None)
     shared = _weights(config, dtype).read
+    pages = batch * m if row_limits is None else sum(held)
     return Plan(
         batch=batch,
         max_length=max_length,
         slots=slots,
         num_blocks=m,
         block_bytes=block_bytes,
-        host_bytes=0 if slots is None else tables * m * block_bytes,
+        pages=0 if slots is None else pages,
+        host_bytes=0 if slots is None else config.num_layers * config.num_kv_heads * pages * block_bytes,
         device=device,
         reading=reading,
         misses_per_step=misses,
-        pcie_bytes_per_token=moved.link,
-        hbm_bytes_per_token=(shared + batch * (moved.device - shared)) / batch,
+        pcie_bytes_per_token=moved.link / len(held),
+        hbm_bytes_per_token=(shared + batch * (moved.device - shared) // len(held)) / batch,
         link_bytes_per_second=link,
         hbm_bytes_per_second=memory_rate,
     )

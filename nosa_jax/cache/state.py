@@ -16,10 +16,11 @@ from jaxtyping import Array, Float, Int32
 from nosa_jax import parallel
 from nosa_jax._pytree import pytree_dataclass, short_repr, static_field
 from nosa_jax.cache import host_store
-from nosa_jax.cache.slots import SlotTable, empty_table
+from nosa_jax.cache.pages import Rooms, own_rooms
+from nosa_jax.cache.slots import EMPTY, SlotTable, empty_table
 from nosa_jax.config import CacheConfig, ModelConfig
 from pallas_kernels import blocks
-from pallas_kernels.checks import bad_value, is_concrete, require_int
+from pallas_kernels.checks import as_integers, bad_value, is_concrete, require_int, require_shape, require_size
 
 
 class PooledCache(NamedTuple):
@@ -45,7 +46,8 @@ class DecodeState:
     importance: [L, B, K, M, P] float32, the bias of each token. None without bias.
     pooled_importance: the same pooled over windows, D = 1.
     lengths: int32 [B], tokens in the cache.
-    max_length: what the rows may grow to (static). transport: see CacheConfig (static).
+    limits: int32 [B], tokens that each row may grow to.
+    max_length: the most that any row's limit may ever be (static): it makes M. transport: see CacheConfig (static).
 
     Memory that no token has reached may hold anything, NaN included.
     """
@@ -58,6 +60,7 @@ class DecodeState:
     importance: Any
     pooled_importance: Any
     lengths: Any
+    limits: Any
     max_length: int = static_field()
     transport: str = static_field()
 
@@ -73,7 +76,7 @@ class DecodeState:
 
     @property
     def num_blocks(self) -> int:
-        """M, blocks that a row may fill."""
+        """M, blocks that any row may fill."""
         return self.num_slots if self.page_table is None else self.page_table.shape[1]
 
 
@@ -83,11 +86,14 @@ def empty_state(
     max_length: int,
     cache: CacheConfig,
     dtype: Any,
-    page_table: Int32[Array, "B M"] | None = None,
+    rooms: Rooms | None = None,
+    pages: int | None = None,
 ) -> DecodeState:
     """The state of `batch` empty rows; call it under `jax.jit`, so that the host store needs no device memory.
 
-    page_table: of these rows, as `own_pages` makes it; None where they are the whole batch.
+    max_length: the most that any row may ever hold.
+    rooms: what each row may grow to, and its pages; None where they are the whole batch, and alike.
+    pages: of the host store; None for one per block of every row.
     """
     attention = config.attention
     size, stride, dim = attention.block_size, attention.pooling_stride, config.head_dim
@@ -95,6 +101,8 @@ def empty_state(
     slots = cache.resolve_slots(attention, m)
     lead = (config.num_layers, batch, config.num_kv_heads)
     block = (2, size, dim)
+    rooms = own_rooms(batch, max_length, size) if rooms is None else rooms
+    pages = batch * m if pages is None else pages
 
     def pooled(width: int, dtype: Any) -> PooledCache:
         windows = blocks.num_windows(m * size, stride)
@@ -102,28 +110,24 @@ def empty_state(
 
     return DecodeState(
         pool=jnp.zeros((*lead, m if slots is None else slots, *block), dtype),
-        host=None if slots is None else host_store.allocate((lead[0], batch * m, lead[2], *block), dtype),
-        page_table=None if slots is None else own_pages(batch, m) if page_table is None else page_table,
+        host=None if slots is None else host_store.allocate((lead[0], pages, lead[2], *block), dtype),
+        page_table=None if slots is None else rooms.page_table,
         table=None if slots is None else empty_table((*lead, slots)),
         pooled_keys=pooled(dim, dtype) if attention.uses_query_scores else None,
         importance=jnp.zeros((*lead, m, size), jnp.float32) if attention.uses_importance else None,
         pooled_importance=pooled(1, jnp.float32) if attention.uses_importance else None,
         lengths=jnp.zeros((batch,), jnp.int32),
+        limits=rooms.limits,
         max_length=max_length,
         transport=cache.transport,
     )
-
-
-def own_pages(batch: int, num_blocks: int) -> Int32[Array, "B M"]:
-    """The page table of rows that each have a page for every block, one row's after the other's."""
-    return jnp.arange(batch * num_blocks, dtype=jnp.int32).reshape(batch, num_blocks)
 
 
 def specs(state: DecodeState) -> DecodeState:
     """How a state, or shapes of one, lies on a mesh: by rows."""
     placed: DecodeState = jax.tree.map(lambda _: PartitionSpec(None, parallel.ROWS), state)
     rows = PartitionSpec(parallel.ROWS)
-    return dataclasses.replace(placed, lengths=rows, page_table=None if state.page_table is None else rows)
+    return dataclasses.replace(placed, lengths=rows, limits=rows, page_table=None if state.page_table is None else rows)
 
 
 def device_bytes(state: DecodeState) -> int:
@@ -146,11 +150,85 @@ def with_rows(state: DecodeState, part: DecodeState, first: Int32[Array, ""]) ->
 def _by_rows(function: Callable[[int], Callable[..., Array]], state: DecodeState, *others: DecodeState) -> DecodeState:
     """`function(axis of rows)` of every array but the host store."""
     names = [name for name in _fields(state) if name != "host"]
-    axes = {name: 0 if name in ("lengths", "page_table") else 1 for name in names}
+    axes = {name: 0 if name in ("lengths", "limits", "page_table") else 1 for name in names}
     parts = {
         name: jax.tree.map(function(axes[name]), *(getattr(each, name) for each in (state, *others))) for name in names
     }
     return dataclasses.replace(state, **parts)
+
+
+def page_range(state: DecodeState, row: int) -> range:
+    """The pages of the host store that a row may have: all, or on a mesh those of the row's device."""
+    pages, rows = state.host.shape[1], state.lengths.shape[0]
+    devices = 1
+    if is_concrete(state.host):
+        devices = pages // state.host.sharding.shard_shape(state.host.shape)[1]
+    first = row // (rows // devices) * (pages // devices)
+    return range(first, first + pages // devices)
+
+
+def with_pages(state: DecodeState, row: Any, ids: Any, limit: Any) -> DecodeState:
+    """`state` with one row empty and with other pages, so that `extend` can fill it anew; the other rows stay.
+
+    row: which row, an int or an int32 scalar.
+    ids: int [n], the pages of its first n blocks, n <= M; None without a host store. Nothing else may own them but rows
+        that begin with the same blocks, see `Pages`.
+    limit: tokens that it may grow to, at most n * P and `state.max_length`; 0 for a row that rests.
+
+    It computes as a row of a fresh state does, to the bit. Nothing of the pool and of the host store is touched.
+    Raises TypeError or ValueError for what does not fit; what is traced is not looked at.
+    """
+    rows, size, num_blocks = state.lengths.shape[0], state.block_size, state.num_blocks
+    row = require_size("row", row, 0, rows - 1) if is_concrete(row) else row
+    table = state.page_table
+    room = state.max_length
+    if (table is None) != (ids is None):
+        rule = "must be None without a host store" if table is None else "must be the row's pages"
+        raise bad_value("ids", rule, f"{ids!r:.60}", "Pass what the state has.")
+    if table is not None:
+        ids = as_integers("ids", ids)
+        require_shape("ids", ids, (None,), "[n]")
+        if is_concrete(row, ids):
+            _require_pages(np.asarray(ids), page_range(state, row))
+        room = min(room, ids.shape[0] * size)
+    if is_concrete(limit):
+        limit = require_int("limit", limit, 0)
+        if limit > room:
+            rule = f"must be at most {room}, what the row's pages hold and max_length = {state.max_length} allows"
+            raise bad_value("limit", rule, limit, "Lower it, or give the row more pages.")
+    at = jnp.arange(rows, dtype=jnp.int32) == row
+    # By `where` and not by index: rows of any mesh stay where they are.
+    along = lambda x: at.reshape(1, -1, *(1,) * (x.ndim - 2))
+    put = lambda x, value: jnp.where(along(x), value, x)
+    # The sums of the open window are added to, so they begin anew; all else is written before it is read.
+    reset = lambda pooled: None if pooled is None else pooled._replace(sums=put(pooled.sums, jnp.float32(0)))
+    return dataclasses.replace(
+        state,
+        page_table=None if table is None else jnp.where(at[:, None], _padded(ids, num_blocks), table),
+        table=None if state.table is None else SlotTable(*(put(x, jnp.int32(EMPTY)) for x in state.table)),
+        pooled_keys=reset(state.pooled_keys),
+        pooled_importance=reset(state.pooled_importance),
+        lengths=jnp.where(at, 0, state.lengths),
+        limits=jnp.where(at, jnp.int32(limit), state.limits),
+    )
+
+
+def _padded(ids: Int32[Array, " n"], num_blocks: int) -> Int32[Array, " M"]:
+    """One row of a page table. Raises ValueError for more pages than it has room for."""
+    if ids.shape[0] > num_blocks:
+        remedy = "Give it fewer, or prefill with a larger max_length."
+        raise bad_value("ids", f"a row may have at most M = {num_blocks} pages", ids.shape[0], remedy)
+    return jnp.pad(ids, (0, num_blocks - ids.shape[0]), constant_values=-1)
+
+
+def _require_pages(ids: np.ndarray, pages: range) -> None:
+    """Raises ValueError unless these are distinct pages of a row's device."""
+    wrong = ids[(ids < pages.start) | (ids >= pages.stop)]
+    if wrong.size:
+        rule = f"must be pages of the row's store, in [{pages.start}, {pages.stop})"
+        raise bad_value("ids", rule, wrong[0], "Take them from its `Pages`.")
+    if len(np.unique(ids)) < ids.size:
+        raise bad_value("ids", "must be distinct", ids.tolist(), "Give every block a page of its own.")
 
 
 def require_fitting(state: DecodeState, config: ModelConfig, dtype: Any) -> None:
@@ -160,7 +238,7 @@ def require_fitting(state: DecodeState, config: ModelConfig, dtype: Any) -> None
     """
     remedy = "Prefill with this model: a state fits no other layers, heads, attention or dtype."
     max_length = require_int("state.max_length", state.max_length, 1)
-    for name, axes in (("pool", 7), ("host", 6), ("page_table", 2), ("lengths", 1)):
+    for name, axes in (("pool", 7), ("host", 6), ("page_table", 2), ("lengths", 1), ("limits", 1)):
         value = getattr(state, name)
         if getattr(value, "ndim", None) != axes and not (name in ("host", "page_table") and value is None):
             raise bad_value(
@@ -173,7 +251,8 @@ def require_fitting(state: DecodeState, config: ModelConfig, dtype: Any) -> None
     cache = CacheConfig(offload=False)
     if offload and config.attention.is_sparse:
         cache = CacheConfig(slots=max(slots, selected))  # slots of all blocks may be fewer
-    fitting = _fitting_shapes(config, state.lengths.shape[0], max_length, cache, dtype)
+    pages = state.host.shape[1] if offload else None  # any number of them
+    fitting = _fitting_shapes(config, state.lengths.shape[0], max_length, cache, dtype, pages)
     for name, value in _fields(state).items():
         if _names(value) != _names(fitting[name]):
             rule = f"must go with the model, whose {name} has {_names(fitting[name])}"
@@ -212,8 +291,10 @@ def _names(value: Any) -> list[str]:
 
 
 @functools.lru_cache(maxsize=32)
-def _fitting_shapes(config: ModelConfig, batch: int, max_length: int, cache: CacheConfig, dtype: Any) -> dict[str, Any]:
-    return _fields(jax.eval_shape(lambda: empty_state(config, batch, max_length, cache, dtype)))
+def _fitting_shapes(
+    config: ModelConfig, batch: int, max_length: int, cache: CacheConfig, dtype: Any, pages: int | None
+) -> dict[str, Any]:
+    return _fields(jax.eval_shape(lambda: empty_state(config, batch, max_length, cache, dtype, pages=pages)))
 
 
 def table_at(state: DecodeState, layer: Array) -> SlotTable:

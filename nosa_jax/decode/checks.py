@@ -15,6 +15,7 @@ from nosa_jax import parallel
 from nosa_jax._pytree import pytree_dataclass
 from nosa_jax.attention import layout
 from nosa_jax.cache.memory import device_limit, host_limit
+from nosa_jax.cache.pages import as_row_limits, pages_of_a_device
 from nosa_jax.cache.plan import GB, CacheTooLargeError, plan
 from nosa_jax.cache.state import DecodeState, device_bytes, require_fitting
 from nosa_jax.cache.working_set import Limits, plan_reading
@@ -61,22 +62,42 @@ def check_model(model: Any) -> None:
 
 def check_cache(
     model: NosaLM, prompt: Prompt, max_length: Any, cache: Any, limits: Limits, devices: int = 1, records: int = 0
-) -> int:
-    """`max_length` as an int. Raises unless the prompt fits into rows of so many tokens, and their cache into memory.
+) -> tuple[int, np.ndarray | None]:
+    """`max_length` as an int, and one per row [B] where that was given, of which the int is the largest.
+
+    Raises unless the prompt fits into rows of so many tokens, and their cache into memory.
 
     devices: how many share the rows. records: bytes per row that are recorded beside the cache.
     Raises TypeError, ValueError, or CacheTooLargeError with what is needed.
     """
     require_type("cache", cache, CacheConfig, "Pass CacheConfig(...).")
-    rule = f"must be an int >= tokens.shape[1] = {prompt.width}"
-    max_length = require_int("max_length", max_length, prompt.width, rule)
-    rows = prompt.batch // devices
-    read = {"prompt": prompt.width, **limits._asdict()}
+    rows, row_limits = prompt.batch // devices, as_row_limits(max_length, prompt.batch)
+    if row_limits is None:
+        rule = f"must be an int >= tokens.shape[1] = {prompt.width}"
+        max_length = require_int("max_length", max_length, prompt.width, rule)
+    else:
+        _check_row_limits(prompt, row_limits)
+        max_length = int(row_limits.max())
+    read = {"prompt": min(prompt.width, max_length), **limits._asdict()}
     one_device = plan(model.config, rows, max_length, cache, dtype=model.embed.dtype, **read)
+    if row_limits is not None:
+        counts = -(-row_limits // model.config.attention.block_size)
+        one_device = one_device.with_pages(pages_of_a_device(counts, devices))
     if records:
         one_device = dataclasses.replace(one_device, device=one_device.device | {"records": rows * records})
     one_device.require_memory(allocated=("weights",), devices=devices)
-    return max_length
+    return max_length, row_limits
+
+
+def _check_row_limits(prompt: Prompt, row_limits: np.ndarray) -> None:
+    """Raises ValueError for a limit below the row's prompt, where that can be seen."""
+    if not is_concrete(prompt.lengths):
+        return
+    lengths = np.asarray(jax.device_get(prompt.lengths))
+    row = int(np.argmax(lengths - row_limits))
+    if lengths[row] > row_limits[row]:
+        got = f"{row_limits[row]} for row {row} of {lengths[row]} tokens"
+        raise bad_value("max_length", "must be at least as long as the row's prompt", got, "Raise it.")
 
 
 def row_devices(rows: int, *trees: Any) -> int:
@@ -122,15 +143,16 @@ def check_state(model: NosaLM, state: DecodeState, batch: int) -> None:
 
 
 def check_room(state: DecodeState, count: Any) -> None:
-    """Raises ValueError when `count` more tokens would pass `max_length`, where values can be seen."""
-    if not is_concrete(state.lengths, count):
+    """Raises ValueError when `count` more tokens would pass a row's limit, where values can be seen."""
+    if not is_concrete(state.lengths, state.limits, count):
         return
-    totals = jax.device_get(state.lengths) + jax.device_get(count)
-    row = int(np.argmax(totals))
-    if totals[row] > state.max_length:
+    lengths, limits, count = jax.device_get((state.lengths, state.limits, count))
+    totals = lengths + count
+    row = int(np.argmax(totals - limits))
+    if totals[row] > limits[row]:
         raise bad_value(
             "tokens",
-            f"rows may not grow beyond the state's max_length = {state.max_length}",
+            f"rows may not grow beyond their limits (state.limits), row {row} has max_length = {limits[row]}",
             f"{totals[row]} for row {row}",
             "Prefill with a larger max_length.",
         )

@@ -13,7 +13,8 @@ from jaxtyping import Array, Float, Int32
 
 from nosa_jax import parallel
 from nosa_jax.attention import layout
-from nosa_jax.cache.state import DecodeState, device_bytes, empty_state, own_pages, specs
+from nosa_jax.cache.pages import Rooms, own_rooms, rooms_of
+from nosa_jax.cache.state import DecodeState, device_bytes, empty_state, specs
 from nosa_jax.cache.working_set import Limits, as_limits, plan_reading, rounded
 from nosa_jax.config import CacheConfig
 from nosa_jax.decode import checks, widths
@@ -33,7 +34,7 @@ def prefill(
     tokens: IntegersLike,
     lengths: IntegersLike | None = None,
     *,
-    max_length: int,
+    max_length: IntegersLike,
     cache: CacheConfig = CacheConfig(),
     chunk: int | None = None,
     working_set: int | None = None,
@@ -42,7 +43,9 @@ def prefill(
 
     tokens: int [B, T], right-padded where `lengths` [B] says so.
     lengths: int [B], tokens of each row; None: all T.
-    max_length: what a row may grow to, prompt included.
+    max_length: what a row may grow to, prompt included: an int, or one per row [B]. Then the host store has only the
+        pages that the limits need, ceil(limit / P) per row, and a program is compiled for each number of pages. Under
+        `jax.jit` they must be known, as NumPy arrays and lists are.
     cache: where the KV cache lives.
     chunk: tokens of a row read at once, each chunk over the cache of those before it; None reads rows whole where they
         fit `working_set`, and else in chunks that do.
@@ -59,11 +62,14 @@ def prefill(
     prompt = checks.as_prompt(model, tokens, lengths)
     limits = as_limits(chunk, working_set)
     devices = checks.row_devices(prompt.batch, model, prompt)
-    max_length = checks.check_cache(model, prompt, max_length, cache, limits, devices)
+    max_length, row_limits = checks.check_cache(model, prompt, max_length, cache, limits, devices)
+    rooms, pages = None, None
+    if row_limits is not None:
+        rooms, pages = rooms_of(row_limits, model.config.attention.block_size, devices)
     if not is_tracing():
         prompt = padded_prompt(prompt)
     model, prompt = checks.untransformed((model, prompt))
-    state, out = read_prompt(model, prompt, max_length=max_length, cache=cache, limits=limits)
+    state, out = read_prompt(model, prompt, rooms=rooms, max_length=max_length, pages=pages, cache=cache, limits=limits)
     return state, out.logits
 
 
@@ -86,7 +92,7 @@ def extend(
     logits after each row's last token (meaningless where a row got none). The old state stays valid, so what it holds
     is copied, in host memory, too; `jit_extend` goes on in place. Outside `jax.jit` the tokens are read in pieces of
     64, 512 or 4096, so that turns of any lengths share a few programs. Under jit, where values cannot be checked,
-    tokens beyond `max_length` are dropped. What a layer holds of the rows that grow is staged on the device, one layer
+    tokens beyond a row's limit are dropped. What a layer holds of the rows that grow is staged on the device, one layer
     at a time, in groups of rows that fit `working_set` (see `prefill`).
 
     Raises TypeError or ValueError for a state of another model, wrong shapes and, outside jit, wrong values, and
@@ -173,38 +179,43 @@ _read_more = program(static_argnames="limits")(_more)
 _read_more_in_place = program(static_argnames="limits", donate_argnames="state")(_more)
 
 
-@program(static_argnames=("max_length", "cache", "limits"))
+@program(static_argnames=("max_length", "pages", "cache", "limits"))
 def read_prompt(
     model: NosaLM,
     prompt: Prompt,
     forced_block_ids: Int32[Array, "L B K J"] | None = None,
+    rooms: Rooms | None = None,
     *,
     max_length: int,
+    pages: int | None = None,
     cache: CacheConfig,
     limits: Limits,
 ) -> tuple[DecodeState, StepOutput]:
     """`prefill` of a checked prompt.
 
     forced_block_ids: replace the selection of each row's last token, see `replace_selection`.
+    rooms: of the rows; None where all may grow to `max_length`, which is the most that any may.
+    pages: of the host store on each device; None for one per block of every row.
     """
     config, dtype = model.config, model.embed.dtype
     num_blocks = blocks.num_blocks(max_length, config.attention.block_size)
-    make = lambda pages: empty_state(config, len(pages), max_length, cache, dtype, pages)
+    make = lambda rooms: empty_state(config, len(rooms.limits), max_length, cache, dtype, rooms, pages)
 
-    def body(model: NosaLM, prompt: Prompt, forced: Array | None, pages: Array) -> tuple[DecodeState, StepOutput]:
-        state = make(pages)
+    def body(model: NosaLM, prompt: Prompt, forced: Array | None, rooms: Rooms) -> tuple[DecodeState, StepOutput]:
+        state = make(rooms)
         reading = plan_reading(
             config, prompt.batch, prompt.width, num_blocks,
-            dtype=dtype, row_bytes=device_bytes(state) // len(pages), fresh=True, limits=limits,
+            dtype=dtype, row_bytes=device_bytes(state) // prompt.batch, fresh=True, limits=limits,
         )  # fmt: skip
         return read_groups(model, state, prompt.tokens, prompt.lengths, forced, reading, fresh=True)
 
-    pages = own_pages(prompt.batch, num_blocks)
+    if rooms is None:
+        rooms = own_rooms(prompt.batch, max_length, config.attention.block_size)
     rows, of_layers = PartitionSpec(parallel.ROWS), PartitionSpec(None, parallel.ROWS)
     return parallel.by_rows(
         parallel.mesh_of(model, prompt),
         body,
-        (model, prompt, forced_block_ids, pages),
+        (model, prompt, forced_block_ids, rooms),
         (PartitionSpec(), rows, of_layers, rows),
-        (specs(jax.eval_shape(make, pages)), output_specs(config)),
+        (specs(jax.eval_shape(make, rooms)), output_specs(config)),
     )

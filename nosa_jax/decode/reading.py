@@ -41,7 +41,7 @@ def read_groups(
     fresh: the rows were empty before.
     Logits of a row are NaN where it had no room for its tokens, or one of them is out of the vocabulary.
     """
-    room = state.max_length - state.lengths
+    room = state.limits - state.lengths
     known = (tokens >= 0) & (tokens < model.config.vocab_size) | (jnp.arange(tokens.shape[1]) >= count[:, None])
     usable = (count <= room) & known.all(1)
     count = jnp.clip(count, 0, jnp.minimum(tokens.shape[1], room))

@@ -106,7 +106,11 @@ def as_request(
 
 
 def max_length_of(prompt: Prompt, options: Options) -> int:
-    """What the rows of a generation may grow to."""
+    """What the rows of a generation may grow to: one number for all of them.
+
+    Limits by their own prompts would save pages, but the number of pages is part of a program: every batch of other
+    lengths would compile one.
+    """
     return prompt.width + options.room
 
 

@@ -46,8 +46,8 @@ def decode_step(model: NosaLM, state: DecodeState, tokens: IntegersLike) -> tupl
     """Feeds one token to every row. Returns the new state and the float32 logits of what follows.
 
     A plain function of int tokens [B]; `jit_decode_step` is it compiled for a loop. Under jit, where values cannot be
-    checked, a row that is already `max_length` long stays as it is, and its logits are NaN; so are those of an id out
-    of the vocabulary. On a mesh every device does its own rows, with weights as `prefill` has them. Raises TypeError or
+    checked, a row that has reached its limit stays as it is, and its logits are NaN; so are those of an id out of the
+    vocabulary. On a mesh every device does its own rows, with weights as `prefill` has them. Raises TypeError or
     ValueError for a state of another model, wrong shapes and, outside jit, wrong values.
     """
     checks.check_model(model)
@@ -61,9 +61,9 @@ def jit_decode_step(model: NosaLM, state: DecodeState, tokens: IntegersLike) -> 
     """`decode_step` compiled with the options that it needs, the state donated: go on with the state that it returns.
 
     The state passed in is gone afterwards. The call does not wait for the step before, so values are looked at only
-    where tokens come from NumPy or a list: a row that is already `max_length` long stays as it is, and its logits are
-    NaN; so are those of an id out of the vocabulary. Raises TypeError or ValueError for a state of another model and
-    wrong tokens.
+    where tokens come from NumPy or a list: a row that has reached its limit stays as it is, and its logits are NaN; so
+    are those of an id out of the vocabulary. Raises TypeError or ValueError for a state of another model and wrong
+    tokens.
     """
     checks.check_model(model)
     look = not isinstance(tokens, jax.Array)
@@ -82,7 +82,7 @@ def _step(model: NosaLM, state: DecodeState, tokens: Int32[Array, " B"]) -> tupl
 def _step_of_rows(
     model: NosaLM, state: DecodeState, tokens: Int32[Array, " B"]
 ) -> tuple[DecodeState, Float[Array, "B V"]]:
-    usable = (state.lengths < state.max_length) & (tokens >= 0) & (tokens < model.config.vocab_size)
+    usable = (state.lengths < state.limits) & (tokens >= 0) & (tokens < model.config.vocab_size)
     state, out = run_step(model, state, tokens)
     return state, jnp.where(usable[:, None], out.logits, jnp.nan)
 
@@ -152,7 +152,7 @@ def run_step(
     forced_block_ids: replace the selection, see `replace_selection`.
     """
     config = model.config
-    room = state.lengths < state.max_length
+    room = state.lengths < state.limits
     active = room if active is None else room & active
     place = place_of(config, jnp.where(active, state.lengths, -1))
 
