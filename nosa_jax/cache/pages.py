@@ -130,7 +130,7 @@ class Pages:
         """How many own a page; 0 for a free one."""
         return int(self._owners[require_size("page", page, 0, self.total - 1)])
 
-    def give(self, counts: Iterable[int]) -> list[np.ndarray]:
+    def give(self, counts: Iterable[Any]) -> list[np.ndarray]:
         """Pages for rows, int32 [count] for each: free ones, which then have one owner. All rows get theirs, or none.
 
         counts: pages for each row, 0 or more.
