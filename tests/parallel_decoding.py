@@ -16,6 +16,7 @@ from support import random_tokens
 import nosa_jax
 from nosa_jax import CacheConfig, Sampling, parallel
 from nosa_jax._pytree import by_name
+from nosa_jax.cache.state import page_range, with_pages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Case:
     whole: every device has all weights, by `jax.device_put`; else they are cut, by `parallel.shard`.
     tokens: "numpy", "one device", or "rows", cut over the devices.
     rows, length: of the tokens. ragged: with lengths. packed: with segment ids. cache: of decoding.
-    brief: of `forward` the logits of all tokens alone.
+    brief: of `forward` the logits of all tokens alone. limits: rows may grow to different lengths, and one is refilled.
     """
 
     axes: dict[str, int]
@@ -38,6 +39,7 @@ class Case:
     ragged: bool = False
     packed: bool = False
     brief: bool = False
+    limits: bool = False
     cache: CacheConfig = CacheConfig(slots=9)
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -68,6 +70,8 @@ DECODING = {
     "full, explicit": Case({"fsdp": 4}, "full", explicit=True, cache=CacheConfig(offload=False)),
     "three rows": Case({"data": 4}, rows=3),
     "three rows, explicit": Case({"data": 4}, rows=3, explicit=True),
+    "limits": Case({"data": 4}, whole=True, limits=True),
+    "limits, explicit": Case({"data": 2, "fsdp": 2}, explicit=True, tokens="rows", ragged=True, limits=True),
 }
 GENERATION = {
     "sharded": Case({"data": 2, "fsdp": 2}, ragged=True),
@@ -115,14 +119,20 @@ def forward_of(case: Case, mesh: Any) -> dict[str, Any]:
 def decoding_of(case: Case, mesh: Any) -> dict[str, Any]:
     model, tokens, options = made(case, mesh)
     next_tokens = np.asarray(tokens)[:, 5:13]
-    state, first = nosa_jax.prefill(model, tokens, max_length=256, cache=case.cache, **options)
-    _, same = nosa_jax.prefill(model, tokens, max_length=256, cache=case.cache, chunk=64, **options)
+    options |= {"max_length": np.linspace(185, 256, case.rows).astype(int) if case.limits else 256, "cache": case.cache}
+    state, first = nosa_jax.prefill(model, tokens, **options)
+    _, same = nosa_jax.prefill(model, tokens, **options, chunk=64)
     found = {"prefill": first, "in chunks": same}
     state, found["decode_step"] = nosa_jax.decode_step(model, state, next_tokens[:, 0])
     for n in range(1, 3):
         state, found[f"jit_decode_step {n}"] = nosa_jax.jit_decode_step(model, state, next_tokens[:, n])
     state, found["extend"] = nosa_jax.extend(model, state, next_tokens[:, 3:])
     state, found["after extend"] = nosa_jax.jit_decode_step(model, state, found["extend"].argmax(-1))
+    if case.limits:
+        count = np.where(np.arange(case.rows) == 5, 40, 0)
+        state = with_pages(state, 5, page_range(state, 5)[-3:], 40)
+        state, logits = nosa_jax.jit_extend(model, state, np.asarray(tokens)[:, :40], count)
+        found["refilled"] = np.asarray(logits)[5:6]
     return found | {"lengths": state.lengths, "pool": state.pool, "state": state}
 
 
@@ -149,7 +159,7 @@ def compared(of_case: Any, case: Case) -> dict[str, Any]:
     state = found.pop("state", None)
     if state is not None:
         truth.pop("state")
-        parts = {name: _parts(leaf, 0 if leaf.ndim == 1 else 1) for name, leaf in by_name(state).items()}
+        parts = {name: _parts(leaf, 0 if leaf.ndim < 3 else 1) for name, leaf in by_name(state).items()}
     differences = {name: _difference(found[name], truth[name]) for name in truth}
     return {"differences": differences, "parts": parts, "devices": int(mesh.size)}
 

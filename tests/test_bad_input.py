@@ -162,6 +162,13 @@ CASES = {
     "a broken chunk": (generate(OK, chunk=1.5), "chunk", "must be an int >= 1 or None", "1.5"),
     # running
     "max_length below the prompt": (prefill(OK, max_length=19), "max_length", ">= tokens.shape[1] = 20", "19"),
+    "limits of another batch": (prefill(OK, max_length=[24]), "max_length", "one per row, [B] = [2]", "got 1"),
+    "limits of two axes": (prefill(OK, max_length=np.full((2, 1), 24)), "max_length", "one per row", "(2, 1)"),
+    "a limit below the prompt": (
+        prefill(OK, max_length=[24, 19]), "max_length", "row's prompt", "19 for row 1 of 20 tokens"
+    ),
+    "half a limit": (prefill(OK, max_length=[24, 24.5]), "max_length[1]", "must be an int", "24.5"),
+    "planned limits of another batch": (lambda: nosa_jax.plan(small_config(), 3, [8, 8]), "max_length", "[3]", "got 2"),
     "chunk of zero": (prefill(OK, max_length=30, chunk=0), "chunk", ">= 1", "0"),
     "no new tokens": (generate(OK, max_new_tokens=0), "max_new_tokens", ">= 1", "0"),
     "step of another batch": (

@@ -34,7 +34,10 @@ def test_forward_on_any_mesh(name):
 
 @pytest.mark.parametrize("name", but_slow(DECODING, *DECODING))
 def test_decoding_on_any_mesh(name):
-    """Prefill, at once and in chunks, steps, compiled or not, and further tokens; each device its own rows."""
+    """Prefill, at once and in chunks, steps, compiled or not, and further tokens; each device its own rows.
+
+    With limits per row every device has pages of its own, and a row that is filled anew has some of those.
+    """
     found = of_case("parallel_decoding", "decoding", name)
     assert_same(found)
     # Every device has its own rows, as many devices as may; three rows are with all.

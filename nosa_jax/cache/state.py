@@ -197,7 +197,7 @@ def with_pages(state: DecodeState, row: Any, ids: Any, limit: Any) -> DecodeStat
             rule = f"must be at most {room}, what the row's pages hold and max_length = {state.max_length} allows"
             raise bad_value("limit", rule, limit, "Lower it, or give the row more pages.")
     at = jnp.arange(rows, dtype=jnp.int32) == row
-    # By `where` and not by index: rows of any mesh stay where they are.
+    # By `where` and not by index, which on a mesh of Explicit axes needs to be told how its result lies.
     along = lambda x: at.reshape(1, -1, *(1,) * (x.ndim - 2))
     put = lambda x, value: jnp.where(along(x), value, x)
     # The sums of the open window are added to, so they begin anew; all else is written before it is read.
