@@ -1,6 +1,6 @@
 """The KV cache in host memory, pages [L, pages, K, 2, P, D] in `pinned_host`, and how much of a row crosses at once.
 
-Every row has a page for each block that its limit lets it fill, the same in all layers; `DecodeState.page_table` says which.
+Every row has a page for each block up to its limit, the same in all layers; `DecodeState.page_table` says which.
 Blocks cross in the ops `fetch_blocks`, `write_back_blocks` and `update_and_attend`; nothing else touches host arrays.
 """
 
