@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -19,8 +20,8 @@ from nosa_jax.attention import layout
 from nosa_jax.attention.importance import Importance
 from nosa_jax.attention.layer import SELECTION, Attention, Recorded
 from nosa_jax.config import ModelConfig
-from nosa_jax.norm import rms_norm
 from nosa_jax.origin import Origin
+from pallas_kernels import rms_norm as rms_norm_of_layer
 from pallas_kernels.checks import (
     IntegersLike,
     as_float_dtype,
@@ -35,6 +36,7 @@ from pallas_kernels.checks import (
 )
 from pallas_kernels.derivatives import reverse_mode_only
 from pallas_kernels.device import current_device
+from pallas_kernels.formulas import rms_norm
 from pallas_kernels.promotion import usual_promotion
 
 Logits = Literal["all", "last", "none"]
@@ -90,11 +92,22 @@ class Layers(nnx.Module):
         mlp_tokens: how many go through the MLP at once; None for all.
         """
         half = lambda parts, x: (parts, x) if index is None else _layer_at(parts, index, x)
-        (norm, attention), x = half((self.attention_norm, self.attention), x)
-        out, rest = attend(attention, rms_norm(x, norm[...], config.rms_norm_eps))
-        (norm, mlp), x = half((self.mlp_norm, self.mlp), parallel.activations(x + out))
-        add_mlp = lambda x: x + mlp(rms_norm(x, norm[...], config.rms_norm_eps))
+        normed = functools.partial(_normed, config, index=index)
+        attention, x = half(self.attention, x)
+        out, rest = attend(attention, normed(x, self.attention_norm[...]))
+        mlp, x = half(self.mlp, parallel.activations(x + out))
+        add_mlp = lambda x: x + mlp(normed(x, self.mlp_norm[...]))
         return parallel.activations(add_mlp(x) if mlp_tokens is None else _in_pieces(add_mlp, x, mlp_tokens)), rest
+
+
+def _normed(
+    config: ModelConfig, x: Float[Array, "B T H"], weight: Float[Array, "*L H"], *, index: Int32[Array, ""] | None
+) -> Float[Array, "B T H"]:
+    """x after the RMS norm of one layer. weight: its own, or with an index those of all layers."""
+    if index is None:
+        return rms_norm(x, weight, config.rms_norm_eps)
+    flat = rms_norm_of_layer(x.reshape(-1, x.shape[-1]), weight, index, eps=config.rms_norm_eps)
+    return flat.reshape(x.shape)
 
 
 def _in_pieces(function: Callable[[Array], Array], x: Float[Array, "B T H"], tokens: int) -> Float[Array, "B T H"]:

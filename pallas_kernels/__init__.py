@@ -5,6 +5,7 @@ OPS has every op by name, with what runs it and why something cannot; IMPLEMENTA
 """
 
 from pallas_kernels._dispatch import IMPLEMENTATIONS, OPS, KernelUnsupportedError, Op
+from pallas_kernels.append_and_select import Projected, Selectable, Sizes, append_and_select
 from pallas_kernels.append_token import Summaries, append_summaries, append_token
 from pallas_kernels.block_attention import block_attention
 from pallas_kernels.block_scores import block_scores
@@ -12,6 +13,7 @@ from pallas_kernels.decode_attention import Residence, Store, Token, decode_atte
 from pallas_kernels.fetch_blocks import fetch_blocks, write_back_blocks
 from pallas_kernels.pooled_keys import append_pooled_keys, pool_keys
 from pallas_kernels.resolve_slots import resolve_slots
+from pallas_kernels.rms_norm import rms_norm
 from pallas_kernels.select_blocks import select_blocks
 
 __all__ = [
@@ -19,10 +21,14 @@ __all__ = [
     "OPS",
     "KernelUnsupportedError",
     "Op",
+    "Projected",
     "Residence",
+    "Selectable",
+    "Sizes",
     "Store",
     "Summaries",
     "Token",
+    "append_and_select",
     "append_pooled_keys",
     "append_summaries",
     "append_token",
@@ -32,6 +38,7 @@ __all__ = [
     "fetch_blocks",
     "pool_keys",
     "resolve_slots",
+    "rms_norm",
     "select_blocks",
     "update_and_attend",
     "write_back_blocks",

@@ -30,7 +30,7 @@ from pallas_kernels.varying import alike, axes_of, struct
 warnings.filterwarnings("ignore", message=".*Pallas Triton backend is deprecated.*", category=DeprecationWarning)
 
 LOG2_E = 1.4426950408889634
-_LEAST_ROWS = 16  # of a matrix product
+LEAST_ROWS = 16  # of a matrix product
 LARGE = 1e30  # stands for infinity where infinity - infinity would give NaN
 
 load, store, atomic_add = plt.load, plt.store, plt.atomic_add
@@ -269,7 +269,7 @@ def heads_as_rows(q: Float[Array, "B N D"], kv_heads: int) -> Float[Array, "B K 
     """The query heads of each KV head, padded to as many as a matrix product takes: a power of two of at least 16."""
     batch, heads, dim = q.shape
     grouped = q.reshape(batch, kv_heads, heads // kv_heads, dim)
-    return pad_to_multiple(grouped, 2, max(_LEAST_ROWS, next_power_of_two(heads // kv_heads)))
+    return pad_to_multiple(grouped, 2, max(LEAST_ROWS, next_power_of_two(heads // kv_heads)))
 
 
 def pad_to_multiple(x: Array, axis: int, multiple: int, fill: int | float = 0) -> Array:

@@ -17,6 +17,13 @@ def rotate(
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
+def rms_norm(x: Float[Array, "*rest H"], weight: Float[Array, " H"], eps: float) -> Float[Array, "*rest H"]:
+    """x / rms(x) * weight in float32, back in the dtype of `x`."""
+    wide = x.astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (wide * weight.astype(jnp.float32)).astype(x.dtype)
+
+
 def importance_of(
     v: Float[Array, "*rows K D"], scale: Float[Array, " K"], delta: Float[Array, "*KD heads"]
 ) -> Float[Array, "*rows K"]:

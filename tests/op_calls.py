@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 import pallas_kernels
-from pallas_kernels import Residence, Store, Summaries, Token
+from pallas_kernels import Projected, Residence, Selectable, Sizes, Store, Summaries, Token
 
 # Sizes that every kernel takes.
 B, T, N, K, S, D, P, M, J, L, C, X = 2, 8, 4, 2, 40, 16, 16, 3, 3, 2, 4, 2
@@ -63,6 +63,21 @@ CALLS = {
         },
         {"stride": 2},
     ),
+    "append_and_select": (
+        {
+            "projected": Projected(floats(B, K, N // K + 2, D), floats(B, D // 2), floats(B, D // 2)),
+            "selectable": Selectable(
+                Summaries(
+                    (floats(L, B, K, M * P // 8 - 1, D), floats(L, B, K, 2, D)), floats(L, B, K, M, P),
+                    (floats(L, B, K, M * P // 8 - 1, 1), floats(L, B, K, 2, 1)),
+                ),
+                floats(L, K), floats(L, K, D, K), (ints(L, B, K, J), ints(L, B, K, J)),
+            ),
+            "positions": ints(B), "layer": LAYER,
+        },
+        {"sizes": Sizes(M, P, 8, J, 1, 1, 1)},
+    ),
+    "rms_norm": ({"x": floats(B, D), "weight": floats(L, D), "layer": LAYER}, {"eps": 1e-5}),
     "decode_attention": (
         {
             "q": floats(B, N, D), "pool": floats(L, B, K, J, 2, P, D), "bias": floats(L, B, K, M, P),

@@ -23,7 +23,7 @@ FLOORS: list[set[str]] = [
     {"nosa_jax.config", "nosa_jax.environment", "nosa_jax.origin", "nosa_jax.presets"},
     {"nosa_jax.processes"},
     {"nosa_jax.parallel"},
-    {"nosa_jax.attention", "nosa_jax.norm", "nosa_jax.rope"},
+    {"nosa_jax.attention", "nosa_jax.rope"},
     {"nosa_jax.model"},
     {"nosa_jax.cache"},
     {f"nosa_jax.decode.{name}" for name in ("checks", "program", "sampling", "step", "widths")},

@@ -13,9 +13,9 @@ from nosa_jax import rope
 from nosa_jax.attention.selection import importance_block_scores
 from nosa_jax.config import RopeConfig
 from nosa_jax.hf import from_pretrained
-from nosa_jax.norm import rms_norm
 from pallas_kernels import block_attention, block_scores, blocks, pool_keys, select_blocks
 from pallas_kernels.block_scores.reference import window_scores
+from pallas_kernels.formulas import rms_norm
 
 GOLDEN = Path(__file__).parent / "golden"
 # Of select_*: total, sink, local and query blocks, and the length. The reference counts the own block and the pick of

@@ -17,10 +17,14 @@ import nosa_jax
 from nosa_jax import AttentionConfig, CacheConfig, ModelConfig, NosaLM, presets
 from pallas_kernels import (
     KernelUnsupportedError,
+    Projected,
     Residence,
+    Selectable,
+    Sizes,
     Store,
     Summaries,
     Token,
+    append_and_select,
     append_token,
     block_attention,
     block_scores,
@@ -28,6 +32,7 @@ from pallas_kernels import (
     decode_attention,
     fetch_blocks,
     resolve_slots,
+    rms_norm,
     select_blocks,
     update_and_attend,
     write_back_blocks,
@@ -67,7 +72,7 @@ def kernels(function, *arguments) -> list[str]:
     """The kernels that `function` calls when lowered for CUDA: Triton's by name, "mosaic", or cuDNN's by name."""
     with jax.sharding.use_abstract_mesh(H200):
         text = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
-    ours = "block|select|append|resolve|fetch|write|decode|update"
+    ours = "block|select|append|resolve|fetch|write|decode|update|keys|rms"
     names = re.findall(rf'custom_call @(mosaic)_gpu|custom_call @__(cudnn\$\w+)|name = "((?:{ours})_\w+)"', text)
     names = ["".join(name) for name in names]
     assert text.count("@__gpu$xla.gpu.triton") == sum(not name.startswith(("mosaic", "cudnn")) for name in names)
@@ -259,13 +264,27 @@ def test_the_rest_of_a_decode_step(decoding):
     names = ("qkv", "cos", "scale", "delta", "pooled", "sums", "bias", "positions", "layer")
     assert decode_kernels(decoding, append, *names) == ["append_token"]
 
-    def scores(q, pooled, positions, layer):
-        num_blocks = decode_arguments(decoding)["pages"].shape[1]
-        options = {"num_blocks": num_blocks, "block_size": size, "stride": stride}
-        return block_scores(q[:, None], pooled, positions[:, None], layer=layer, **options)
+    def select(qkv, cos, scale, delta, pooled, sums, bias, held, used, forced, positions, layer):
+        windows = pooled.shape[3]
+        summaries = Summaries((pooled, sums), bias, (jnp.zeros((*sums.shape[:3], windows, 1)), sums[..., :1]))
+        kept = Selectable(summaries, scale, delta, (held, used))
+        attention, num_blocks = decoding.attention, bias.shape[3]
+        sizes = Sizes(
+            num_blocks, size, stride, attention.num_selected_blocks, attention.num_sink_blocks,
+            attention.num_local_blocks, attention.num_query_blocks,
+        )  # fmt: skip
+        return append_and_select(Projected(qkv, cos, cos), kept, positions, layer, forced, sizes=sizes)
 
-    expected = ["block_scores_logits", "block_scores_of_one_query"]
-    assert decode_kernels(decoding, scores, "q", "pooled", "positions", "layer") == expected
+    names = (
+        "qkv", "cos", "scale", "delta", "pooled", "sums", "bias", "table", "table", "all_ids", "positions", "layer",
+    )  # fmt: skip
+    expected = ["append_and_weigh", "keys_of_blocks", "select_and_resolve"]
+    assert decode_kernels(decoding, select, *names) == expected
+
+    norm = functools.partial(rms_norm, eps=1e-5)
+    weight = jax.ShapeDtypeStruct((2, 4096), decoding.dtype)
+    layer = decode_arguments(decoding)["layer"]
+    assert kernels(norm, jax.ShapeDtypeStruct((2, 4096), decoding.dtype), weight, layer) == ["rms_norm"]
 
 
 def test_weakly_typed_numbers():

@@ -15,8 +15,8 @@ from support import SMALL, _selection_scores, forward, lively_model, random_toke
 
 import nosa_jax
 from nosa_jax import locality, presets
-from nosa_jax.norm import rms_norm
 from pallas_kernels.block_attention.reference import token_mask
+from pallas_kernels.formulas import rms_norm
 
 
 def dense_loss(params, config, tokens, block_ids):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 import jaxtyping
 import pytest
-from op_calls import CALLS, LAYER, RESIDENCE, STORE, TOKEN, B, C, D, J, K, L, M, N, P, S, T, X, call, floats, ints
+from op_calls import CALLS, RESIDENCE, STORE, TOKEN, B, C, D, J, K, L, M, N, P, S, T, X, call, floats, ints
 
 import pallas_kernels as ops
 
@@ -70,12 +70,6 @@ def test_ids_must_be_integers(without_type_checker):
 def test_windows_must_fit_the_blocks():
     with pytest.raises(ValueError, match=r"^num_blocks: must cover every window, got 3 for C=7"):
         call("block_scores", pooled_keys=floats(B, K, 7, D))
-
-
-@pytest.mark.parametrize("pooled, layer", [(floats(L, B, K, C, D), None), (floats(B, K, C, D), LAYER)])
-def test_layer_goes_with_stacked_keys(pooled, layer):
-    with pytest.raises(ValueError, match=r"^layer: must be given exactly when pooled_keys has a leading L"):
-        call("block_scores", pooled_keys=pooled, layer=layer)
 
 
 def test_annotations_are_checked_here():

@@ -15,15 +15,12 @@ import nosa_jax
 from nosa_jax import CacheConfig
 from pallas_kernels import (
     _backend,
-    _inputs,
-    block_scores,
     decode_attention,
     fetch_blocks,
     update_and_attend,
     write_back_blocks,
 )
 from pallas_kernels.bench.work import on_numpy
-from pallas_kernels.block_scores import cases as score_cases
 from pallas_kernels.decode_attention import cases as attention_cases
 from pallas_kernels.decode_attention import reference as attention_reference
 from pallas_kernels.fetch_blocks import cases as fetch_cases
@@ -181,27 +178,6 @@ def test_one_step_of_the_cache_gives_the_bits_of_its_parts(name):
     portable = run(step, given, transport="device_put")
     for ours, other in zip((out, pool), portable, strict=True):
         np.testing.assert_array_equal(ours, other)
-
-
-# ---- what the selection reads ----
-
-
-@pytest.mark.parametrize("group, lengths", [(1, (1100, 63)), (4, (205, 100, 5)), (16, (1100, 63))])
-def test_scores_of_one_query(group, lengths):
-    """From the second layer of a cache: every row at its own length, NaN in the other layer and in later windows."""
-    case = _inputs.small(2, group, 64, *((length,) for length in lengths), queries=1)
-    inputs = score_cases.make_inputs(case, jax.random.key(0))
-    positions = jnp.asarray(lengths, jnp.int32)[:, None] - 1
-    pooled, options = inputs["pooled_keys"], score_cases.options(case)
-    expected = np.asarray(block_scores(inputs["q"], pooled, positions, implementation="xla", **options))
-    window = jnp.arange(pooled.shape[2]) * case.stride + 2 * case.stride - 1
-    poisoned = jnp.where((window <= positions)[:, None, :, None], pooled, jnp.nan)
-    cache = jnp.stack([jnp.full_like(pooled, jnp.nan), poisoned])
-    given = {"q": inputs["q"], "pooled_keys": cache, "positions": positions, "layer": jnp.int32(1)}
-    ours = np.asarray(run(block_scores, given, **options))
-    np.testing.assert_array_equal(np.isneginf(ours), np.isneginf(expected))
-    real = np.isfinite(expected)
-    np.testing.assert_allclose(ours[real], expected[real], rtol=2e-5, atol=1e-7)
 
 
 # ---- the whole step ----

@@ -16,8 +16,8 @@ from nosa_jax.attention.importance import Importance
 from nosa_jax.attention.layout import Layout
 from nosa_jax.attention.selection import select_in_rows
 from nosa_jax.config import ModelConfig
-from nosa_jax.norm import rms_norm
 from pallas_kernels import block_attention
+from pallas_kernels.formulas import rms_norm
 
 SELECTION = "block_ids"  # name of the selection for `jax.checkpoint` policies
 

@@ -54,24 +54,22 @@ def select_in_rows(
 def select(
     config: AttentionConfig,
     q: Float[Array, "B T N D"],
-    pooled_keys: Float[Array, "*L B K C D"] | None,
+    pooled_keys: Float[Array, "B K C D"] | None,
     pooled_importance: Float[Array, "B K C"] | None,
     positions: Int32[Array, "B T"],
     first_block: Int32[Array, "B M"] | None = None,
     *,
     num_blocks: int,
-    layer: Int32[Array, ""] | None = None,
 ) -> Int32[Array, "B K T J"]:
     """Block ids of every query, through which no gradient passes (SPEC's selection, of any variant).
 
     config: the variant and its sizes.
     q: queries after rotation.
-    pooled_keys: means of windows of keys, one layer's or all layers'; None where the variant does not use them.
+    pooled_keys: means of windows of keys; None where the variant does not use them.
     pooled_importance: means of windows of importance; None where the variant does not use it.
     positions: of the queries, -1 for padding.
     first_block: where the document of each block starts in a packed row; None for one document a row.
     num_blocks: M, the blocks that a row may have.
-    layer: which layer of the stacked pooled keys; None where they are one layer's.
     """
     fill = None
     if config.uses_importance:
@@ -91,7 +89,7 @@ def select(
             assert pooled_keys is not None
             scores = block_scores(
                 q, pooled_keys, positions, first_block,
-                num_blocks=num_blocks, block_size=config.block_size, stride=config.pooling_stride, layer=layer,
+                num_blocks=num_blocks, block_size=config.block_size, stride=config.pooling_stride,
             )  # fmt: skip
         return select_blocks(
             scores, fill, positions, first_block,

@@ -11,24 +11,82 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from nosa_jax.attention.importance import Importance
 from nosa_jax.cache.slots import SlotTable
 from nosa_jax.cache.state import DecodeState
-from pallas_kernels import Residence, Store, Token, resolve_slots, update_and_attend, write_back_blocks
+from nosa_jax.cache.summaries import summaries_of
+from nosa_jax.config import AttentionConfig
+from pallas_kernels import (
+    Projected,
+    Residence,
+    Selectable,
+    Sizes,
+    Store,
+    Token,
+    append_and_select,
+    append_token,
+    blocks,
+    resolve_slots,
+    update_and_attend,
+    write_back_blocks,
+)
 
 
-def admit(
-    state: DecodeState, block_ids: Int32[Array, "B K J"], positions: Int32[Array, " B"], layer: Int32[Array, ""]
-) -> tuple[DecodeState, Residence]:
-    """Gives every selected block a slot; `attend` fetches what is missing.
+def admit_token(
+    config: AttentionConfig,
+    state: DecodeState,
+    qkv: Float[Array, "B K G_plus_2 D"],
+    cos_sin: tuple[Float[Array, "B half"], Float[Array, "B half"]],
+    importance: Importance | None,
+    positions: Int32[Array, " B"],
+    layer: Int32[Array, ""],
+    forced_block_ids: Int32[Array, "L B K J"] | None = None,
+) -> tuple[DecodeState, Token, Residence, Int32[Array, "B K"] | None]:
+    """One new token per row, up to its attention: rotation, summaries, selection, a slot for every selected block.
 
-    The query's own block takes a slot but is not fetched when it starts with this very token.
+    Returns how many blocks must cross, too (None for `full`). `attend` fetches them. The query's own block takes a slot
+    but is not fetched when it starts with this very token.
+
+    config: of the model's attention.
+    state: before the token.
+    qkv: of the token, before RoPE.
+    cos_sin: float32, of its positions.
+    importance: parameters of all layers, None where the variant does not use them.
+    positions: of the token, -1 for rows without one.
+    layer: which layer.
+    forced_block_ids: of all layers, used instead of selecting, see `append_and_select`.
     """
+    scale, delta = (None, None) if importance is None else (importance.A[...], importance.delta[...])
+    if not config.is_sparse:
+        q, k, v, _ = append_token(
+            qkv, *cos_sin, scale, delta, summaries_of(state), positions, layer, stride=config.pooling_stride
+        )
+        state, resident = _admit_every(state, positions, qkv.shape[1], layer)
+        return state, Token(q, k, v), resident, None
+    sizes = Sizes(
+        state.num_blocks, config.block_size, config.pooling_stride, config.num_selected_blocks,
+        config.num_sink_blocks, config.num_local_blocks, config.num_query_blocks,
+    )  # fmt: skip
+    kept = Selectable(summaries_of(state), scale, delta, state.table)
+    token, kept, resident, count = append_and_select(
+        Projected(qkv, *cos_sin), kept, positions, layer, forced_block_ids, sizes=sizes
+    )
+    return dataclasses.replace(state, table=kept.table, **kept.summaries._asdict()), token, resident, count
+
+
+def _admit_every(
+    state: DecodeState, positions: Int32[Array, " B"], kv_heads: int, layer: Int32[Array, ""]
+) -> tuple[DecodeState, Residence]:
+    """Every block up to the token's own."""
+    every = jnp.arange(state.num_blocks, dtype=jnp.int32)
+    every = jnp.where(every <= blocks.query_blocks(positions, state.block_size)[:, None], every, -1)[:, None]
+    block_ids = jnp.broadcast_to(every, (positions.shape[0], kv_heads, state.num_blocks))
     if state.host is None:
         return state, Residence(block_ids, block_ids, None)
-    size = state.block_size
     table = state.table
     held, last_used, slots, missing = resolve_slots(table.blocks, table.last_used, block_ids, positions, layer)
-    starts_now = (positions % size == 0)[:, None, None] & (block_ids == (positions // size)[:, None, None])
+    starts_now = (positions % state.block_size == 0)[:, None, None]
+    starts_now &= block_ids == (positions // state.block_size)[:, None, None]
     loads = jnp.where(missing & ~starts_now, block_ids, -1)
     return dataclasses.replace(state, table=SlotTable(held, last_used)), Residence(block_ids, slots, loads)
 

@@ -14,16 +14,17 @@ from nosa_jax import parallel, rope
 from nosa_jax._pytree import pytree_dataclass
 from nosa_jax.attention import layout
 from nosa_jax.attention.layer import Attention
-from nosa_jax.attention.selection import replace_selection
-from nosa_jax.cache import residence, summaries
+from nosa_jax.cache import residence
 from nosa_jax.cache.state import DecodeState, specs
 from nosa_jax.config import ModelConfig
 from nosa_jax.decode import checks
 from nosa_jax.decode.program import program
 from nosa_jax.model import NosaLM
-from pallas_kernels import blocks
 from pallas_kernels.checks import IntegersLike
+from pallas_kernels.device import current_device
 from pallas_kernels.promotion import usual_promotion
+
+_ROWS = 8  # of which the operands of a matrix product have a multiple
 
 
 @pytree_dataclass
@@ -112,30 +113,22 @@ def attend_token(
     qkv: Float[Array, "B K G_plus_2 D"],
     state: DecodeState,
     place: Place,
-    forced_block_ids: Int32[Array, "B K J"] | None,
+    forced_block_ids: Int32[Array, "L B K J"] | None,
     layer: Int32[Array, ""],
-) -> tuple[Float[Array, "B N D"], tuple[DecodeState, tuple[Int32[Array, "B K J"], Int32[Array, "B K"]] | None]]:
+) -> tuple[Float[Array, "B N D"], tuple[DecodeState, tuple[Int32[Array, "B K J"], Int32[Array, "B K"] | None] | None]]:
     """Attention of one new token per row: select, make resident, write the token, attend.
 
-    qkv: the token's projections in this layer, see `Attention.heads`. forced_block_ids: see `replace_selection`.
+    qkv: the token's projections in this layer, see `Attention.heads`. forced_block_ids: see `append_and_select`.
     Returns the output of all heads, and the state with what was selected and how many blocks were fetched (None for
     `full`).
     """
     config, positions = model.config, place.positions
     importance = model.layers.attention.importance if config.attention.uses_importance else None
-    state, token = summaries.read_token(config.attention, state, qkv, place.cos_sin, importance, positions, layer)
-    if config.attention.is_sparse:
-        ids = summaries.select_in(config.attention, state, token.q[:, None], positions[:, None], layer)[:, :, 0]
-        if forced_block_ids is not None:
-            ids = replace_selection(ids, forced_block_ids, (positions >= 0)[:, None, None])
-    else:
-        own = blocks.query_blocks(positions, config.attention.block_size)
-        every = jnp.arange(state.num_blocks, dtype=jnp.int32)
-        every = jnp.where(every <= own[:, None], every, -1)[:, None]
-        ids = jnp.broadcast_to(every, (qkv.shape[0], config.num_kv_heads, state.num_blocks))
-    state, resident = residence.admit(state, ids, positions, layer)
+    state, token, resident, count = residence.admit_token(
+        config.attention, state, qkv, place.cos_sin, importance, positions, layer, forced_block_ids
+    )
     state, out = residence.attend(state, token, resident, positions, layer)
-    return out, (state, (ids, resident.num_loads) if config.attention.is_sparse else None)
+    return out, (state, (resident.block_ids, count) if config.attention.is_sparse else None)
 
 
 @jax.jit
@@ -149,9 +142,9 @@ def run_step(
 ) -> tuple[DecodeState, StepOutput]:
     """One token for every active row; the others stay as they are.
 
-    forced_block_ids: replace the selection, see `replace_selection`.
+    forced_block_ids: replace the selection, see `append_and_select`.
     """
-    config = model.config
+    config, batch = model.config, tokens.shape[0]
     room = state.lengths < state.limits
     active = room if active is None else room & active
     place = place_of(config, jnp.where(active, state.lengths, -1))
@@ -159,11 +152,11 @@ def run_step(
     def body(index: Array, carry: tuple[Array, DecodeState, Any]) -> tuple[Array, DecodeState, Any]:
         index = index.astype(jnp.int32)  # under x64 a loop counts in int64
         x, state, recorded = carry
-        forced = None if forced_block_ids is None else forced_block_ids[index]
 
-        def attend(attention: Attention, x: Float[Array, "B 1 H"]) -> tuple[Array, Any]:
-            out, rest = attend_token(model, attention.heads(config, x[:, 0]), state, place, forced, index)
-            return attention.merge(out[:, None]), rest
+        def attend(attention: Attention, x: Float[Array, "rows 1 H"]) -> tuple[Array, Any]:
+            qkv = attention.heads(config, x[:, 0])[:batch]
+            out, rest = attend_token(model, qkv, state, place, forced_block_ids, index)
+            return attention.merge(_with_padding(out)[:, None]), rest
 
         x, (state, of_layer) = model.layers.block(config, x, attend, index)
         return x, state, jax.tree.map(lambda whole, part: whole.at[index].set(part), recorded, of_layer)
@@ -172,9 +165,19 @@ def run_step(
     if config.attention.is_sparse:
         lead = (config.num_layers, tokens.shape[0], config.num_kv_heads)
         recorded = jnp.zeros((*lead, config.attention.num_selected_blocks), jnp.int32), jnp.zeros(lead, jnp.int32)
-    x = model.embed[...][tokens][:, None]
+    x = _with_padding(model.embed[...][tokens])[:, None]
     x, state, recorded = jax.lax.fori_loop(0, config.num_layers, body, (x, state, recorded))
     state = residence.write_back(state, place.positions)
     state = dataclasses.replace(state, lengths=state.lengths + active)
     ids, fetched = (None, None) if recorded is None else recorded
-    return state, StepOutput(model.logits(model.final_norm(x[:, 0])), ids, fetched)
+    return state, StepOutput(model.logits(model.final_norm(x[:, 0]))[:batch], ids, fetched)
+
+
+def _with_padding(x: Float[Array, "B *rest"]) -> Float[Array, "rows *rest"]:
+    """`x` with as many rows as matrix products of a GPU take: XLA would pad before each of them by a launch.
+
+    One row alone is no matrix.
+    """
+    batch = x.shape[0]
+    more = -batch % _ROWS if batch > 1 and current_device().is_gpu else 0
+    return jnp.pad(x, ((0, more), *((0, 0),) * (x.ndim - 1)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Integer
@@ -46,6 +48,15 @@ def append_token(
     Raises ValueError or TypeError for arguments that do not go together.
     """
     stride = require_size("stride", stride, 1, maximum=MAX_STRIDE)
+    checked = checked_token(qkv, cos, sin, scale, delta, summaries, positions, layer)
+    with jax.named_scope("append_token"):
+        return APPEND_TOKEN(implementation, *checked, stride=stride)
+
+
+def checked_token(
+    qkv: Any, cos: Any, sin: Any, scale: Any, delta: Any, summaries: Any, positions: Any, layer: Any
+) -> tuple[Any, ...]:
+    """The arguments of `append_token` as JAX arrays that go together."""
     require_given(qkv=qkv, cos=cos, sin=sin, positions=positions, layer=layer)
     qkv, cos, sin, scale, delta = as_floats(qkv=qkv, cos=cos, sin=sin, scale=scale, delta=delta)
     (positions,) = as_integers(positions=positions)
@@ -60,8 +71,7 @@ def append_token(
     require_shape("positions", positions, (batch,), "[B]")
     _check_importance(scale, delta, summaries, kv_heads, dim)
     layer = as_layer(layer, _check_summaries(summaries, batch, kv_heads, dim))
-    with jax.named_scope("append_token"):
-        return APPEND_TOKEN(implementation, qkv, cos, sin, scale, delta, summaries, positions, layer, stride=stride)
+    return qkv, cos, sin, scale, delta, summaries, positions, layer
 
 
 @usual_promotion

@@ -14,6 +14,8 @@ from jaxtyping import Array, Float
 
 import pallas_kernels as ops
 from pallas_kernels import OPS, Op, blocks
+from pallas_kernels.append_and_select import cases as step_cases
+from pallas_kernels.append_and_select import reference as step_reference
 from pallas_kernels.append_token import cases as append_cases
 from pallas_kernels.append_token import reference as append_reference
 from pallas_kernels.bench import counts
@@ -31,6 +33,8 @@ from pallas_kernels.pooled_keys import cases as pooled_cases
 from pallas_kernels.pooled_keys import reference as pooled_reference
 from pallas_kernels.resolve_slots import cases as resolve_cases
 from pallas_kernels.resolve_slots import reference as resolve_reference
+from pallas_kernels.rms_norm import cases as norm_cases
+from pallas_kernels.rms_norm import reference as norm_reference
 from pallas_kernels.select_blocks import cases as select_cases
 from pallas_kernels.select_blocks import reference as select_reference
 
@@ -305,6 +309,52 @@ def _append_token(case: append_cases.Case, inputs: dict[str, Any]) -> Work:
     )
 
 
+def _append_and_select(case: step_cases.Case, inputs: dict[str, Any]) -> Work:
+    """Compared without the selection: where scores nearly tie, rounding decides, and slots follow."""
+    options: dict[str, Any] = step_cases.options(case)
+    projected, (summaries, _, delta, table) = inputs["projected"], inputs["selectable"]
+    pooled_keys, _, pooled_importance = summaries
+    sums = [cache[1][0] for cache in (pooled_keys, pooled_importance) if cache is not None]  # of one layer
+    listed = 4 * case.num_selected_blocks * len(case.positions) * case.kv_heads  # ids, and as many slots and loads
+    seen = counts.visible_windows(
+        inputs["positions"][:, None], None, case.num_blocks * case.block_size // case.stride - 1,
+        block_size=case.block_size, stride=case.stride,
+    )  # fmt: skip
+    # Every visible window's pooled key and importance are read once.
+    per_window = case.kv_heads * sum(
+        cache[0].shape[-1] * cache[0].dtype.itemsize for cache in (pooled_keys, pooled_importance) if cache is not None
+    )
+    tables = [] if table is None else [x[0] for x in table]  # of one layer, read and written
+    moved = 2 * nbytes(projected.qkv, sums, tables) + nbytes(projected.cos, projected.sin)
+    moved += (0 if delta is None else nbytes(delta[0])) + 3 * listed + seen * per_window
+    products = 0 if pooled_keys is None else 2 * case.kv_heads * case.group * case.dim * seen
+
+    def by_number(output: Any) -> dict[str, Any]:
+        token, selectable, *_ = output
+        return {str(i): x for i, x in enumerate(jax.tree.leaves((token, selectable.summaries)))}
+
+    return Work(
+        inputs,
+        functools.partial(ops.append_and_select, **options),
+        Floor(moved, products, projected.qkv.dtype.name),
+        lambda: by_number(step_reference.append_and_select_ref(**on_numpy(inputs), **options)),
+        by_number,
+        "the token and its summaries",
+        updates=("selectable",),
+        updated=lambda output: output[1:2],
+    )
+
+
+def _rms_norm(case: norm_cases.Case, inputs: dict[str, Any]) -> Work:
+    options = norm_cases.options(case)
+    return Work(
+        inputs,
+        functools.partial(ops.rms_norm, **options),
+        Floor(2 * nbytes(inputs["x"]) + nbytes(inputs["weight"][0])),
+        lambda: {"out": norm_reference.rms_norm_ref(**on_numpy(inputs), **options)},
+    )
+
+
 def _resolve_slots(case: resolve_cases.Case, inputs: dict[str, Any]) -> Work:
     names = ("blocks", "last_used", "slots", "missing")
     listed = nbytes(*(inputs[name][0] for name in ("blocks", "last_used"))) * 2 + 3 * nbytes(inputs["wanted"])
@@ -337,6 +387,8 @@ BENCHMARKS: dict[str, Benchmark] = {
     "pool_keys": Benchmark(OPS["pool_keys"], pooled_cases, _pool_keys),
     "append_pooled_keys": Benchmark(OPS["append_pooled_keys"], pooled_cases, _append_pooled_keys),
     "append_token": Benchmark(OPS["append_token"], append_cases, _append_token),
+    "append_and_select": Benchmark(OPS["append_and_select"], step_cases, _append_and_select),
+    "rms_norm": Benchmark(OPS["rms_norm"], norm_cases, _rms_norm),
     "block_scores": Benchmark(OPS["block_scores"], scores_cases, _block_scores),
     "select_blocks": Benchmark(OPS["select_blocks"], select_cases, _select_blocks),
     "block_attention": Benchmark(OPS["block_attention"], attention_cases, _attention(gradient=False)),

@@ -6,7 +6,7 @@ import jax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Integer
 
-from pallas_kernels._arguments import as_floats, as_integers, as_layer
+from pallas_kernels._arguments import as_floats, as_integers
 from pallas_kernels._dispatch import register
 from pallas_kernels.block_scores import triton, xla
 from pallas_kernels.checks import bad_value, require_given, require_shape, require_size
@@ -18,27 +18,24 @@ BLOCK_SCORES = register(
 
 def block_scores(
     q: Float[ArrayLike, "B T N D"],
-    pooled_keys: Float[ArrayLike, "*L B K C D"],
+    pooled_keys: Float[ArrayLike, "B K C D"],
     positions: Integer[ArrayLike, "B T"],
     first_block: Integer[ArrayLike, "B M"] | None = None,
     *,
     num_blocks: int,
     block_size: int,
     stride: int,
-    layer: Integer[ArrayLike, ""] | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "B K T M"]:
     """How much each query wants each block (paper section 3.2, query-aware selection).
 
     q: queries after RoPE.
-    pooled_keys: from `pool_keys`, or the cache's [L, B, K, C, D] with `layer`.
+    pooled_keys: from `pool_keys`.
     positions: in the whole row, also when it packs documents; -1 for padding, whose scores are 0.
     first_block: for each of the M blocks the first block of its document; None for one document per row.
     num_blocks: M, enough for every window.
     block_size: P, tokens per block.
     stride: of the pooling windows, in tokens; it divides block_size.
-    layer: which of the L layers of the cache; None for the keys of one layer. One out of range is refused, or means
-        nothing where it is traced.
 
     Returns float32; blocks without any window score -inf. Scores of a query that holds NaN or inf, or sees them in a
     window, mean nothing, NaN among them; `select_blocks` keeps its forced blocks. Not differentiable.
@@ -52,20 +49,13 @@ def block_scores(
     if num_blocks * block_size >= 2**31:
         rule = f"must be below 2**31 / block_size = {2**31 // block_size}, as positions are int32"
         raise bad_value("num_blocks", rule, num_blocks, "Pass the blocks of the longest row.")
-    if (layer is None) != (pooled_keys.ndim == 4):
-        raise bad_value(
-            "layer", "must be given exactly when pooled_keys has a leading L", layer, "Pass both or neither."
-        )
     require_shape("q", q, (None,) * 4, "[B, T, N, D]")
     batch, length, heads, dim = q.shape
-    kv_heads, windows = pooled_keys.shape[-3:-1]
-    stacked = () if layer is None else (None,)
-    require_shape("pooled_keys", pooled_keys, (*stacked, batch, None, None, dim), "[(L,) B, K, C, D]")
+    require_shape("pooled_keys", pooled_keys, (batch, None, None, dim), "[B, K, C, D]")
+    kv_heads, windows = pooled_keys.shape[1:3]
     require_shape("positions", positions, (batch, length), "[B, T]")
     if first_block is not None:
         require_shape("first_block", first_block, (batch, num_blocks), "[B, M]")
-    if layer is not None:
-        layer = as_layer(layer, pooled_keys.shape[0])
     if block_size % stride or block_size < stride:
         raise bad_value("block_size", f"must be a multiple of stride = {stride}", block_size, "Change one of them.")
     if heads % kv_heads:
@@ -74,6 +64,6 @@ def block_scores(
         raise bad_value("num_blocks", "must cover every window", f"{num_blocks} for C={windows}", "Raise it.")
     with jax.named_scope("block_scores"):
         return BLOCK_SCORES(
-            implementation, jax.lax.stop_gradient(q), jax.lax.stop_gradient(pooled_keys), positions, first_block, layer,
+            implementation, jax.lax.stop_gradient(q), jax.lax.stop_gradient(pooled_keys), positions, first_block,
             num_blocks=num_blocks, block_size=block_size, stride=stride,
         )  # fmt: skip

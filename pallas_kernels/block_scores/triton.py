@@ -15,7 +15,6 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels import _backend, blocks
 from pallas_kernels._backend import LARGE, LOG2_E, pad_to_multiple, per_head
 from pallas_kernels._tuning import Launch, launch_of
-from pallas_kernels.block_scores import _one_query
 
 # Defaults, measured on an H200 with 16 query heads per KV head of 128 in bfloat16.
 _NORMALISER = Launch(rows=128, num_warps=4, num_stages=2, keys=128)
@@ -137,12 +136,10 @@ def _score_kernel(q, pooled, begins, ends, exists, lse, out, *, tile, windows, h
 
 
 def unsupported(
-    q: Array, pooled_keys: Array, positions: Array, first_block: Array | None, layer: Array | None,
+    q: Array, pooled_keys: Array, positions: Array, first_block: Array | None,
     *, num_blocks: int, block_size: int, stride: int,
 ) -> str | None:  # fmt: skip
     """Why these arguments cannot take this kernel; None where they can."""
-    if layer is not None and (q.shape[1] != 1 or first_block is not None or pooled_keys.shape[3] == 0):
-        return "from a stacked cache it takes one query per row, unpacked rows and at least one window"
     if q.dtype != pooled_keys.dtype:
         return f"q and pooled_keys must have one dtype, got {q.dtype} and {pooled_keys.dtype}"
     if q.shape[1] == 0:
@@ -154,19 +151,14 @@ def unsupported(
 
 def block_scores(
     q: Float[Array, "B T N D"],
-    pooled_keys: Float[Array, "*L B K C D"],
+    pooled_keys: Float[Array, "B K C D"],
     positions: Int32[Array, "B T"],
     first_block: Int32[Array, "B M"] | None,
-    layer: Int32[Array, ""] | None,
     *,
     num_blocks: int,
     block_size: int,
     stride: int,
 ) -> Float[Array, "B K T M"]:
-    if layer is not None:
-        return _one_query.block_scores(
-            q, pooled_keys, positions, layer, num_blocks=num_blocks, block_size=block_size, stride=stride
-        )
     batch, length, heads, dim = q.shape
     kv_heads, windows = pooled_keys.shape[1:3]
     group, ratio = heads // kv_heads, block_size // stride

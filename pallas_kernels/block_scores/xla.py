@@ -51,12 +51,13 @@ def block_scores(
     pooled_keys: Float[Array, "*L B K C D"],
     positions: Int32[Array, "B T"],
     first_block: Int32[Array, "B M"] | None,
-    layer: Int32[Array, ""] | None,
+    layer: Int32[Array, ""] | None = None,
     *,
     num_blocks: int,
     block_size: int,
     stride: int,
 ) -> Float[Array, "B K T M"]:
+    """layer: which one of a cache's pooled keys [L, B, K, C, D]; None where they are those of one layer."""
     batch, length, heads, dim = q.shape
     kv_heads, windows = pooled_keys.shape[-3:-1]
     query_first = blocks.query_first_blocks(positions, first_block, block_size)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 
@@ -51,10 +50,3 @@ class Residence(NamedTuple):
     block_ids: Int32[Array, "B K J"]
     slots: Int32[Array, "B K J"]
     loads: Int32[Array, "B K J"] | None
-
-    @property
-    def num_loads(self) -> Int32[Array, "B K"]:
-        """How many blocks must be fetched."""
-        if self.loads is None:
-            return jnp.zeros(self.slots.shape[:2], jnp.int32)
-        return jnp.sum(self.loads >= 0, axis=-1, dtype=jnp.int32)

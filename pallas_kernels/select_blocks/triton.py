@@ -12,10 +12,9 @@ from pallas_kernels import _backend, blocks
 from pallas_kernels.select_blocks.xla import comparable
 
 _BLOCKS_PER_WARP = 512
-_FEW_QUERIES = 16  # of a row: fewer wait for each count, and do not pay for ranks
 
 
-def _ordered(scores):
+def ordered(scores):
     """Integers in the order of the floats, none of them the lowest."""
     bits = jax.lax.bitcast_convert_type(comparable(scores), jnp.int32)
     return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
@@ -25,49 +24,77 @@ def _count(mask):
     return jnp.sum(mask, dtype=jnp.int32)
 
 
-def _best(keys, count, bits, digit_bits):
+def _with_ties(keys, threshold, count, found, lowest):
+    """Mask of the keys from the threshold up, which `found` are; where those are too many, of the first equal ones."""
+
+    def first_equal(threshold):
+        above, equal = keys > threshold, (keys == threshold) & (threshold > lowest)
+        return above | (equal & (_backend.running_count(equal) <= count - _count(above)))
+
+    return jax.lax.cond(found == count, lambda t: keys >= t, first_equal, threshold)
+
+
+def _best(keys, count, bits):
     """Mask of the `count` largest keys, ties to the lowest index; the lowest possible key is never taken.
 
-    bits: how many low bits of the keys vary. The threshold is found from the highest bit down, by counting,
-    `digit_bits` at a time: one where many queries share the machine, more where few wait for each count.
+    bits: how many low bits of the keys vary. The threshold is found from the highest bit down, by counting.
     """
     lowest = jnp.int32(0 if bits < 32 else jnp.iinfo(jnp.int32).min)
-    digits = jnp.arange(1 << digit_bits, dtype=jnp.int32)
 
     def unsettled(state):
-        shift, _, found = state
-        return (shift >= 0) & (found != count)
+        bit, _, found = state
+        return (bit >= 0) & (found != count)
 
-    def settle_bit(state):
+    def settle(state):
         bit, threshold, found = state
         candidate = threshold + jnp.left_shift(jnp.int32(1), bit)  # wraps from the lowest integer up
         above = _count(keys >= candidate)
         taken = above >= count
         return bit - 1, jnp.where(taken, candidate, threshold), jnp.where(taken, above, found)
 
-    def settle_digit(state):
-        shift, threshold, found = state
-        candidates = threshold + jnp.left_shift(digits, shift)
-        above = jnp.sum((keys[:, None] >= candidates[None]).astype(jnp.int32), axis=0)
-        taken = (above >= count) & (digits > 0)
-        digit = _count(taken)  # counts fall as candidates rise
-        fewest = jnp.min(jnp.where(taken, above, keys.size))
-        threshold += jnp.left_shift(digit, shift)
-        return shift - digit_bits, threshold, jnp.where(digit > 0, fewest, found)
-
-    def ties(threshold):
-        above, equal = keys > threshold, (keys == threshold) & (threshold > lowest)
-        return above | (equal & (_backend.running_count(equal) <= count - _count(above)))
-
-    first = jnp.int32((bits - 1) // digit_bits * digit_bits)
-    settle = settle_bit if digit_bits == 1 else settle_digit
-    _, threshold, found = jax.lax.while_loop(unsettled, settle, (first, lowest, jnp.int32(-1)))
-    return jax.lax.cond(found == count, lambda t: keys >= t, ties, threshold)
+    _, threshold, found = jax.lax.while_loop(unsettled, settle, (jnp.int32(bits - 1), lowest, jnp.int32(-1)))
+    return _with_ties(keys, threshold, count, found, lowest)
 
 
-def _kernel(
-    query_scores, importance, positions, first_blocks, ids, *, width, block_size, sink, local, query_picks, digit_bits
-):
+def _counts_from(keys, thresholds):
+    """How many keys are at least as large as each of three thresholds."""
+    first, second, third = ((keys >= threshold).astype(jnp.int32) for threshold in thresholds)
+    if keys.size < 1 << 10:  # one sum for all of them: a sum waits for all warps
+        packed = jnp.sum(first + (second << 10) + (third << 20))
+        return packed & 1023, (packed >> 10) & 1023, packed >> 20
+    packed = jnp.sum(first + (second << 16))
+    return packed & 65535, packed >> 16, jnp.sum(third)
+
+
+def best_of_one_query(keys, eligible, count):
+    """Mask of the `count` largest eligible keys, ties to the lowest index, where one query waits for each count.
+
+    Two bits of the threshold at a time, from the highest in which eligible keys differ.
+    """
+    keys = jnp.where(eligible, keys, jnp.iinfo(jnp.int32).min)
+    least, most = jnp.min(jnp.where(eligible, keys, jnp.iinfo(jnp.int32).max)), jnp.max(keys)
+    spread = most - least
+    exponent = (jax.lax.bitcast_convert_type(spread.astype(jnp.float32), jnp.int32) >> 23) - 127
+    # A spread that does not fit has the highest bit set.
+    shift = jnp.where(spread < 0, 30, jnp.maximum(exponent, 0) & ~1)
+
+    def unsettled(state):
+        shift, _, found = state
+        return (shift >= 0) & (found != count)
+
+    def settle(state):
+        shift, start, found = state
+        threshold, candidates = start, [start + jnp.left_shift(jnp.int32(digit), shift) for digit in (1, 2, 3)]
+        for candidate, above in zip(candidates, _counts_from(keys, candidates), strict=True):
+            taken = (above >= count) & (candidate > start)  # counts fall as candidates rise, unless those wrap
+            threshold, found = jnp.where(taken, candidate, threshold), jnp.where(taken, above, found)
+        return shift - 2, threshold, found
+
+    _, threshold, found = jax.lax.while_loop(unsettled, settle, (shift, least, jnp.int32(-1)))
+    return _with_ties(keys, threshold, count, found, jnp.int32(jnp.iinfo(jnp.int32).min))
+
+
+def _kernel(query_scores, importance, positions, first_blocks, ids, *, width, block_size, sink, local, query_picks):
     query, head, row = (_backend.program_id(axis) for axis in range(3))
     num_selected = ids.shape[-1]
     block = jnp.arange(_backend.next_power_of_two(width), dtype=jnp.int32)
@@ -82,8 +109,8 @@ def _kernel(
         return _backend.load(scores.at[(*index, jnp.where(inside, block, 0))], mask=inside, other=0)
 
     def best_by_query(count):
-        keys = _ordered(load(query_scores, row, head, query))
-        return _best(jnp.where(visible & ~chosen, keys, jnp.iinfo(jnp.int32).min), count, 32, digit_bits)
+        keys = ordered(load(query_scores, row, head, query))
+        return _best(jnp.where(visible & ~chosen, keys, jnp.iinfo(jnp.int32).min), count, 32)
 
     if query_scores is not None and importance is not None and query_picks > 0:
         chosen |= best_by_query(query_picks)
@@ -91,10 +118,8 @@ def _kernel(
     if importance is None:
         chosen |= best_by_query(count)
     else:
-        importance, bits, lowest = load(importance, row, head), width.bit_length(), 0
-        if importance.dtype != jnp.int32:
-            importance, bits, lowest = _ordered(importance), 32, jnp.iinfo(jnp.int32).min
-        chosen |= _best(jnp.where(visible & ~chosen, importance, lowest), count, bits, digit_bits)
+        ranks = load(importance, row, head)
+        chosen |= _best(jnp.where(visible & ~chosen, ranks, 0), count, width.bit_length())
 
     rank = _backend.running_count(chosen)
     # Lanes that store nothing still get an address of their own.
@@ -112,7 +137,7 @@ def _ranks(scores: Float[Array, "B K M"]) -> Int32[Array, "B K M"]:
 
     All queries share them, and they need a third of the counting that floats do.
     """
-    keys = _ordered(scores)
+    keys = ordered(scores)
     mine, other = keys[..., :, None], keys[..., None, :]
     index = jnp.arange(scores.shape[-1])
     better = (mine > other) | ((mine == other) & (index[:, None] <= index))
@@ -136,17 +161,13 @@ def select_blocks(
     batch, length = positions.shape
     kv_heads, width = scores.shape[1], scores.shape[-1]
 
-    few = length < _FEW_QUERIES
-    importance = importance_scores  # or its ranks
-    if importance_scores is not None and not few:
-        importance = _ranks(importance_scores)
-
+    importance = None if importance_scores is None else _ranks(importance_scores)
     first = None if first_block is None else blocks.query_first_blocks(positions, first_block, block_size)
 
     def kernel(*refs: Any) -> None:
         _kernel(
             *refs, width=width, block_size=block_size, sink=num_sink_blocks, local=num_local_blocks,
-            query_picks=num_query_blocks, digit_bits=4 if few else 1,
+            query_picks=num_query_blocks,
         )  # fmt: skip
 
     return _backend.triton_call(
@@ -154,5 +175,5 @@ def select_blocks(
         name="select_blocks",
         grid=(length, kv_heads, batch),
         out_shape=jax.ShapeDtypeStruct((batch, kv_heads, length, num_selected_blocks), jnp.int32),
-        num_warps=min(16, max(8 if few else 1, _backend.next_power_of_two(width // (64 if few else _BLOCKS_PER_WARP)))),
+        num_warps=min(16, max(1, _backend.next_power_of_two(width // _BLOCKS_PER_WARP))),
     )(query_scores, importance, positions, first)

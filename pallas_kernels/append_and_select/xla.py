@@ -1,0 +1,60 @@
+"""The ops one after the other, each in XLA."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int32
+
+from pallas_kernels import blocks
+from pallas_kernels.append_and_select.arguments import Projected, Selectable, Sizes
+from pallas_kernels.append_token.xla import append_token
+from pallas_kernels.block_scores.xla import block_scores
+from pallas_kernels.decode_attention import Residence, Token
+from pallas_kernels.resolve_slots.xla import resolve_slots
+from pallas_kernels.select_blocks.xla import select_blocks
+
+
+def append_and_select(
+    projected: Projected,
+    selectable: Selectable,
+    forced_block_ids: Int32[Array, "L B K J"] | None,
+    positions: Int32[Array, " B"],
+    layer: Int32[Array, ""],
+    *,
+    sizes: Sizes,
+) -> tuple[Token, Selectable, Residence, Int32[Array, "B K"]]:
+    (qkv, cos, sin), (summaries, scale, delta, table) = projected, selectable
+    q, k, v, summaries = append_token(qkv, cos, sin, scale, delta, summaries, positions, layer, stride=sizes.stride)
+    of_blocks = {"block_size": sizes.block_size}
+    scores = fill = None
+    if summaries.pooled_keys is not None:
+        pooled = summaries.pooled_keys[0]
+        scores = block_scores(
+            q[:, None], pooled, positions[:, None], None, layer,
+            num_blocks=sizes.num_blocks, stride=sizes.stride, **of_blocks,
+        )  # fmt: skip
+    if summaries.pooled_importance is not None:
+        means = summaries.pooled_importance[0][layer, ..., 0]
+        ratio = sizes.block_size // sizes.stride
+        fill = blocks.pool_windows_to_blocks(means, None, blocks=sizes.num_blocks, ratio=ratio)
+    ids = select_blocks(
+        scores, fill, positions[:, None], None, **of_blocks,
+        num_selected_blocks=sizes.num_selected_blocks, num_sink_blocks=sizes.num_sink_blocks,
+        num_local_blocks=sizes.num_local_blocks, num_query_blocks=sizes.num_query_blocks,
+    )[:, :, 0]  # fmt: skip
+    if forced_block_ids is not None:
+        forced = forced_block_ids[layer]
+        ids = jnp.where((positions >= 0)[:, None, None] & (forced >= 0).any(-1, keepdims=True), forced, ids)
+    if table is None:
+        residence, count = Residence(ids, ids, None), jnp.zeros(ids.shape[:2], jnp.int32)
+    else:
+        held, last_used = table
+        held, last_used, slots, missing = resolve_slots(held, last_used, ids, positions, layer)
+        table = jax.tree.unflatten(jax.tree.structure(table), (held, last_used))
+        own = (positions // sizes.block_size)[:, None, None]
+        starts_now = (positions % sizes.block_size == 0)[:, None, None] & (ids == own)
+        missing &= ~starts_now
+        residence = Residence(ids, slots, jnp.where(missing, ids, -1))
+        count = jnp.sum(missing, axis=-1, dtype=jnp.int32)
+    return Token(q, k, v), Selectable(summaries, scale, delta, table), residence, count
