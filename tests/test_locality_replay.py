@@ -94,7 +94,7 @@ def test_least_recently_used_is_never_better_and_its_distances_tell_all_pools(se
 
 
 def test_belady_by_hand():
-    # Three slots hold one selection and no more: what is new is fetched. Position 12 starts block 3; nothing else starts.
+    # Three slots hold one selection and no more: what is new is fetched.
     ids = np.array([[0, 1, 3], [1, 2, 3], [0, 2, 3], [0, 1, 3]], np.int32)
     assert locality.belady_misses(ids, 12, ATTENTION, 3).tolist() == [0, 1, 1, 1]
     assert locality.belady_misses(ids, 12, ATTENTION, 4).tolist() == [0, 1, 0, 0]
