@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Int32, Shaped
 
 from experiments import traces
 from experiments.environment import gpu_arguments, save
@@ -102,9 +102,9 @@ def by_layer(ids: Int32[np.ndarray, "steps B heads J"], kv_heads: int) -> Int32[
     return ids.reshape(*ids.shape[:2], -1, kv_heads, ids.shape[-1]).transpose(0, 2, 1, 3, 4)
 
 
-def of_all_layers(ids: Int32[Array, "Z B K J"], layers: int) -> Int32[Array, "L B K J"]:
-    """The traces of the first layers for all of them."""
-    return jnp.concatenate([ids] * -(-layers // ids.shape[0]))[:layers]
+def of_all_layers(of_first: Shaped[Array, "Z *rest"], layers: int) -> Shaped[Array, "L *rest"]:
+    """What the first layers have, the ids of their traces say, for all of them: in turn."""
+    return jnp.concatenate([of_first] * -(-layers // of_first.shape[0]))[:layers]
 
 
 def loop(
@@ -168,7 +168,8 @@ def measure(
             listed = jnp.asarray(ids.transpose(1, 2, 0, 3))  # [B, heads, steps, J]
             at = jnp.broadcast_to((run.lengths - 1)[:, None, None] + np.arange(total), listed.shape[:-1])
             misses = replay_misses(listed, at, attention, run.cache.slots)
-            replayed = round(float(misses[..., 1 + steps : 1 + steps * (repeats + 1)].mean()), 3)
+            misses = misses[..., 1 + steps : 1 + steps * (repeats + 1)].mean((0, 2)).reshape(-1, config.num_kv_heads)
+            replayed = round(float(of_all_layers(misses, config.num_layers).mean()), 3)
         traced = by_layer(ids, config.num_kv_heads)
         first = of_all_layers(jnp.asarray(traced[0]), config.num_layers)
     state = make_state(config, run, max_length, first, jax.random.key(0))

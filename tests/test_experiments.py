@@ -11,11 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from flax import nnx
 from test_selections import CONFIG, run
 
 from experiments import decode_throughput, traces
-from nosa_jax import Selections
+from nosa_jax import NosaLM, Selections
 from nosa_jax.locality import is_forced, reuse_distance
+from pallas_kernels.device import Rates
 
 FOLDER = Path(__file__).parents[1] / "experiments"
 FILES = {
@@ -87,6 +89,20 @@ def test_recorded_selections_are_replayed_by_a_larger_model():
     np.testing.assert_array_equal(reuse_distance(mapped.block_ids)[:2, 2, :2], distance)
     forced = is_forced(mapped.block_ids, mapped.positions[:, None], mapped.attention)
     assert (np.asarray(forced).sum(-1) == 3).all()  # the sink and the window are where the query is
+
+
+@pytest.mark.slow
+def test_the_timed_loop_fetches_what_was_recorded(tmp_path, monkeypatch, without_type_checker):
+    RECORDED.save(tmp_path / "nosa.npz")
+    model = NosaLM(dataclasses.replace(CONFIG, num_layers=3, num_heads=4, num_kv_heads=4), rngs=nnx.Rngs(0))
+    monkeypatch.setattr(decode_throughput, "profile", lambda call: {})  # a CPU has no kernels to time
+    run = decode_throughput.Run.parse(f"nosa:151-172:3:6:{tmp_path / 'nosa.npz'}")
+    measured = decode_throughput.measure(model, run, steps=8, repeats=2, rates=Rates(1e12, 5e10), options={})
+    assert measured["fetched_per_table"] == measured["replayed_per_table"] > 0
+    assert measured["attention"] == dataclasses.asdict(CONFIG.attention)
+    with pytest.raises(ValueError, match=r"--runs: must name the variant that .* records, 'nosa'"):
+        other = dataclasses.replace(run, variant="dma")
+        decode_throughput.measure(model, other, steps=8, repeats=2, rates=Rates(1e12, 5e10), options={})
 
 
 @pytest.mark.parametrize(
