@@ -55,6 +55,7 @@ def test_tables_show_spreads(reports):
     alone = str(locality.pool(reports[:1]))
     assert "±" not in alone and alone == locality.comparison_table({"nosa": reports[0]})
     assert locality.pool(reports)._repr_html_().startswith("<pre>")
+    assert "miss, min" not in str(TEXTS[0].report([], windows=[]))  # no slots, no table of transfers
 
 
 def test_other_reports_are_not_pooled(reports):

@@ -9,9 +9,12 @@
     reports = {name: recorded.report(slots=(8, 10)) for name, recorded in selections.items()}
     print(locality.comparison_table(reports))
     locality.draw(selections, reports, ".")                    # locality.png, selections-nosa.png, ...
+    costs = {"nosa": locality.pool_costs(reports["nosa"], model.config, batch=16, max_length=8192)}
+    print(locality.cost_table(costs))                          # bytes and time per token of each pool
 
-Figures need the extra `plots`: pip install ".[plots]" in a checkout; everything else needs the core alone. What the
-letters and shapes mean: `nosa_jax.locality.measures`.
+`pool` puts the reports of several texts or seeds together, with spreads; `record(..., importance=True)` keeps what each
+token weighs. Figures need the extra `plots`: pip install ".[plots]" in a checkout, and `report.to_dataframe()` pandas;
+everything else needs the core alone. What the letters and shapes mean: `nosa_jax.locality.measures`.
 """
 
 from nosa_jax.locality.comparison import PooledReports, comparison_table, pool

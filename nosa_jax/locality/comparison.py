@@ -60,9 +60,11 @@ def pool(reports: Sequence[LocalityReport]) -> PooledReports:
     for report in reports:
         require_type("reports", report, LocalityReport, "Pass what Selections.report returns.")
     kinds = [(r.attention, r.block_bytes, {name: x.shape for name, x in r.by_head().items()}) for r in reports]
-    if any(kind != kinds[0] for kind in kinds):
-        rule = "must be of one attention and shape, with the same slots and windows"
-        raise bad_value("reports", rule, f"{kinds[0]} and others", "Pool methods and models one by one.")
+    for report, kind in zip(reports, kinds, strict=True):
+        if kind != kinds[0]:
+            rule = "must be of one attention and shape, with the same slots and windows"
+            got = f"{reports[0]!r} and {report!r}"
+            raise bad_value("reports", rule, got, "Pool methods and models one by one, each measured alike.")
     return PooledReports(reports, _combined(reports, _mean), _combined(reports, _deviation))
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Float32
 
 from nosa_jax._drawing import finish, new_figure, tidy, whole_numbers
 from nosa_jax.locality.selections import Selections
-from pallas_kernels.checks import bad_value, require_size
+from pallas_kernels.checks import bad_value
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -118,7 +118,6 @@ def plot_difference(
     Returns a matplotlib Figure, written to `path` where given. Raises ValueError when the two have other positions or
     blocks, an index is out of range or the row has no step, ImportError without matplotlib.
     """
-    require_size("row", row, 0, selections.block_ids.shape[1] - 1)
     for name, one, two in (
         ("positions", selections.positions, other.positions),
         ("attention.block_size", selections.attention.block_size, other.attention.block_size),

@@ -104,7 +104,8 @@ class LocalityReport:
         transfers = {f"miss@{slots}": values for slots, values in self.misses.items()}
         transfers |= {f"min@{slots}": values for slots, values in self.optimal_misses.items()}
         transfers |= {f"KiB@{slots}": values * self.block_bytes / 1024 for slots, values in self.misses.items()}
-        yield _text_table(transfers)
+        if transfers:
+            yield _text_table(transfers)
 
     def _summary(self) -> str:
         return (
@@ -116,7 +117,7 @@ class LocalityReport:
     def table(self) -> str:
         """Reuse, then transfers: one line per layer and KV head, then their mean and sum; fixed width."""
         lines = [self._summary()]
-        for (names, rows), legend in zip(self._tables(), _LEGEND, strict=True):
+        for (names, rows), legend in zip(self._tables(), _LEGEND, strict=False):  # no transfers without slots
             lines += [f"{layer:>5} {head:>5}" + "".join(f"{x:>10}" for x in xs) for layer, head, *xs in (names, *rows)]
             lines.append(legend)
         return "\n".join(lines)
@@ -131,7 +132,7 @@ class LocalityReport:
         """How a notebook shows it: the same tables."""
         row = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
         shown = [f"<p>{html.escape(self._summary())}</p>"]
-        for (names, rows), legend in zip(self._tables(), _LEGEND, strict=True):
+        for (names, rows), legend in zip(self._tables(), _LEGEND, strict=False):
             body = "".join(row(cells, "td") for cells in rows)
             head = f"<caption>{legend}</caption><thead>{row(names, 'th')}</thead>"
             shown.append(f"<table>{head}<tbody>{body}</tbody></table>")
