@@ -132,6 +132,8 @@ def test_files_are_small_and_keep_importance(tmp_path, without_type_checker):
     kept.save(tmp_path / "kept")
     np.testing.assert_array_equal(Selections.load(tmp_path / "kept").importance, importance)
     np.testing.assert_array_equal(run([range(1005, 1012)]).concatenate(kept).importance, importance)
+    less = dataclasses.replace(recorded, importance=importance[..., :20].copy())
+    np.testing.assert_array_equal(kept.concatenate(less).importance, importance)
     with pytest.raises(TypeError, match="importance: must be a float32 NumPy array, got float64"):
         dataclasses.replace(recorded, importance=importance.astype(np.float64))
     with pytest.raises(ValueError, match=r"importance: must have shape \[L, B, K, N\]"):
@@ -199,6 +201,10 @@ HOSTILE = {
     "objects": (GOOD, ARRAYS | {"positions": np.array([[None]])}),
     "importance of other layers": (GOOD, ARRAYS | {"importance": np.zeros((3, 1, 2, 4), np.float32)}),
     "importance in another dtype": (GOOD, ARRAYS | {"importance": np.zeros((2, 1, 2, 4), np.int32)}),
+    "packed floats": (
+        GOOD | {"format": "nosa-jax selections 2"},
+        ARRAYS | {"block_ids": ids_for([range(3)]) + np.float32(1.5)},
+    ),
     "floats": (GOOD, ARRAYS | {"positions": np.zeros((1, 3))}),
     "no arrays": (GOOD, {}),
     "a list": ([GOOD], ARRAYS),

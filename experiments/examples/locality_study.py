@@ -51,9 +51,7 @@ def main(arguments: list[str] | None = None) -> dict[str, locality.LocalityRepor
         # The same weights under another attention; infllmv2 has no importance to use.
         rival = nosa_jax.with_attention(model, variant=variant)
         selections[variant] = select(rival, text, args.prompt)
-        selections[variant].save(
-            args.out / f"{variant}.npz"
-        )  # Selections.load reads it: measure again without the model
+        selections[variant].save(args.out / f"{variant}.npz")  # for Selections.load, without the model
         middle = model.config.num_layers // 2
         plots.plot_selection_map(selections[variant], layer=middle, path=args.out / f"{variant}.png")
         reports[variant] = selections[variant].report(args.slots)
