@@ -68,7 +68,7 @@ def record(
     )
     if not importance:
         return recorded
-    fed = np.asarray(generation.tokens)[0, : new_tokens - 1]  # the last one is drawn and not read
+    fed = jax.device_get(generation.tokens)[0, : new_tokens - 1]  # the last one is drawn and not read
     tokens = np.concatenate([np.asarray(prompt), fed]).astype(np.int32)
     return dataclasses.replace(recorded, importance=token_importance(model, tokens[None], chunk=chunk))
 
