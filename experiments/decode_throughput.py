@@ -2,13 +2,15 @@
 
 python -m experiments.decode_throughput --runs nosa:16384:16:80:trace --output experiments/results/decode_16k_h200.json
 
-A run is variant:context:batch:slots[:trace]; slots "device" keeps the cache on the device. context: tokens of each row
-at the start, or 8192-24576 for rows of lengths spread evenly from the one to the other. With "trace" the selection of
-every step is replaced, after it was computed, by one whose locality is the published one (`experiments.traces`);
-without, it is what the weights select. Weights are random unless a checkpoint is given, keys and values always; all
-loops are one jitted `lax.fori_loop` of `decode.run_step` with the state donated. Medians, synchronised. Shares compare
-the step with its bytes (`nosa_jax.cache.plan.step_bytes`) at rates measured in the same process: a sum over device
-memory for what it reads there, `device_put` for what crosses the link.
+A run is variant:context:batch:slots, then :trace, :FILE.npz or nothing; slots "device" keeps the cache on the device.
+context: tokens of each row at the start, or 8192-24576 for rows of lengths spread evenly from the one to the other.
+With "trace" the selection of every step is replaced, after it was computed, by one whose locality is the published one;
+with a file of `Selections.save`, as `nosa locality --save-selections` writes one, by what another model selected on a
+text (`experiments.traces` says how it is mapped; the timed model takes the file's attention); without, it is what the
+weights select. Weights are random unless a checkpoint is given, keys and values always; all loops are one jitted
+`lax.fori_loop` of `decode.run_step` with the state donated. Medians, synchronised. Shares compare the step with its
+bytes (`nosa_jax.cache.plan.step_bytes`) at rates measured in the same process: a sum over device memory for what it
+reads there, `device_put` for what crosses the link.
 """
 
 from __future__ import annotations
@@ -27,12 +29,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Int32, Shaped
 
 from experiments import traces
 from experiments.environment import gpu_arguments, save
 from experiments.profiling import link_rate, memory_rate, profile
-from nosa_jax import CacheConfig, ModelConfig, NosaLM, decode, from_pretrained, presets
+from nosa_jax import CacheConfig, ModelConfig, NosaLM, Selections, decode, from_pretrained, presets
 from nosa_jax.cache import slots
 from nosa_jax.cache.plan import plan, step_bytes
 from nosa_jax.cache.state import DecodeState, empty_state
@@ -41,7 +43,7 @@ from nosa_jax.model import with_attention
 from pallas_kernels import blocks
 from pallas_kernels.device import Rates
 
-TRACED_HEADS = 8  # independent traces per row; layers beyond repeat them
+TRACED_HEADS = 8  # layers with a made-up trace of their own, per row; those beyond repeat them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,15 +53,17 @@ class Run:
     batch: int
     cache: CacheConfig
     traced: bool
+    trace_file: str | None = None  # where the selections were recorded; None makes them up
 
     @staticmethod
     def parse(text: str) -> Run:
-        variant, context, batch, where, *rest = text.split(":")
+        variant, context, batch, where, *rest = text.split(":", 4)
         cache = CacheConfig(offload=False) if where == "device" else CacheConfig(slots=int(where))
         shortest, longest = (int(context.split("-")[at]) for at in (0, -1))
-        if rest not in ([], ["trace"]) or shortest > longest:
-            raise ValueError(f"--runs: must be variant:context:batch:slots[:trace], got {text!r}")
-        return Run(variant, (shortest, longest), int(batch), cache, bool(rest))
+        file = rest[0] if rest and rest[0] != "trace" else None
+        if shortest > longest or (file is not None and not file.endswith(".npz")):
+            raise ValueError(f"--runs: must be variant:context:batch:slots[:trace or :FILE.npz], got {text!r}")
+        return Run(variant, (shortest, longest), int(batch), cache, bool(rest), file)
 
     @property
     def lengths(self) -> Int32[np.ndarray, " B"]:
@@ -98,9 +102,9 @@ def by_layer(ids: Int32[np.ndarray, "steps B heads J"], kv_heads: int) -> Int32[
     return ids.reshape(*ids.shape[:2], -1, kv_heads, ids.shape[-1]).transpose(0, 2, 1, 3, 4)
 
 
-def of_all_layers(ids: Int32[Array, "Z B K J"], layers: int) -> Int32[Array, "L B K J"]:
-    """The traces of the first layers for all of them."""
-    return jnp.concatenate([ids] * -(-layers // ids.shape[0]))[:layers]
+def of_all_layers(of_first: Shaped[Array, "Z *rest"], layers: int) -> Shaped[Array, "L *rest"]:
+    """What the first layers have, the ids of their traces say, for all of them: in turn."""
+    return jnp.concatenate([of_first] * -(-layers // of_first.shape[0]))[:layers]
 
 
 def loop(
@@ -142,7 +146,11 @@ def measure(
     rates: Rates,
     options: dict[str, Any],
 ) -> dict[str, Any]:
-    model = with_attention(model, variant=run.variant)
+    recorded = None if run.trace_file is None else Selections.load(run.trace_file)
+    if recorded is not None and recorded.attention.variant != run.variant:
+        raise ValueError(f"--runs: must name the variant that {run.trace_file} records, {recorded.attention.variant!r}")
+    overrides = {"variant": run.variant} if recorded is None else dataclasses.asdict(recorded.attention)
+    model = with_attention(model, **overrides)
     config = model.config
     attention = config.attention
     max_length = run.context[1] + steps * (repeats + 2)
@@ -151,13 +159,17 @@ def measure(
     traced = first = replayed = None
     total = 1 + steps * (repeats + 2)
     if attention.is_sparse:
-        heads = min(TRACED_HEADS, config.num_layers) * config.num_kv_heads
-        ids = traces.make_trace(config, run.lengths - 1, total, heads, num_blocks)
+        if recorded is None:
+            heads = min(TRACED_HEADS, config.num_layers) * config.num_kv_heads
+            ids = traces.make_trace(config, run.lengths - 1, total, heads, num_blocks)
+        else:
+            ids = traces.replayed(recorded, config, run.lengths - 1, total)
         if run.cache.slots is not None:
             listed = jnp.asarray(ids.transpose(1, 2, 0, 3))  # [B, heads, steps, J]
             at = jnp.broadcast_to((run.lengths - 1)[:, None, None] + np.arange(total), listed.shape[:-1])
             misses = replay_misses(listed, at, attention, run.cache.slots)
-            replayed = round(float(misses[..., 1 + steps : 1 + steps * (repeats + 1)].mean()), 3)
+            misses = misses[..., 1 + steps : 1 + steps * (repeats + 1)].mean((0, 2)).reshape(-1, config.num_kv_heads)
+            replayed = round(float(of_all_layers(misses, config.num_layers).mean()), 3)
         traced = by_layer(ids, config.num_kv_heads)
         first = of_all_layers(jnp.asarray(traced[0]), config.num_layers)
     state = make_state(config, run, max_length, first, jax.random.key(0))
@@ -192,7 +204,8 @@ def measure(
     hbm_ms, link_ms = 1e3 * least.device / rates.memory, 1e3 * least.link / rates.link
     memory = compiled.memory_analysis()
     return {
-        "run": dataclasses.asdict(run), "steps": steps, "tokens_per_second": round(run.batch / step_seconds, 1),
+        "run": dataclasses.asdict(run), "attention": dataclasses.asdict(attention), "steps": steps,
+        "tokens_per_second": round(run.batch / step_seconds, 1),
         "step_ms": round(1e3 * step_seconds, 3), "samples_ms": [round(1e3 * s, 3) for s in seconds[1:]],
         "fetched_per_table": round(moved, 3), "replayed_per_table": replayed,
         "hbm_gb": round(least.device / 1e9, 3),
@@ -208,7 +221,7 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--runs", nargs="+", required=True, type=Run.parse, metavar="VARIANT:CONTEXT:BATCH:SLOTS[:trace]"
+        "--runs", nargs="+", required=True, type=Run.parse, metavar="VARIANT:CONTEXT:BATCH:SLOTS[:trace|:FILE.npz]"
     )
     parser.add_argument("--preset", choices=("nosa_1b", "nosa_3b", "nosa_8b"), default="nosa_8b")
     parser.add_argument(

@@ -1,8 +1,21 @@
-"""Selections made up to have a given locality: block ids per step whose misses, by slots, are the published ones.
+"""Selections for a timed model that are not its own: made up to have the published locality, or recorded elsewhere.
 
+Made up, they are block ids per step whose misses, by slots, are the published ones (`make_trace`).
 Least-recently-used misses come from `nosa_jax.cache.plan`: 3.58, 1.20, 0.86 and 0.71 blocks per layer, KV head, row and
 step at 64, 80, 96 and 128 slots for NOSA. So at each step some blocks return from where they lie in the stack of recent
 use, one of 65th to 80th place with weight 3.58 - 1.20 and so on, and as many others leave.
+
+Recorded, they are those of a file that `Selections.save` wrote, of a real model and text, often of a smaller model than
+the timed one and of fewer rows (`replayed`):
+
+- The timed model takes the file's AttentionConfig, and so its J, sink and local blocks and block size.
+- Layer l of the timed model replays layer l mod L of the recorded ones, KV head k replays k mod K and row b replays
+  b mod B. Rows that replay the same one fetch alike, each into its own pool.
+- A row begins at the first recorded step that stands in its block where the timed row stands: at most block_size - 1
+  steps are passed over, so that blocks begin at the same steps.
+- Where the timed row is longer than the recorded one by n blocks, all but the sink blocks are called by ids n higher,
+  at all steps alike. So the local window is where the query is, and what is kept, returns and leaves, and with it what
+  any pool must fetch, stays as it was recorded. A timed row that is shorter is refused, and so are too few steps.
 """
 
 from __future__ import annotations
@@ -10,8 +23,10 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Int32
 
+from nosa_jax import Selections
 from nosa_jax.cache.plan import expected_misses
 from nosa_jax.config import ModelConfig
+from pallas_kernels.checks import bad_value
 
 SLOTS = (64, 80, 96, 128)
 
@@ -79,3 +94,47 @@ def _exchange(stack: Int32[np.ndarray, " M"], come: int, go: int, free: int) -> 
     comes, goes = stack[come], stack[go]
     stack[free + 1 : come + 1] = stack[free:come].copy()
     stack[free], stack[go] = goes, comes
+
+
+def replayed(
+    recorded: Selections, model: ModelConfig, lengths: Int32[np.ndarray, " B"], steps: int
+) -> Int32[np.ndarray, "steps B heads J"]:
+    """Recorded selections for rows of another model, from positions lengths[b] on; the module says how they are mapped.
+
+    model: the timed one, with the attention of the recording.
+    heads: KV heads of the first layers, min(L, L of the recording) * K; layers beyond repeat them.
+    Raises ValueError for another attention, a row that is shorter than the recorded one, and too few recorded steps.
+    """
+    if model.attention != recorded.attention:
+        remedy = "Give the timed model the attention of the file."
+        raise bad_value("model.attention", f"must be {recorded.attention}", model.attention, remedy)
+    ids = recorded.block_ids
+    layers, batch, heads = ids.shape[:3]
+    traced_layers = np.arange(min(model.num_layers, layers))
+    traced_heads = np.arange(model.num_kv_heads) % heads
+    rows = []
+    for row, length in enumerate(lengths.tolist()):
+        source = row % batch
+        start, shift = _place(recorded, source, length, steps)
+        one = ids[np.ix_(traced_layers, [source], traced_heads)][:, 0, :, start : start + steps]  # [Z, K, steps, J]
+        moved = np.where(one >= model.attention.num_sink_blocks, one + shift, one)  # padding, -1, stays
+        rows.append(moved.reshape(-1, steps, moved.shape[-1]).swapaxes(0, 1))
+    return np.stack(rows, axis=1)
+
+
+def _place(recorded: Selections, row: int, position: int, steps: int) -> tuple[int, int]:
+    """The recorded step that stands for `position`, and how many blocks the timed row is longer."""
+    size = recorded.attention.block_size
+    positions = recorded.positions[row]
+    positions = positions[positions >= 0]
+    if not positions.size:
+        raise bad_value("trace", "must hold steps of every row", f"none of row {row}", "Record it again.")
+    start = int((position - positions[0]) % size)
+    if len(positions) < start + steps:
+        rule = f"must hold {start + steps} steps of row {row}, {start} of them to stand at the same place in a block"
+        raise bad_value("trace", rule, len(positions), "Record more, or lower --steps or --repeats.")
+    shift = (position - int(positions[start])) // size
+    if shift < 0:
+        rule = f"must not be shorter than the recorded row {row}, which begins at token {positions[0]}"
+        raise bad_value("context", rule, position, "Time a longer context.")
+    return start, shift

@@ -20,6 +20,7 @@ EXTRAS = {
     "hf": Extra("checkpoints and tokenizers", ("safetensors", "tokenizers")),
     "train": Extra("training", ("grain", "tqdm", "jinja2")),
     "plots": Extra("figures", ("matplotlib",)),
+    "pandas": Extra("data frames", ("pandas",)),
     "tensorboard": Extra("logs for TensorBoard", ("tensorboardX",)),
     "wandb": Extra("logs at Weights & Biases", ("wandb",)),
     "cli": Extra("the command line", ("tyro",)),

@@ -44,6 +44,7 @@ OPTIONAL = (
     "grain",
     "tqdm",
     "matplotlib",
+    "pandas",
     "safetensors",
     "tokenizers",
     "torch",

@@ -183,13 +183,18 @@ def test_locality_measures_and_writes_files(trained, text, tmp_path, capsys):
     sizes = ["--prompt-length", "150", "--new-tokens", "4", "--slots", "8", "12", "--variants", "nosa"]
     out = tmp_path / "out"
     arguments = ["locality", str(trained / "model"), "--text", str(text / "0.txt"), *sizes, "--out", str(out)]
-    assert main(arguments) == 0
+    assert main([*arguments, "--heatmaps", "--importance", "--save-selections", "--batch", "3"]) == 0
     table = capsys.readouterr().out
     assert "misses per step, 12 slots" in table and re.search(r"^ +nosa$", table, re.MULTILINE)
-    for name in ("locality.png", "selections-nosa.png"):
+    assert "of the offline optimum, 12 slots" in table and "3 rows of 154 tokens" in table
+    for name in ("locality.png", "selections-nosa.png", "heatmap-nosa.png", "importance-nosa.png", "tokens-nosa.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG"), name
     results = json.loads((out / "locality.json").read_text(encoding="utf-8"))
     assert results["reports"]["nosa"]["steps"] == 3 and results["settings"]["prompt_length"] == 150
+    assert set(results["reports"]["nosa"]["optimal_misses"]) == {"8", "12"}
+    assert results["costs"]["nosa"]["8"]["batch"] == 3
+    recorded = nosa_jax.Selections.load(out / "selections-nosa.npz")
+    assert recorded.positions.tolist() == [[149, 150, 151, 152]] and recorded.importance.shape[-1] == 153
 
 
 def test_recording_is_forced_to_the_text_or_free():

@@ -57,4 +57,5 @@ def test_locality_study(tmp_path, capsys, monkeypatch):
         np.testing.assert_array_equal(again.gamma, report.gamma)
         assert again.steps == 23
     assert json.loads((tmp_path / "reports.json").read_text())["nosa"]["label"] == "nosa"
-    assert {"comparison.png", "nosa.png", "infllmv2.png"} <= {file.name for file in tmp_path.iterdir()}
+    figures = {"comparison.png", "difference.png", "nosa.png", "infllmv2.png"}
+    assert figures <= {file.name for file in tmp_path.iterdir()}

@@ -301,6 +301,20 @@ def test_report_numbers():
     assert measured.positions.tolist() == [1472, 1536]
     steps = positions[0, 1:] >= 1536
     assert measured.gamma_by_position[1] == pytest.approx(numbers["all"][..., steps].mean(dtype=np.float64))
+    best = locality.belady_misses(ids, positions[:, None], attention, 10)
+    np.testing.assert_allclose(measured.optimal_misses[10], best[..., 1:].mean((1, 3)), rtol=1e-12)
+    assert (measured.optimal_misses[10] <= measured.misses[10]).all() and misses.sum() > best.sum()
+    for layer, head in np.ndindex(2, 2):
+        since = locality.reuse_time(ids)[layer, :, head]
+        assert measured.steps_away[layer, head] == pytest.approx((since[since > 1] - 1).mean())
+        far = (positions[..., None] // 64 - ids[layer, :, head])[:, 1:]
+        far = far[(far >= attention.num_local_blocks) & (ids[layer, :, head, 1:] >= attention.num_sink_blocks)]
+        assert measured.distance_unforced[layer, head] == pytest.approx(far.mean())
+    late = locality.working_set(ids, 16)[..., 15:]
+    np.testing.assert_allclose(measured.working_set[16], late.mean((1, 3)), rtol=1e-12)
+    assert np.isnan(measured.working_set[64]).all()  # longer than the recording
+    read = (8 - 1) * 64 + positions % 64 + 1
+    assert measured.dense_share == pytest.approx(read[:, 1:].sum() / (positions[:, 1:] + 1).sum())
     # One block begins on the way: 8 selected, of which one by the query.
     assert measured.guaranteed_gamma == pytest.approx((7 * 38 + 6) / 39 / 8)
 
@@ -319,10 +333,13 @@ def test_tables():
     reports = {"nosa": report("g4_red_1500"), "infllmv2": report("infllmv2_g4_red_1500", slots=[8, 9])}
     lines = str(reports["nosa"]).splitlines()
     assert lines[0] == "nosa: 47 steps; 8 blocks of 64 tokens selected; a block is 16 KiB; guaranteed gamma 0.872"
-    assert len({len(line) for line in lines[1:-1]}) == 1 and len(lines) == 1 + 1 + 4 + 2 + 1
-    columns = " ".join(lines[1].split())
-    assert columns == "layer head gamma unforced new miss@8 miss@10 miss@12 miss@16 KiB@8 KiB@10 KiB@12 KiB@16"
-    assert lines[-2].split()[:3] == ["sum", "-", "-"]
+    reuse, transfers = lines[1:8], lines[11:18]  # names, four heads, mean and sum
+    assert len({len(line) for line in reuse}) == 1 and len({len(line) for line in transfers}) == 1
+    columns = [" ".join(table[0].split()) for table in (reuse, transfers)]
+    assert columns[0] == "layer head gamma unforced new away far share set@16 set@64"
+    sizes = (8, 10, 12, 16)
+    assert columns[1].split()[2:] == [f"{name}@{slots}" for name in ("miss", "min", "KiB") for slots in sizes]
+    assert reuse[-1].split()[:3] == ["sum", "-", "-"] and lines[-1].startswith("miss, min, KiB: per step")
 
     side_by_side = locality.comparison_table(reports).splitlines()
     assert side_by_side[0].split() == ["nosa", "infllmv2"]

@@ -23,10 +23,13 @@ def test_comparison_figure(tmp_path):
         "Reuse along the text",
     ]
     np.testing.assert_allclose(by_layer.lines[0].get_ydata(), reports["nosa"].gamma.mean(1))
-    np.testing.assert_array_equal(by_slots.lines[1].get_xdata(), [5, 8])
+    np.testing.assert_array_equal(by_slots.lines[2].get_xdata(), [5, 8])
+    np.testing.assert_array_equal(
+        by_slots.lines[3].get_ydata(), [x.mean() for x in reports["early"].optimal_misses.values()]
+    )
     np.testing.assert_array_equal(by_position.lines[1].get_xdata(), range(0, 11, 4))
     names = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert names == ["nosa", "early", r"guaranteed $\gamma$"]
+    assert names == ["nosa", "early", r"guaranteed $\gamma$", "offline optimum"]
     with pytest.raises(ValueError, match="reports: must hold at least one"):
         plots.plot_comparison({})
 

@@ -118,6 +118,33 @@ def test_save_and_load(tmp_path):
     assert_same(Selections.load(path), recorded)
 
 
+def test_files_are_small_and_keep_importance(tmp_path, without_type_checker):
+    recorded = run([range(1010, 1030)])  # up to block 257
+    importance = np.linspace(0, 1, 2 * 2 * 30, dtype=np.float32).reshape(2, 1, 2, 30)
+    importance[..., 25:] = np.nan
+    for name, whole, dtype in (("short", run([range(990, 1020)]), np.uint8), ("long", recorded, np.uint16)):
+        whole.save(tmp_path / name)
+        with np.load(tmp_path / name) as arrays:
+            assert arrays["block_ids"].dtype == dtype
+        assert_same(Selections.load(tmp_path / name), whole)
+        assert Selections.load(tmp_path / name).importance is None
+    kept = dataclasses.replace(recorded, importance=importance)
+    kept.save(tmp_path / "kept")
+    np.testing.assert_array_equal(Selections.load(tmp_path / "kept").importance, importance)
+    np.testing.assert_array_equal(run([range(1005, 1012)]).concatenate(kept).importance, importance)
+    less = dataclasses.replace(recorded, importance=importance[..., :20].copy())
+    np.testing.assert_array_equal(kept.concatenate(less).importance, importance)
+    with pytest.raises(TypeError, match="importance: must be a float32 NumPy array, got float64"):
+        dataclasses.replace(recorded, importance=importance.astype(np.float64))
+    with pytest.raises(ValueError, match=r"importance: must have shape \[L, B, K, N\]"):
+        dataclasses.replace(recorded, importance=importance[:1])
+
+
+def test_older_files_are_read(tmp_path):
+    npz(tmp_path / "run.npz", GOOD | {"format": "nosa-jax selections 1"}, **ARRAYS)
+    assert_same(Selections.load(tmp_path / "run.npz"), run([range(3)]))
+
+
 @pytest.mark.parametrize("content", [b"", b"not a zip", b"PK\x03\x04 broken"])
 def test_load_refuses_other_files(tmp_path, content):
     path = tmp_path / "other.npz"
@@ -172,6 +199,12 @@ HOSTILE = {
     "another J": (GOOD, ARRAYS | {"block_ids": ids_for([range(3)])[..., :-1]}),
     "a cut header": (GOOD, ARRAYS | {"positions": claim(1, 3)[:40]}),
     "objects": (GOOD, ARRAYS | {"positions": np.array([[None]])}),
+    "importance of other layers": (GOOD, ARRAYS | {"importance": np.zeros((3, 1, 2, 4), np.float32)}),
+    "importance in another dtype": (GOOD, ARRAYS | {"importance": np.zeros((2, 1, 2, 4), np.int32)}),
+    "packed floats": (
+        GOOD | {"format": "nosa-jax selections 2"},
+        ARRAYS | {"block_ids": ids_for([range(3)]) + np.float32(1.5)},
+    ),
     "floats": (GOOD, ARRAYS | {"positions": np.zeros((1, 3))}),
     "no arrays": (GOOD, {}),
     "a list": ([GOOD], ARRAYS),
@@ -185,7 +218,7 @@ HOSTILE = {
             "head_dim": [0, -1, 1.5, "16", None, True, [16]],
             "itemsize": [0, "2", None, {}],
             "label": [1, None, ["nosa"]],
-            "format": [1, None, "nosa-jax selections 2"],
+            "format": [1, None, "nosa-jax selections 3", "nosa-jax selections 2"],
         }.items()
         for value in values
         if (name, value) != ("attention", {})
@@ -285,7 +318,8 @@ def test_what_a_notebook_shows():
     )
     shown = report._repr_html_()
     assert "&lt;b&gt;nosa&lt;/b&gt; &amp; co" in shown and "<b>" not in shown
-    for row in report.table().splitlines()[2:-1]:
+    lines = report.table().splitlines()
+    for row in lines[2:8] + lines[12:-1]:
         assert "".join(f"<td>{cell}</td>" for cell in row.split()) in shown
     figure = plots.plot_selection_map(recorded)
     assert figure._repr_png_().startswith(b"\x89PNG")

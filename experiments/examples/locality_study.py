@@ -46,15 +46,20 @@ def main(arguments: list[str] | None = None) -> dict[str, locality.LocalityRepor
     text = np.fromfile(args.text, np.uint8)[: args.prompt + args.new].astype(np.int32)
     args.out.mkdir(parents=True, exist_ok=True)
 
-    reports = {}
+    selections, reports, costs = {}, {}, {}
     for variant in ("nosa", "infllmv2"):
         # The same weights under another attention; infllmv2 has no importance to use.
-        selections = select(nosa_jax.with_attention(model, variant=variant), text, args.prompt)
-        selections.save(args.out / f"{variant}.npz")  # Selections.load reads it: measure again without the model
-        plots.plot_selection_map(selections, layer=model.config.num_layers // 2, path=args.out / f"{variant}.png")
-        reports[variant] = selections.report(args.slots)
+        rival = nosa_jax.with_attention(model, variant=variant)
+        selections[variant] = select(rival, text, args.prompt)
+        selections[variant].save(args.out / f"{variant}.npz")  # for Selections.load, without the model
+        middle = model.config.num_layers // 2
+        plots.plot_selection_map(selections[variant], layer=middle, path=args.out / f"{variant}.png")
+        reports[variant] = selections[variant].report(args.slots)
+        costs[variant] = locality.pool_costs(reports[variant], rival.config, batch=16, max_length=len(text))
     print(locality.comparison_table(reports))
+    print(f"\n16 rows of {len(text)} tokens, a bound:\n{locality.cost_table(costs)}")
     plots.plot_comparison(reports, args.out / "comparison.png")
+    plots.plot_difference(selections["nosa"], selections["infllmv2"], path=args.out / "difference.png")
     content = {variant: report.to_dict() for variant, report in reports.items()}
     (args.out / "reports.json").write_text(json.dumps(content, indent=1) + "\n")
     print(f"wrote {args.out}")

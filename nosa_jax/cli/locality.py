@@ -10,15 +10,24 @@ from typing import Any
 
 import numpy as np
 
-from nosa_jax import CacheConfig, NosaLM, Selections, train
+from nosa_jax import CacheConfig, NosaLM, Plan, Selections, train
 from nosa_jax._extras import require_extras
 from nosa_jax._paths import only_run, replacing
 from nosa_jax.cli.checkpoint import Dtype, encode, load
 from nosa_jax.cli.terminal import facts, heading, indented, working
 from nosa_jax.cli.train import read_corpus
-from nosa_jax.config import Variant
+from nosa_jax.config import ModelConfig, Variant
 from nosa_jax.hf.text import tokenizer_of
-from nosa_jax.locality import LocalityReport, comparison_table, draw, record
+from nosa_jax.locality import (
+    LocalityReport,
+    comparison_table,
+    cost_table,
+    draw,
+    plot_importance,
+    plot_top_tokens,
+    pool_costs,
+    record,
+)
 from pallas_kernels.checks import bad_value
 
 
@@ -48,6 +57,14 @@ class Locality:
     """Tokens of the prompt read at once; default: all. Less needs less memory."""
     dtype: Dtype = "auto"
     """Dtype of weights and cache; auto: float32 on a CPU, bfloat16 elsewhere."""
+    batch: int = 16
+    """Rows that would decode together, for the times that are predicted from the misses."""
+    heatmaps: bool = False
+    """Draw the selections of all KV heads layer by layer, too, and where each method differs from the first."""
+    importance: bool = False
+    """Draw the importance of the tokens, too, and which of them matter most; nosa and dma have one."""
+    save_selections: bool = False
+    """Keep the selections as selections-NAME.npz, for `nosa_jax.Selections.load` and to replay them elsewhere."""
     out: Path = Path("locality-output")
     """Folder for figures and JSON."""
 
@@ -59,39 +76,78 @@ class Locality:
 
     def _run(self, stack: contextlib.ExitStack) -> int:
         selections: dict[str, Selections] = {}
-        tokens = np.empty(0, np.int32)
+        models: dict[str, tuple[ModelConfig, Any]] = {}  # configuration and dtype
+        tokens, tokenizer = np.empty(0, np.int32), None
         for variant in dict.fromkeys(self.variants):
             model = load(self.path, variant, self.dtype)
             for size in self.slots or ():
                 CacheConfig(slots=size).resolve_slots(model.config.attention, size)  # says so early if one is too small
             if not tokens.size:
                 tokens = self._read_tokens(model)
+                tokenizer = tokenizer_of(model.origin.files, model.config.vocab_size, self.path)
                 stack.enter_context(only_run("--out", self.out))  # no folder is made for what cannot be read
             with working(f"decoding {self.new_tokens} tokens with {variant}"):
                 forced = None if self.free_running else tokens[self.prompt_length :]
                 selections[variant] = record(
-                    model, tokens[: self.prompt_length], self.new_tokens, forced, chunk=self.chunk
+                    model,
+                    tokens[: self.prompt_length],
+                    self.new_tokens,
+                    forced,
+                    chunk=self.chunk,
+                    importance=self.importance and model.config.attention.uses_importance,
                 )
+            models[variant] = model.config, model.embed.dtype
             del model
         with working("measuring"):
             reports = {name: chosen.report(self.slots) for name, chosen in selections.items()}
+        length = self.prompt_length + self.new_tokens
+        costs = {
+            name: pool_costs(reports[name], config, batch=self.batch, max_length=length, dtype=dtype)
+            for name, (config, dtype) in models.items()
+        }
         heading(
             f"{self.prompt_length} tokens read, then {self.new_tokens} "
             + ("generated" if self.free_running else "of the text, fed one by one")
         )
         indented(comparison_table(reports))
-        settings = dataclasses.asdict(self) | {"path": str(self.path), "out": str(self.out)}
-        settings["text"] = None if self.text is None else str(self.text)
-        with working("drawing"):
-            written = draw(selections, reports, self.out)
-        written.append(write_json(self.out / "locality.json", {"settings": settings, "reports": as_json(reports)}))
+        heading(f"What its bytes would take, {self.batch} rows of {length} tokens: a bound, not a promise")
+        indented(cost_table(costs))
+        with working("writing"):
+            written = draw(selections, reports, self.out, heatmaps=self.heatmaps)
+            written += self._draw_importance(selections, tokens, tokenizer)
+            if self.save_selections:
+                written += self._save(selections)
+            content = {"settings": self._settings(), "reports": as_json(reports), "costs": _plain(costs)}
+            written.append(write_json(self.out / "locality.json", content))
         heading("Written")
         facts((path.name, path) for path in written)
         return 0
 
+    def _settings(self) -> dict[str, Any]:
+        settings = dataclasses.asdict(self) | {"path": str(self.path), "out": str(self.out)}
+        return settings | {"text": None if self.text is None else str(self.text)}
+
+    def _save(self, selections: dict[str, Selections]) -> list[Path]:
+        files = {name: self.out / f"selections-{name}.npz" for name in selections}
+        for name, file in files.items():
+            selections[name].save(file)
+        return list(files.values())
+
+    def _draw_importance(self, selections: dict[str, Selections], tokens: np.ndarray, tokenizer: Any) -> list[Path]:
+        """Figures of the importance of each method that has recorded some, with the words of the text where known."""
+        written = []
+        for name, recorded in selections.items():
+            if recorded.importance is None:
+                continue
+            importance = recorded.importance[:, 0]
+            written += [self.out / f"importance-{name}.png", self.out / f"tokens-{name}.png"]
+            plot_importance(importance, path=written[-2])
+            known = min(len(tokens), importance.shape[-1])  # what was generated is not in the text
+            plot_top_tokens(importance[..., :known], tokens[:known], tokenizer, path=written[-1])
+        return written
+
     def _check(self) -> None:
-        for name in ("prompt_length", "new_tokens"):
-            least = 1 if name == "prompt_length" else 2
+        for name, least in (("prompt_length", 1), ("new_tokens", 2), ("batch", 1)):
             if getattr(self, name) < least:
                 raise bad_value(f"--{name.replace('_', '-')}", f"must be >= {least}", getattr(self, name), "Raise it.")
         if not self.variants or "full" in self.variants:
@@ -115,6 +171,10 @@ class Locality:
                 "--text", f"must have at least {needed} tokens", len(tokens), "Lower --prompt-length or --new-tokens."
             )
         return tokens
+
+
+def _plain(costs: dict[str, dict[int, Plan]]) -> dict[str, Any]:
+    return {name: {str(slots): cost.to_dict() for slots, cost in plans.items()} for name, plans in costs.items()}
 
 
 def as_json(reports: dict[str, LocalityReport]) -> dict[str, Any]:

@@ -9,17 +9,26 @@
     reports = {name: recorded.report(slots=(8, 10)) for name, recorded in selections.items()}
     print(locality.comparison_table(reports))
     locality.draw(selections, reports, ".")                    # locality.png, selections-nosa.png, ...
+    costs = {"nosa": locality.pool_costs(reports["nosa"], model.config, batch=16, max_length=8192)}
+    print(locality.cost_table(costs))                          # bytes and time per token of each pool
 
-Figures need the extra `plots`: pip install ".[plots]" in a checkout; everything else needs the core alone. What the
-letters and shapes mean: `nosa_jax.locality.measures`.
+`pool` puts the reports of several texts or seeds together, with spreads; `record(..., importance=True)` keeps what each
+token weighs. Figures need the extra `plots`: pip install ".[plots]" in a checkout, and `report.to_dataframe()` pandas;
+everything else needs the core alone. What the letters and shapes mean: `nosa_jax.locality.measures`.
 """
 
+from nosa_jax.locality.comparison import PooledReports, comparison_table, pool
+from nosa_jax.locality.costs import cost_table, pool_costs
+from nosa_jax.locality.heatmaps import plot_difference, plot_heatmaps, selection_shares
+from nosa_jax.locality.history import reuse_distance, reuse_time, working_set
+from nosa_jax.locality.importance import TokenWeight, token_importance, top_tokens
+from nosa_jax.locality.importance_plots import plot_importance, plot_top_tokens
 from nosa_jax.locality.measures import (
     AnyArray,
     BlockIds,
     Positions,
-    block_bytes,
-    bytes_per_token,
+    attended_distance,
+    attended_tokens,
     counted_steps,
     gamma,
     gamma_unforced,
@@ -29,23 +38,29 @@ from nosa_jax.locality.measures import (
     mean_over_steps,
     meets_guaranteed_overlap,
     new_blocks,
-    replay_misses,
     shared_blocks,
     unchanged_inside_block,
 )
 from nosa_jax.locality.plots import draw, plot_comparison, plot_selection_map
-from nosa_jax.locality.report import LocalityReport, comparison_table, locality_report
+from nosa_jax.locality.replay import belady_misses, block_bytes, bytes_per_token, replay_misses
+from nosa_jax.locality.report import LocalityReport, locality_report
 from nosa_jax.locality.selections import Selections, record
 
 __all__ = [
     "AnyArray",
     "BlockIds",
     "LocalityReport",
+    "PooledReports",
     "Positions",
     "Selections",
+    "TokenWeight",
+    "attended_distance",
+    "attended_tokens",
+    "belady_misses",
     "block_bytes",
     "bytes_per_token",
     "comparison_table",
+    "cost_table",
     "counted_steps",
     "draw",
     "gamma",
@@ -58,9 +73,21 @@ __all__ = [
     "meets_guaranteed_overlap",
     "new_blocks",
     "plot_comparison",
+    "plot_difference",
+    "plot_heatmaps",
+    "plot_importance",
     "plot_selection_map",
+    "plot_top_tokens",
+    "pool",
+    "pool_costs",
     "record",
     "replay_misses",
+    "reuse_distance",
+    "reuse_time",
+    "selection_shares",
     "shared_blocks",
+    "token_importance",
+    "top_tokens",
     "unchanged_inside_block",
+    "working_set",
 ]

@@ -1,4 +1,4 @@
-"""How local block selections are: reuse from step to step, misses of a device pool, and what theory guarantees.
+"""How local block selections are: reuse from step to step, how far queries look, and what theory guarantees.
 
 Notation of the paper (arXiv 2510.13602): S_t is the set of blocks that one KV head of one layer selects at step t, and
 gamma(t) = |S_t & S_(t-1)| / |S_t|. Everywhere below, `block_ids` is int32 [..., T, J]: ascending, no id twice, -1
@@ -9,26 +9,15 @@ wrong dtypes TypeError.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Int64
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
-from nosa_jax.cache.slots import empty_table, resolve
 from nosa_jax.config import AttentionConfig
-from pallas_kernels import blocks
-from pallas_kernels.checks import (
-    as_integers,
-    bad_value,
-    is_concrete,
-    require_int,
-    require_integers,
-    require_shape,
-    require_type,
-)
+from pallas_kernels.checks import as_integers, bad_value, is_concrete, require_integers, require_type
 
 AnyArray = Array | np.ndarray
 BlockIds = Int[AnyArray, "... T J"]
@@ -130,52 +119,22 @@ def mean_over_steps(values: Float[AnyArray, "... T"]) -> Float[Array, "..."]:
     return jnp.nanmean(jnp.asarray(values), axis=-1)
 
 
-# --- What a pool of slots must fetch -------------------------------------------------------------------------------
+# --- How far a query looks, and how much it reads --------------------------------------------------------------------
 
 
-def replay_misses(
-    block_ids: BlockIds, positions: Positions, attention: AttentionConfig, slots: int
-) -> Int32[Array, "... T"]:
-    """Blocks fetched from the host at every step by a device pool of `slots` blocks with least-recently-used eviction.
-
-    The decode engine's own rule (`nosa_jax.cache.slots.resolve`) replayed: the first selection is what prefill leaves
-    resident and costs nothing; the query's own block, at the step that starts it, takes a slot but is not fetched.
-    Every leading index (layer, row, head) has its own pool. Raises ValueError when `slots` < J.
-    """
+def attended_distance(block_ids: BlockIds, positions: Positions, attention: AttentionConfig) -> Int32[Array, "... T J"]:
+    """How many blocks each selected one lies before the query's own, which is at 0; -1 at padding."""
     ids = checked_ids(block_ids)
-    require_type("attention", attention, AttentionConfig, "Pass model.config.attention.")
-    slots = require_int("slots", slots, 1)
-    if slots < ids.shape[-1]:
-        rule = f"must hold one selection, J = {ids.shape[-1]}"
-        raise bad_value("slots", rule, slots, f"Use slots={ids.shape[-1]} or more.")
-    return _replay(ids, checked_positions(positions, ids.shape[:-1]), attention.block_size, slots)
+    own = checked_positions(positions, ids.shape[:-1])[..., None] // attention.block_size
+    return jnp.where(ids >= 0, own - ids, -1)
 
 
-@functools.partial(jax.jit, static_argnames=("block_size", "slots"))
-def _replay(ids: Array, positions: Array, block_size: int, slots: int) -> Array:
-    valid = (ids >= 0).any(-1)
-    after_prefill = valid & (jnp.cumsum(valid, axis=-1) > 1)
-
-    def step(table, inputs):
-        wanted, position = inputs
-        resolution = resolve(table, wanted, position)
-        starts = (position % block_size == 0)[..., None] & (wanted == (position // block_size)[..., None])
-        return resolution.table, (resolution.missing & ~starts).sum(-1, dtype=jnp.int32)
-
-    table = empty_table((*ids.shape[:-2], slots))
-    _, misses = jax.lax.scan(step, table, (jnp.moveaxis(ids, -2, 0), jnp.moveaxis(positions, -1, 0)))
-    return jnp.where(after_prefill, jnp.moveaxis(misses, 0, -1), 0)
-
-
-def block_bytes(attention: AttentionConfig, head_dim: int, itemsize: int = 2) -> int:
-    """Bytes of one block of one layer and KV head, K and V; `itemsize` is that of the cache, 2 for bfloat16."""
-    return blocks.block_bytes(attention.block_size, head_dim, itemsize)
-
-
-def bytes_per_token(misses: Int[AnyArray, "L B K T"], bytes_per_block: int) -> Int64[np.ndarray, "B T"]:
-    """Bytes a row moves from host to device for one token, summed over layers and KV heads."""
-    require_shape("misses", misses, (None,) * 4, "[L, B, K, T]")
-    return np.asarray(misses).sum(axis=(0, 2), dtype=np.int64) * bytes_per_block
+def attended_tokens(block_ids: BlockIds, positions: Positions, attention: AttentionConfig) -> Int32[Array, "... T"]:
+    """Tokens of the selected blocks up to the query's own: what sparse attention reads where dense attention reads
+    position + 1. 0 at padding."""
+    ids = checked_ids(block_ids)
+    seen = checked_positions(positions, ids.shape[:-1])[..., None] + 1 - ids * attention.block_size
+    return jnp.where(ids >= 0, jnp.clip(seen, 0, attention.block_size), 0).sum(-1, dtype=jnp.int32)
 
 
 # --- What theory guarantees ----------------------------------------------------------------------------------------

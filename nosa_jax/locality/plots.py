@@ -14,6 +14,7 @@ import numpy as np
 
 from nosa_jax._drawing import COLOURS, MARKERS, finish, new_figure, tidy, whole_numbers
 from nosa_jax._paths import user_path
+from nosa_jax.locality.heatmaps import plot_difference, plot_heatmaps, require_index, steps_of
 from nosa_jax.locality.measures import is_forced
 from nosa_jax.locality.report import LocalityReport
 from nosa_jax.locality.selections import Selections
@@ -33,11 +34,17 @@ _CELLS = (
 
 
 def draw(
-    selections: Mapping[str, Selections], reports: Mapping[str, LocalityReport], folder: str | os.PathLike[str]
+    selections: Mapping[str, Selections],
+    reports: Mapping[str, LocalityReport],
+    folder: str | os.PathLike[str],
+    *,
+    heatmaps: bool = False,
 ) -> list[Path]:
     """Writes locality.png, which compares the methods, and selections-NAME.png, a map of the middle layer of each.
 
     selections, reports: by name of the method.   folder: where the files go; it must exist.
+    heatmaps: also heatmap-NAME.png, all KV heads layer by layer, and difference-NAME.png, each later method less the
+        first where both read the same positions.
     Returns the files. Raises ImportError without matplotlib.
     """
     folder = user_path("folder", folder)
@@ -46,13 +53,22 @@ def draw(
     for name, recorded in selections.items():
         written.append(folder / f"selections-{name}.png")
         plot_selection_map(recorded, layer=recorded.block_ids.shape[0] // 2, path=written[-1])
+        if heatmaps:
+            written.append(folder / f"heatmap-{name}.png")
+            plot_heatmaps(recorded, path=written[-1])
+    first = next(iter(selections.values()), None)
+    for name, recorded in list(selections.items())[1:]:
+        if heatmaps and first is not None and np.array_equal(first.positions, recorded.positions):
+            written.append(folder / f"difference-{name}.png")
+            plot_difference(first, recorded, path=written[-1])
     return written
 
 
 def plot_comparison(reports: Mapping[str, LocalityReport], path: str | os.PathLike[str] | None = None) -> Any:
     """Methods compared: gamma by layer, misses by slots, gamma by position.
 
-    Dashed lines: the gamma that a method guarantees. Shades: the range over KV heads.
+    Dashed lines: the gamma that a method guarantees. Dotted: the misses of the offline optimum. Shades: the range over
+    KV heads.
     Returns a matplotlib Figure, written to `path` where given (the ending sets the format; without one it gets .png).
     Raises ValueError without reports, ImportError without matplotlib.
     """
@@ -68,6 +84,8 @@ def plot_comparison(reports: Mapping[str, LocalityReport], path: str | os.PathLi
         by_layer.fill_between(layers, report.gamma.min(1), report.gamma.max(1), color=colour, alpha=0.15, linewidth=0)
         by_layer.axhline(report.guaranteed_gamma, color=colour, linestyle="--", linewidth=1)
         by_slots.plot(list(report.misses), [values.mean() for values in report.misses.values()], **style)
+        optimum = [values.mean() for values in report.optimal_misses.values()]
+        by_slots.plot(list(report.optimal_misses), optimum, color=colour, linestyle=":", linewidth=1.2)
         by_position.plot(report.positions, report.gamma_by_position, **style)
     tidy(by_layer, "Reuse by layer", "layer", r"$\gamma = |S_t \cap S_{t-1}|\,/\,|S_t|$")
     tidy(by_slots, "Transfers by size of the device pool", "slots (blocks)", "misses per step, layer and KV head")
@@ -80,9 +98,11 @@ def plot_comparison(reports: Mapping[str, LocalityReport], path: str | os.PathLi
     _add_traffic_axis(by_slots, list(reports.values()))
     handles, names = by_layer.get_legend_handles_labels()
     handles += by_layer.plot([], [], color="#555555", linestyle="--", linewidth=1)
-    figure.legend(
-        handles, [*names, r"guaranteed $\gamma$"], loc="outside lower center", ncols=len(names) + 1, frameon=False
-    )
+    names.append(r"guaranteed $\gamma$")
+    if any(report.optimal_misses for report in reports.values()):
+        handles += by_layer.plot([], [], color="#555555", linestyle=":", linewidth=1.2)
+        names.append("offline optimum")
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
     return finish(figure, path)
 
 
@@ -112,13 +132,9 @@ def plot_selection_map(
     """
     layers, batch, heads = selections.block_ids.shape[:3]
     for name, index, size in (("layer", layer, layers), ("head", head, heads), ("row", row, batch)):
-        if not 0 <= index < size:
-            raise bad_value(name, f"must be in 0 .. {size - 1}", index, "Pick one that was recorded.")
-    positions = selections.positions[row]
-    steps = int((positions >= 0).sum())
-    if steps == 0:
-        raise bad_value("row", "must have at least one step", row, "Pick another row.")
-    positions = positions[:steps]
+        require_index(name, index, size)
+    steps = steps_of(selections, row)
+    positions = selections.positions[row, :steps]
     cells = _map_cells(selections, layer, head, row, steps)
 
     from_position, to_position = int(positions[0]), int(positions[-1])

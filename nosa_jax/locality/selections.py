@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 import os
-import zipfile
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Int, Int32
+from jaxtyping import Float32, Int, Int32
 
-from nosa_jax._paths import replacing, user_path
-from nosa_jax.cache import memory
+from nosa_jax._paths import user_path
 from nosa_jax.config import AttentionConfig, CacheConfig, ModelConfig
 from nosa_jax.decode import generate
-from nosa_jax.locality.measures import block_bytes
+from nosa_jax.locality import stored
+from nosa_jax.locality.importance import require_importance, token_importance
+from nosa_jax.locality.replay import block_bytes
 from nosa_jax.locality.report import LocalityReport, locality_report
+from nosa_jax.locality.rules import require_counting, require_selections
 from nosa_jax.model import NosaLM
-from pallas_kernels.checks import bad_type, bad_value, require_int, require_integers, require_shape, require_type
-
-_FORMAT = "nosa-jax selections 1"
-_MOST_DEFLATED = 1032
-_HEADER_BYTES = 2**20
+from pallas_kernels.checks import (
+    bad_type,
+    bad_value,
+    require_bool,
+    require_int,
+    require_integers,
+    require_shape,
+    require_type,
+)
 
 
 def record(
@@ -36,6 +38,7 @@ def record(
     forced: Int[np.ndarray, " new"] | None = None,
     *,
     chunk: int | None = None,
+    importance: bool = False,
 ) -> Selections:
     """Decodes one row and records what every step selects, the cache in host memory.
 
@@ -44,8 +47,12 @@ def record(
     forced: the tokens to feed after the prompt, so that several methods read the same text; None feeds each step the
         token that the model finds likeliest.
     chunk: tokens of the prompt read at once; None reads all of them. Less needs less memory.
-    Raises ValueError or TypeError for what `nosa_jax.generate` refuses, and for a `full` model, which selects nothing.
+    importance: keep the importance of each token that was read, too (`Selections.importance`). They are read once more.
+    Raises ValueError or TypeError for what `nosa_jax.generate` refuses, for a `full` model, which selects nothing, and
+    for the importance of a variant that has none.
     """
+    if require_bool("importance", importance):
+        require_importance(model)  # before the row is decoded
     generation = generate(
         model,
         prompt[None],
@@ -56,9 +63,14 @@ def record(
         chunk=chunk,
     )
     jax.block_until_ready(generation)
-    return Selections.from_generation(
+    recorded = Selections.from_generation(
         generation, np.asarray([len(prompt)]), config=model.config, itemsize=model.embed.dtype.itemsize
     )
+    if not importance:
+        return recorded
+    fed = jax.device_get(generation.tokens)[0, : new_tokens - 1]  # the last one is drawn and not read
+    tokens = np.concatenate([np.asarray(prompt), fed]).astype(np.int32)
+    return dataclasses.replace(recorded, importance=token_importance(model, tokens[None], chunk=chunk))
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -69,6 +81,8 @@ class Selections:
     positions: int32 [B, T], the query's position at every step: one by one upward in each row, then -1 for padding.
     head_dim, itemsize: of the KV cache, for bytes; itemsize 2 is bfloat16.
     label: the method's name in tables and figures.
+    importance: float32 [L, B, K, N], of the first N tokens of each row, NaN behind its end; None where it was not
+        recorded.
 
     Raises ValueError or TypeError when shapes, dtypes or positions do not fit together, and for ids that are not in
     order, come twice, or name a block behind the query.
@@ -80,6 +94,7 @@ class Selections:
     head_dim: int
     itemsize: int = 2
     label: str = ""
+    importance: Float32[np.ndarray, "L B K N"] | None = None
 
     def __post_init__(self) -> None:
         for name in ("block_ids", "positions"):
@@ -94,10 +109,15 @@ class Selections:
         require_shape("Selections.block_ids", self.block_ids, (None,) * 5, "[L, B, K, T, J]")
         batch, steps = self.block_ids.shape[1], self.block_ids.shape[3]
         require_shape("Selections.positions", self.positions, (batch, steps), "[B, T]")
-        _require_counting(self.positions)
+        require_counting(self.positions)
         width = (None, None, None, None, self.attention.num_selected_blocks)
         require_shape("Selections.block_ids", self.block_ids, width, "[L, B, K, T, J]")
-        _require_selections(self.block_ids, self.positions[:, None, :, None] // self.attention.block_size)
+        require_selections(self.block_ids, self.positions[:, None, :, None] // self.attention.block_size)
+        if self.importance is not None:
+            if not isinstance(self.importance, np.ndarray) or self.importance.dtype != np.float32:
+                got = getattr(self.importance, "dtype", type(self.importance).__name__)
+                raise bad_type("Selections.importance", "must be a float32 NumPy array", got, "Convert it.")
+            require_shape("Selections.importance", self.importance, (*self.block_ids.shape[:3], None), "[L, B, K, N]")
         if not self.label:
             object.__setattr__(self, "label", self.attention.variant)
 
@@ -151,7 +171,8 @@ class Selections:
     def concatenate(self, later: Selections) -> Selections:
         """Both runs one after the other, row by row, e.g. a prefill and the generation that continues it.
 
-        A position that both hold, as the last one of the prompt, is taken from `self`. Raises ValueError when the two
+        A position that both hold, as the last one of the prompt, is taken from `self`; importance from the run that has
+        more of it. Raises ValueError when the two
         are not of one model and batch, or a row of `later` leaves a gap.
         """
         for name in ("attention", "head_dim", "itemsize"):
@@ -168,12 +189,16 @@ class Selections:
         positions = np.take_along_axis(positions, order, axis=1)
         block_ids = np.take_along_axis(block_ids, order[None, :, None, :, None], axis=3)
         used = int((positions >= 0).sum(1).max(initial=0))
+        known = [run.importance for run in (self, later) if run.importance is not None]
         return dataclasses.replace(
-            self, positions=positions[:, :used].astype(np.int32), block_ids=block_ids[:, :, :, :used].astype(np.int32)
+            self,
+            positions=positions[:, :used].astype(np.int32),
+            block_ids=block_ids[:, :, :, :used].astype(np.int32),
+            importance=max(known, key=lambda importance: importance.shape[-1], default=None),
         )
 
-    def report(self, slots: Sequence[int] | None = None) -> LocalityReport:
-        """Measures these selections; see `nosa_jax.locality.locality_report`."""
+    def report(self, slots: Sequence[int] | None = None, **options: Any) -> LocalityReport:
+        """Measures these selections; options are `windows` and `belady` of `nosa_jax.locality.locality_report`."""
         return locality_report(
             self.block_ids,
             self.positions,
@@ -181,20 +206,16 @@ class Selections:
             bytes_per_block=block_bytes(self.attention, self.head_dim, self.itemsize),
             slots=slots,
             label=self.label,
+            **options,
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a compressed .npz at exactly `path`. A file that is there is replaced at the end, or not at all."""
-        header = {
-            "format": _FORMAT,
-            "attention": dataclasses.asdict(self.attention),
-            "head_dim": self.head_dim,
-            "itemsize": self.itemsize,
-            "label": self.label,
-        }
-        # An open file, because NumPy would append .npz to other names.
-        with replacing(user_path("path", path)) as new, new.open("wb") as file:
-            np.savez_compressed(file, block_ids=self.block_ids, positions=self.positions, header=json.dumps(header))
+        """Writes a compressed .npz at exactly `path`, with all that measuring and replaying need; an id takes a byte or
+        two before compression. A file that is there is replaced at the end, or not at all."""
+        header = {name: getattr(self, name) for name in ("head_dim", "itemsize", "label")}
+        header["attention"] = dataclasses.asdict(self.attention)
+        arrays = {} if self.importance is None else {"importance": self.importance}
+        stored.write(user_path("path", path), header, self.block_ids, positions=self.positions, **arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Selections:
@@ -203,31 +224,10 @@ class Selections:
         Raises ValueError for other files, before memory is asked for what they claim to hold; OSError for a file that
         cannot be opened.
         """
-        wrong = partial(bad_value, "path", "must be a file written by Selections.save")
-        with user_path("path", path).open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            try:
-                with zipfile.ZipFile(file) as archive:
-                    header = json.loads(str(_read_array(archive, "header", size, _HEADER_BYTES, ())[()]))
-                    if header.get("format") != _FORMAT:
-                        rule = f"must hold {_FORMAT!r}"
-                        raise bad_value("path", rule, repr(header.get("format")), "Record it again.")
-                    attention = AttentionConfig(**header["attention"])
-                    fields = [header[name] for name in ("head_dim", "itemsize", "label")]
-                    limit = memory.host_limit()[0]
-                    positions = _read_array(archive, "positions", size, limit, (None, None))
-                    _require_counting(positions)
-                    batch, steps = positions.shape
-                    shape = (None, batch, None, steps, attention.num_selected_blocks)
-                    block_ids = _read_array(archive, "block_ids", size, limit, shape)
-                return cls(block_ids, positions, attention, *fields)
-            except MemoryError:
-                raise
-            except Exception as error:  # a file of someone else may break zipfile, NumPy and JSON in any way
-                if isinstance(error, ValueError) and str(error).startswith("path: "):
-                    raise
-                reason = f"{path} ({type(error).__name__}: {' '.join(str(error).split()):.200})"
-                raise wrong(reason, "Record it again.") from error
+        path = user_path("path", path)
+        fields = stored.read(path)
+        with stored.refusing(path):
+            return cls(**fields)
 
     def __repr__(self) -> str:
         layers, batch, heads, steps, width = self.block_ids.shape
@@ -235,55 +235,6 @@ class Selections:
             f"Selections({self.label!r}: {steps} steps of {batch} rows, {layers} layers, {heads} KV heads, "
             f"{width} blocks of {self.attention.block_size} tokens each)"
         )
-
-
-def _read_array(
-    archive: zipfile.ZipFile, name: str, size: int, limit: int, expected: tuple[int | None, ...]
-) -> np.ndarray:
-    """An array of an .npz of `size` bytes, once its shape is as expected, at most `limit` bytes and can be there."""
-    entry = archive.getinfo(f"{name}.npy")
-    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise ValueError(f"{name} is compressed in another way")
-    # Deflate makes nothing smaller than this, so more is a lie.
-    most = _MOST_DEFLATED * (min(entry.compress_size, size) + 1)
-    with archive.open(entry) as file:
-        version = np.lib.format.read_magic(file)
-        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        shape, _, dtype = read_header[version](file)
-        needed = math.prod(shape) * dtype.itemsize
-        fits = len(shape) == len(expected) and all(e in (None, s) for s, e in zip(shape, expected, strict=True))
-        if not fits or file.tell() + needed != entry.file_size or entry.file_size > most:
-            raise ValueError(f"{name} cannot have shape {list(shape)}")
-        if needed > limit:
-            raise ValueError(f"{name} needs {needed} bytes, more than the {limit} available")
-    with archive.open(entry) as file:
-        return np.lib.format.read_array(file, allow_pickle=False)
-
-
-def _require_counting(positions: np.ndarray) -> None:
-    """Raises ValueError unless positions [B, T] count up one by one in each row, then are -1."""
-    steps = np.arange(positions.shape[1])
-    used = (positions >= 0).sum(1, keepdims=True)
-    wrong = positions != np.where(steps < used, positions[:, :1] + steps, -1)
-    if wrong.any():
-        row = int(wrong.any(-1).argmax())
-        rule = "must count up one by one in each row, then be -1"
-        raise bad_value("Selections.positions", rule, f"{positions[row]} in row {row}", "Record a whole run.")
-
-
-def _require_selections(block_ids: np.ndarray, own: np.ndarray) -> None:
-    """Raises ValueError unless ids ascend strictly up to `own`, the query's block (-1: no ids at all), then are -1."""
-    left, right = block_ids[..., :-1], block_ids[..., 1:]
-    rules = (
-        ("must hold block ids, or -1 for padding", block_ids < -1),
-        ("must not name blocks behind the query, nor any for a padded step", block_ids > own),
-        ("must ascend, no id twice, with -1 at the end", (right >= 0) & (right <= left) | (right >= 0) & (left < 0)),
-    )
-    for rule, wrong in rules:
-        if wrong.any():
-            where = tuple(int(i) for i in np.argwhere(wrong)[0][:-1])
-            got = f"{block_ids[where]} in layer {where[0]}, row {where[1]}, KV head {where[2]}, step {where[3]}"
-            raise bad_value("Selections.block_ids", rule, got, "Pass them as they were recorded.")
 
 
 def _recorded(out: Any) -> np.ndarray:

@@ -66,6 +66,8 @@ def measure_selection(
         np.arange(first, first + kept, dtype=np.int32)[None],
         config.attention,
         bytes_per_block=locality.block_bytes(config.attention, config.head_dim),
+        windows=(),  # nor the optimum: training waits for this
+        belady=False,
     )
     return SelectionMeasures(
         gamma=float(report.gamma.mean()),
