@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from nosa_jax.evals.chats import TemplateLike, as_template
 from nosa_jax.evals.tasks import TASKS, Draft, Haystack, Task, default_haystack
 from nosa_jax.evals.tasks.task import Source
 from nosa_jax.hf import ByteTokenizer, FileTokenizer
-from nosa_jax.train.data.template import ChatTemplate, read_template
+from nosa_jax.train.data.template import ChatTemplate
 from pallas_kernels.checks import bad_type, bad_value, require_bool, require_int
 
 Tokenizer = ByteTokenizer | FileTokenizer
@@ -64,7 +64,7 @@ def make(
     *,
     haystack: str | Haystack | None = None,
     chat: bool = False,
-    template: str | Path | ChatTemplate | None = None,
+    template: TemplateLike = None,
     **difficulty: Any,
 ) -> list[Example]:
     """Examples of a task, each nearly as long as it may be.
@@ -86,10 +86,11 @@ def make(
     kind = find_task(task)
     length, count = require_int("length", length, 1), require_int("count", count, 1)
     seed = require_int("seed", seed, 0)
-    _require_tokenizer(tokenizer)
+    require_tokenizer(tokenizer)
     options = kind.checked(difficulty)
-    found = default_haystack() if haystack is None else haystack
-    found = found if isinstance(found, Haystack) else Haystack(found)
+    found = haystack if isinstance(haystack, Haystack) else None
+    if found is None and kind.hides:
+        found = default_haystack() if haystack is None else Haystack(haystack)
     writer = _Writer(tokenizer, as_template(template) if require_bool("chat", chat) else None)
     return [_example(kind, length, seed, index, options, found, writer) for index in range(count)]
 
@@ -101,17 +102,8 @@ def find_task(name: str) -> Task:
     return TASKS[name]
 
 
-def as_template(template: Any) -> ChatTemplate:
-    """The chat template that an argument `template` names."""
-    if isinstance(template, ChatTemplate):
-        return template
-    if template is None:
-        remedy = "Pass a Jinja source or the folder of a model that was made for chat."
-        raise bad_value("template", "must be given with chat=True", None, remedy)
-    return ChatTemplate.of_folder(template) if isinstance(template, Path) else read_template(template, None)
-
-
-def _require_tokenizer(tokenizer: Any) -> None:
+def require_tokenizer(tokenizer: Any) -> None:
+    """Raises TypeError for anything but a tokenizer."""
     if not isinstance(tokenizer, ByteTokenizer | FileTokenizer):
         remedy = "Pass what nosa_jax.hf.load_tokenizer gives, or ByteTokenizer()."
         raise bad_type("tokenizer", "must be a tokenizer of nosa_jax.hf", type(tokenizer).__name__, remedy)
@@ -154,7 +146,7 @@ class _Writer:
 
 
 def _example(
-    task: Task, length: int, seed: int, index: int, options: dict[str, Any], haystack: Haystack, writer: _Writer
+    task: Task, length: int, seed: int, index: int, options: dict[str, Any], haystack: Haystack | None, writer: _Writer
 ) -> Example:
     stream = [seed, zlib.crc32(task.name.encode()), length]
     offset = np.random.default_rng(stream).random()
@@ -217,17 +209,6 @@ def largest(cost: Callable[[int], int], budget: int) -> int | None:
             break
         rate = max((found - least) / guess, 1e-3)
         aim = int((budget - least) / rate)
-        if high is None:
-            guess = max(aim, low + 1)
-        else:  # the straight line, and where that creeps, the middle
-            guess = aim if step < 6 else (low + high) // 2
+        # The straight line, and where that creeps, the middle.
+        guess = max(aim, low + 1) if high is None else aim if step < 6 else (low + high) // 2
     return low
-
-
-def as_examples_of(difficulty: Mapping[str, Mapping[str, Any]] | None, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    """Options by task, checked. Raises ValueError for a task that is not among `names`."""
-    given = dict(difficulty or {})
-    for name in given:
-        if name not in names:
-            raise bad_value("difficulty", f"must be of the tasks {', '.join(names)}", repr(name), "Drop it.")
-    return {name: find_task(name).checked(given.get(name, {})) for name in names}

@@ -17,7 +17,15 @@ from nosa_jax.attention import layout
 from nosa_jax.cache.working_set import rounded
 from nosa_jax.model import NosaLM, hidden_states
 from nosa_jax.train.loss import cut_positions, of_all_parts, target_logits
-from pallas_kernels.checks import IntegersLike, bad_type, bad_value, is_tracing, require_int, require_shape, require_type
+from pallas_kernels.checks import (
+    IntegersLike,
+    bad_type,
+    bad_value,
+    is_tracing,
+    require_int,
+    require_shape,
+    require_type,
+)
 from pallas_kernels.promotion import usual_promotion
 from pallas_kernels.varying import axes_of
 
@@ -54,9 +62,9 @@ def log_likelihood(
     chunk: positions, of all rows together, whose logits are made at a time: memory for logits is that times the size of
         the vocabulary times 4 bytes, on each device of a mesh. It changes no result.
 
-    Element t is log p(token t | tokens 0 to t - 1): that of `jax.nn.log_softmax(forward(...).logits)[:, t - 1]` at token
-    t. Element 0 is 0, and so is padding. Outside `jax.jit` rows are padded to one of a few widths, so that near lengths
-    share a program.
+    Element t is log p(token t | tokens 0 to t - 1), that is, `jax.nn.log_softmax(forward(...).logits)[:, t - 1]` at
+    token t. Element 0 is 0, and so is padding. Outside `jax.jit` rows are padded to one of a few widths, so that
+    near lengths share a program.
 
     Raises TypeError or ValueError for another model, wrong shapes and dtypes, a chunk below 1, and, outside `jax.jit`,
     wrong values.
@@ -140,7 +148,9 @@ def perplexity_by_position(
     if mask is not None:
         counted &= np.asarray(_as_mask(mask, rows.shape))
     if not counted.any():
-        raise bad_value("tokens", "must hold tokens that count, beside the first of each row", "none", "Check the mask.")
+        raise bad_value(
+            "tokens", "must hold tokens that count, beside the first of each row", "none", "Check the mask."
+        )
     found = []
     for begin in range(0, batch, batch_size):
         group = np.minimum(np.arange(begin, begin + batch_size), batch - 1)  # full groups share a program

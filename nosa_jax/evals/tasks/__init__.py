@@ -9,11 +9,7 @@ from nosa_jax.evals.tasks import needles, recall, records, tracking, words
 from nosa_jax.evals.tasks.task import Draft, Haystack, Option, Task, default_haystack
 
 TASKS: Mapping[str, Task] = MappingProxyType(
-    {
-        task.name: task
-        for family in (needles, tracking, words, recall, records)
-        for task in family.TASKS
-    }
+    {task.name: task for family in (needles, tracking, words, recall, records) for task in family.TASKS}
 )
 """Every task by its name."""
 

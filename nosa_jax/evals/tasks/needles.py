@@ -23,17 +23,19 @@ _MAKERS = {"number": numbers, "word": invented_words, "uuid": uuids}
 _VALUE = choice_option("number", "what is hidden: a number of seven digits, an invented word or a UUID", _VALUES)
 
 _FIRST = (
-    "amber brave calm dusty early faint gentle hollow ivory jolly keen lively mellow narrow olive polite quick rusty "
-    "silent tidy upper vivid windy young"
-).split()
+    "amber", "brave", "calm", "dusty", "early", "faint", "gentle", "hollow", "ivory", "jolly", "keen", "lively",
+    "mellow", "narrow", "olive", "polite", "quick", "rusty", "silent", "tidy", "upper", "vivid", "windy",
+    "young",
+)  # fmt: skip
 _SECOND = (
-    "anchor bridge candle desert engine forest garden harbor island jacket kettle ladder meadow needle orchard pencil "
-    "quarry river saddle tunnel valley window yard basket"
-).split()
+    "anchor", "bridge", "candle", "desert", "engine", "forest", "garden", "harbor", "island", "jacket",
+    "kettle", "ladder", "meadow", "needle", "orchard", "pencil", "quarry", "river", "saddle", "tunnel",
+    "valley", "window", "yard", "basket",
+)  # fmt: skip
 
 
 def _keys(random: np.random.Generator, count: int) -> list[str]:
-    """So many different keys, such as "amber harbor"; with more of them than there are pairs of words, invented ones."""
+    """So many different keys, such as "amber harbor"; invented words where there are not so many pairs."""
     pairs = len(_FIRST) * len(_SECOND)
     if count > pairs:
         return invented_words(random, count)
@@ -41,10 +43,12 @@ def _keys(random: np.random.Generator, count: int) -> list[str]:
     return [f"{_FIRST[pair // len(_SECOND)]} {_SECOND[pair % len(_SECOND)]}" for pair in chosen]
 
 
-def _draft(source: Source, size: int, keys: list[str], values: list[str], depths: list[float], asked: list[int]) -> Draft:
+def _draft(
+    source: Source, size: int, keys: list[str], values: list[str], depths: list[float], asked: list[int]
+) -> Draft:
     """Needles that give each key its value, of which those with the numbers `asked` are wanted."""
     needles = [f"The secret code of the {key} is {value}." for key, value in zip(keys, values, strict=True)]
-    text, marks = hide(source.haystack.take(source.random, size), needles, depths)
+    text, marks = hide(source.text(size), needles, depths)
     intro = "Some secret codes are hidden in the following text. Remember them: you will be asked for them.\n\n"
     names = list(dict.fromkeys(keys[number] for number in asked))
     wanted = tuple(values[number] for number in asked)
@@ -94,13 +98,19 @@ TASKS = (
         "recall",
         {"depth": depth_option(), "value": _VALUE},
         _single,
+        hides=True,
     ),
     Task(
         "niah_multikey",
         "Several lines of a long text give different keys their values; what is that of one of them?",
         "recall",
-        {"keys": count_option(4, "keys in the text, of which one is asked for"), "depth": depth_option(), "value": _VALUE},
+        {
+            "keys": count_option(4, "keys in the text, of which one is asked for"),
+            "depth": depth_option(),
+            "value": _VALUE,
+        },
         _multikey,
+        hides=True,
     ),
     Task(
         "niah_multivalue",
@@ -108,6 +118,7 @@ TASKS = (
         "recall",
         {"values": count_option(4, "values of the key"), "value": _VALUE},
         _multivalue,
+        hides=True,
     ),
     Task(
         "niah_multiquery",
@@ -115,5 +126,6 @@ TASKS = (
         "recall",
         {"queries": count_option(4, "keys in the text, all of which are asked for"), "value": _VALUE},
         _multiquery,
+        hides=True,
     ),
 )

@@ -34,7 +34,9 @@ def _records(source: Source, size: int) -> Draft:
             wanted.append(ids[row])
             places.append(at)
         at += len(lines[-1]) + 1
-    question = f"Which records have the city {city} and the year {year}? Give the ids of all of them, from top to bottom."
+    question = (
+        f"Which records have the city {city} and the year {year}? Give the ids of all of them, from top to bottom."
+    )
     body = f"{intro}{'\n'.join(lines)}\n\n{question}"
     lead = f"The records with the city {city} and the year {year} are"
     return Draft(body, lead, f" {', '.join(wanted)}", tuple(wanted), tuple(places))

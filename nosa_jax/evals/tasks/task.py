@@ -79,14 +79,19 @@ class Source:
 
     random: the stream of this example; drafts of all sizes get the same.
     spread: a number in [0, 1) that examples 0, 1, 2, ... share out evenly.
-    haystack: text to hide things in.
+    haystack: text to hide things in, for tasks that do.
     options: a value for each option of the task.
     """
 
     random: np.random.Generator
     spread: float
-    haystack: Haystack
+    haystack: Haystack | None
     options: Mapping[str, Any]
+
+    def text(self, size: int) -> list[str]:
+        """Lines of the haystack, `size` characters."""
+        assert self.haystack is not None, "a task that hides things says so"
+        return self.haystack.take(self.random, size)
 
     def depth(self) -> float:
         """The option `depth`, or this example's share of an even spread."""
@@ -103,6 +108,7 @@ class Task:
     metric: the name of the score in `METRICS` that answers are judged by.
     options: what makes it easier or harder, by name; `difficulty` has their values unless given.
     draft: from a Source and a size >= 0 to a Draft whose length grows with the size.
+    hides: whether it needs a haystack.
     """
 
     name: str
@@ -110,6 +116,7 @@ class Task:
     metric: Metric
     options: Mapping[str, Option]
     draft: Callable[[Source, int], Draft]
+    hides: bool = False
 
     @property
     def difficulty(self) -> dict[str, Any]:
@@ -117,7 +124,7 @@ class Task:
         return {name: option.default for name, option in self.options.items()}
 
     def checked(self, difficulty: Mapping[str, Any]) -> dict[str, Any]:
-        """A value for every option. Raises TypeError or ValueError for an unknown name and for a value that cannot be."""
+        """A value for every option. Raises TypeError or ValueError for an unknown name and for a bad value."""
         for name in difficulty:
             if name not in self.options:
                 known = ", ".join(f"{known}={option.default!r}" for known, option in self.options.items()) or "none"
@@ -173,7 +180,9 @@ def default_haystack() -> Haystack:
         text = file.read_text(encoding="utf-8", errors="replace")
         for docstring in pattern.findall(text):
             # Code between the end of one docstring and the start of the next is none.
-            if docstring.isascii() and not re.search(r"^\s*(def|class|import|return|self\.) ?\w", docstring, re.MULTILINE):
+            if docstring.isascii() and not re.search(
+                r"^\s*(def|class|import|return|self\.) ?\w", docstring, re.MULTILINE
+            ):
                 found[inspect.cleandoc(docstring)] = None
     return Haystack("\n\n".join(found))
 

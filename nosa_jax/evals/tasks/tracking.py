@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 from nosa_jax.evals.tasks.task import Draft, Source, Task, count_option, hide, numbers, sorted_depths
@@ -23,15 +25,15 @@ def _tracking(source: Source, size: int) -> Draft:
     for chain in range(chains):
         members = names[chain * (hops + 1) : (chain + 1) * (hops + 1)]
         said = [f"VAR {members[0]} = {values[chain]}"]
-        said += [f"VAR {new} = VAR {old}" for old, new in zip(members, members[1:], strict=False)]
+        said += [f"VAR {new} = VAR {old}" for old, new in itertools.pairwise(members)]
         # Each chain in its order, whatever stands between.
         placed += zip(sorted_depths(random, hops + 1), [chain] * (hops + 1), said, strict=True)
     placed.sort(key=lambda entry: entry[0])
-    text, marks = hide(source.haystack.take(random, size), [said for *_, said in placed], [depth for depth, *_ in placed])
+    text, marks = hide(source.text(size), [said for *_, said in placed], [depth for depth, *_ in placed])
     intro = "Some lines of the following text assign values to variables. Keep track of them.\n\n"
     question = (
-        f"Which variables have the value {values[0]}, directly or through other variables? Name all {hops + 1} of them, "
-        "in the order in which they are assigned."
+        f"Which variables have the value {values[0]}, directly or through other variables? Name all {hops + 1} "
+        "of them, in the order in which they are assigned."
     )
     wanted = tuple(names[: hops + 1])
     places = tuple(len(intro) + mark for mark, (_, chain, _) in zip(marks, placed, strict=True) if chain == 0)
@@ -49,5 +51,6 @@ TASKS = (
             "hops": count_option(4, "assignments from variable to variable in a chain"),
         },
         _tracking,
+        hides=True,
     ),
 )
