@@ -88,9 +88,8 @@ def make(
     seed = require_int("seed", seed, 0)
     require_tokenizer(tokenizer)
     options = kind.checked(difficulty)
-    found = haystack if isinstance(haystack, Haystack) else None
-    if found is None and kind.hides:
-        found = default_haystack() if haystack is None else Haystack(haystack)
+    found = default_haystack() if haystack is None and kind.hides else haystack
+    found = Haystack(found) if isinstance(found, str) else found
     writer = _Writer(tokenizer, as_template(template) if require_bool("chat", chat) else None)
     return [_example(kind, length, seed, index, options, found, writer) for index in range(count)]
 
