@@ -80,7 +80,7 @@ def evaluate(
         raise bad_value("generation", "or teacher_forcing must be True", False, "Ask for one of them.")
     options = _options(difficulty, names)
     template = as_template(template, model.origin.files) if require_bool("chat", chat) else None
-    haystack = Haystack(haystack) if isinstance(haystack, str) else haystack
+    haystack = haystack if haystack is None or isinstance(haystack, Haystack) else Haystack(haystack)
     of = lambda task, length, count: make(
         task, length, tokenizer, count, seed, haystack=haystack, chat=chat, template=template, **options[task]
     )

@@ -89,7 +89,7 @@ def make(
     require_tokenizer(tokenizer)
     options = kind.checked(difficulty)
     found = default_haystack() if haystack is None and kind.hides else haystack
-    found = Haystack(found) if isinstance(found, str) else found
+    found = found if found is None or isinstance(found, Haystack) else Haystack(found)
     writer = _Writer(tokenizer, as_template(template) if require_bool("chat", chat) else None)
     return [_example(kind, length, seed, index, options, found, writer) for index in range(count)]
 

@@ -1,9 +1,9 @@
 """A model for lm-eval, EleutherAI's harness for language models, under the name `nosa_jax`.
 
-    from lm_eval import simple_evaluate
     from nosa_jax.evals.harness import NosaJax
+    from nosa_jax.hf import ByteTokenizer
 
-    results = simple_evaluate(NosaJax(model, tokenizer), tasks=["lambada_openai"])
+    lm = NosaJax(model, ByteTokenizer())                       # lm_eval.simple_evaluate(lm, tasks=["lambada_openai"])
 
 Importing this module registers it: `simple_evaluate(model="nosa_jax", model_args="pretrained=path/to/NOSA-8B")` then
 loads a folder. Needs the extra `evals`.

@@ -70,7 +70,9 @@ def choice_option(default: str, meaning: str, choices: Sequence[str]) -> Option:
 def depth_option() -> Option:
     """Where the evidence lies, 0 at the start of the context and 1 at its end."""
     meaning = "where the evidence lies, from 0 (start of the context) to 1 (its end); None spreads examples evenly"
-    return Option(None, meaning, lambda name, value: None if value is None else require_number(name, value, 0, 1))
+    return Option(
+        None, meaning, lambda name, value: None if value is None else float(require_number(name, value, 0.0, 1.0))
+    )
 
 
 @dataclasses.dataclass(frozen=True)
