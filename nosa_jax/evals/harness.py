@@ -118,7 +118,8 @@ class NosaJax(TemplateLM):
         folder = given.pop("pretrained", None)
         if folder is None:
             raise bad_value("pretrained", "must name a folder", None, 'Pass model_args="pretrained=path/to/model".')
-        model = from_pretrained(folder, dtype=given.pop("dtype", None), variant=given.pop("variant", None))
+        how = {name: given.pop(name) for name in ("dtype", "variant") if name in given}
+        model = from_pretrained(folder, **how)
         cache = CacheConfig(offload=given.pop("offload", True), slots=given.pop("slots", None))
         return cls(model, load_tokenizer(folder, model.config.vocab_size), cache=cache, **given)
 
