@@ -104,7 +104,8 @@ def test_models_are_made_by_name(folder, harness):
     kind = get_model("nosa_jax")
     assert kind is harness.NosaJax
     arguments = f"pretrained={folder},max_length=64,variant=infllmv2,slots=70"
-    lm = kind.create_from_arg_string(arguments, {"batch_size": "auto", "device": "cuda", "max_batch_size": None})
+    with pytest.warns(UserWarning, match="nothing is sparse"):
+        lm = kind.create_from_arg_string(arguments, {"batch_size": "auto", "device": "cuda", "max_batch_size": None})
     assert (lm.batch_size, lm.max_length, lm.cache.slots) == (None, 64, 70)
     assert lm.model.config.attention.variant == "infllmv2" and lm.prefix_token_id == lm.eot_token_id == 0
     with pytest.raises(ValueError, match="pretrained: must name a folder"):
