@@ -134,6 +134,8 @@ def test_options_make_tasks_harder():
     assert example.prompt.count("\nVAR ") == 9 and len(example.wanted) == 3
     assert solve("variable_tracking", example.prompt) == list(example.wanted)
     assert len(evals.make("mqar", 1000, BYTES, 1, queries=7)[0].wanted) == 7
+    records = evals.make("extract_records", 3000, BYTES, 1, matches=4)[0]
+    assert len(records.wanted) == 4 and records.depths[-1] - records.depths[0] > 0.3
     many = evals.make("niah_multikey", 40000, BYTES, 1, haystack=TEXT, keys=600)[
         0
     ]  # more than there are pairs of words

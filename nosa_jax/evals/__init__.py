@@ -13,7 +13,7 @@
 `evals.TASKS` names the tasks, what they ask for and what makes them harder. They follow RULER (arXiv 2404.06654) and
 Zoology (arXiv 2312.04927), in words of our own, so their scores cannot be compared with those that others publish.
 `nosa_jax.evals.harness` has a model for lm-eval. It and data frames need the extra `evals`, figures the extra `plots`,
-a bar of progress and text of the standard library the extra `train`.
+`evaluate` and chats the extra `train`.
 """
 
 from nosa_jax.evals.evaluation import evaluate

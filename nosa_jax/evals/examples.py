@@ -34,7 +34,6 @@ class Example:
     wanted: the strings that a right answer contains, in their order.
     room: tokens that are left for the answer; `len(prompt_ids) + room <= length`.
     needles: at which tokens of the prompt the evidence begins; empty where it is everywhere.
-    depths: the same as shares of the prompt, from 0 to 1.
     """
 
     task: str
@@ -52,6 +51,7 @@ class Example:
 
     @property
     def depths(self) -> tuple[float, ...]:
+        """Where in the prompt the evidence begins, from 0 (its start) to 1 (its end)."""
         return tuple(token / len(self.prompt_ids) for token in self.needles)
 
 
