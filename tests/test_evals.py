@@ -255,6 +255,13 @@ def test_the_table(cheating, tmp_path, monkeypatch):
         table.to_dataframe()
 
 
+def test_no_two_tasks_look_alike():
+    row = {"length": 1024, "score": 1.0, "stderr": None}
+    figure = evals.Table("nosa", [row | {"task": task} for task in evals.TASKS], [], {}).plot()
+    looks = {(line.get_color(), line.get_marker(), line.get_markerfacecolor()) for line in figure.axes[0].lines}
+    assert len(looks) == len(evals.TASKS) > 7
+
+
 def test_what_is_not_asked_for_is_not_measured(cheating):
     model = lively_model(small_config())
     options = {"tasks": ("mqar",), "lengths": (800,), "count": 1, "progress": False}

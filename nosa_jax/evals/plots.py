@@ -42,11 +42,12 @@ def plot_scores(tables: Mapping[str, Table], path: str | os.PathLike[str] | None
             if not found:
                 continue
             index = tasks.index(task)
-            colour = COLOURS[index % len(COLOURS)]
+            turn, colour = index // len(COLOURS), COLOURS[index % len(COLOURS)]
             lengths, scores = [row["length"] for row in found], [row[name] for row in found]
             errors = [(row["stderr"] or 0.0) if generated else 0.0 for row in found]
             axes.plot(
-                lengths, scores, color=colour, marker=MARKERS[index % len(MARKERS)], markersize=4.5, linewidth=1.6,
+                lengths, scores, color=colour, marker=MARKERS[(index + turn) % len(MARKERS)], markersize=4.5,
+                markerfacecolor="white" if turn % 2 else colour, linewidth=1.6,
                 linestyle=_STYLES[number % len(_STYLES)], label=task if len(tables) == 1 else f"{label}: {task}",
             )  # fmt: skip
             low, high = ([s + sign * e for s, e in zip(scores, errors, strict=True)] for sign in (-1, 1))
