@@ -27,12 +27,12 @@ from nosa_jax.model import ForwardOutput, NosaLM, cast, forward, num_parameters,
 from pallas_kernels import KernelUnsupportedError
 
 if TYPE_CHECKING:
-    from nosa_jax import plots, train
+    from nosa_jax import evals, plots, train
 else:
 
     def __getattr__(name):
-        """Rooms that need an extra come when they are asked for: `nosa_jax.train`, `nosa_jax.plots`."""
-        if name in ("plots", "train"):
+        """Rooms that need extras come when asked for: `nosa_jax.train`, `nosa_jax.evals`, `nosa_jax.plots`."""
+        if name in ("evals", "plots", "train"):
             return importlib.import_module(f"nosa_jax.{name}")
         raise AttributeError(f"module 'nosa_jax' has no attribute {name!r}")
 
@@ -57,6 +57,7 @@ __all__ = [
     "Step",
     "cast",
     "decode_step",
+    "evals",
     "extend",
     "forward",
     "from_pretrained",

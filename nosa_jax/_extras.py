@@ -24,6 +24,7 @@ EXTRAS = {
     "tensorboard": Extra("logs for TensorBoard", ("tensorboardX",)),
     "wandb": Extra("logs at Weights & Biases", ("wandb",)),
     "cli": Extra("the command line", ("tyro",)),
+    "evals": Extra("evaluation with lm-eval and data frames", ("lm_eval", "pandas")),
 }
 
 

@@ -31,6 +31,7 @@ FLOORS: list[set[str]] = [
     {"nosa_jax.decode"},  # generation, and the door
     {"nosa_jax.hf", "nosa_jax.locality"},
     {"nosa_jax.train"},
+    {"nosa_jax.evals"},
     {"nosa_jax", "nosa_jax.ops", "nosa_jax.plots"},  # what users import
     {"nosa_jax.__main__", "nosa_jax.cli"},
     {"experiments"},
@@ -52,6 +53,8 @@ OPTIONAL = (
     "tensorboardX",
     "wandb",
     "jinja2",
+    "lm_eval",
+    "pandas",
 )
 
 
@@ -159,7 +162,7 @@ def test_one_module_knows_the_pallas_backends():
             assert not backend or module == BACKEND_MODULE, f"{module} imports {name}: go through {BACKEND_MODULE}"
 
 
-@pytest.mark.parametrize("module", ["nosa_jax", "nosa_jax.hf", "nosa_jax.locality", "nosa_jax.plots"])
+@pytest.mark.parametrize("module", ["nosa_jax", "nosa_jax.hf", "nosa_jax.locality", "nosa_jax.plots", "nosa_jax.evals"])
 def test_importing_needs_the_core_alone(module):
     script = f"import sys, {module}; print(*[name for name in {OPTIONAL!r} if name in sys.modules])"
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import re
 import shutil
@@ -20,6 +21,7 @@ from nosa_jax._extras import EXTRAS, Extra, require_extras
 from nosa_jax.cli import main
 from nosa_jax.cli.app import TRACEBACK_VARIABLE
 from nosa_jax.cli.demo import _lines, _window, same_bits
+from nosa_jax.cli.eval import Eval
 from nosa_jax.cli.terminal import duration, size
 from nosa_jax.cli.train import Train
 from nosa_jax.hf import ByteTokenizer, GrowingText, load_tokenizer, stop_tokens
@@ -197,6 +199,24 @@ def test_locality_measures_and_writes_files(trained, text, tmp_path, capsys):
     assert recorded.positions.tolist() == [[149, 150, 151, 152]] and recorded.importance.shape[-1] == 153
 
 
+@pytest.mark.slow
+def test_eval_prints_a_table_and_writes_files(trained, text, tmp_path, capsys):
+    out = tmp_path / "out"
+    sizes = ["--tasks", "niah_single", "mqar", "--lengths", "500", "--count", "2", "--slots", "8"]
+    arguments = ["eval", str(trained / "model"), "--haystack", str(text / "0.txt"), *sizes, "--output", str(out)]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^  niah_single +500 +2 +recall +\d\.\d{3} ", printed, re.MULTILINE) and "evals.png" in printed
+    table = nosa_jax.evals.Table.load(out / "evals.json")
+    assert [row["task"] for row in table.rows] == ["niah_single", "mqar"] and table.label == "model"
+    assert (out / "evals.png").read_bytes().startswith(b"\x89PNG")
+    assert fails([*arguments, "--lengths", "90"], capsys).startswith("--lengths: must hold the smallest example of")
+
+
+def test_eval_names_all_tasks():
+    assert all(task in inspect.getsource(Eval) for task in nosa_jax.evals.TASKS)
+
+
 def test_recording_is_forced_to_the_text_or_free():
     model = nosa_jax.NosaLM(nosa_jax.presets.tiny(), rngs=nnx.Rngs(0))
     tokens = np.arange(150, dtype=np.int32)
@@ -298,6 +318,9 @@ def test_extras_are_those_of_the_package():
             ["generate", "nowhere", "--prompt", "x", "--no-offload", "--slots", "9"],
             "--slots: has a meaning only with --offload, got",
         ),
+        (["eval", "nowhere", "--tasks", "needle"], "--tasks: must be one of niah_single, "),
+        (["eval", "nowhere", "--count", "0"], "--count: must be >= 1"),
+        (["eval", "nowhere", "--no-offload", "--slots", "9"], "--slots: has a meaning only with --offload, got"),
         (["plan", "--slots", "3"], "--slots: must hold one selection"),
         (["plan", "--batch", "0"], "--batch: must be a whole number >= 1"),
         (["train", "--files", "nowhere/*.txt"], "--files: must each find a file"),

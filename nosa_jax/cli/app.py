@@ -17,6 +17,7 @@ from nosa_jax._extras import import_extra
 from nosa_jax._paths import user_path
 from nosa_jax.cli.demo import Demo
 from nosa_jax.cli.doctor import Doctor
+from nosa_jax.cli.eval import Eval
 from nosa_jax.cli.export import Export
 from nosa_jax.cli.flags import as_typed
 from nosa_jax.cli.generate import Generate
@@ -27,7 +28,7 @@ from nosa_jax.cli.train import Train
 from nosa_jax.parallel import OtherProcessError
 
 # Subcommands: dataclasses whose fields are the flags and whose `run` does the work and returns the exit code.
-Command = Demo | Train | Export | Generate | Locality | Plan | Doctor
+Command = Demo | Train | Export | Generate | Eval | Locality | Plan | Doctor
 
 TRACEBACK_VARIABLE = "NOSA_TRACEBACK"
 _DESCRIPTION = (

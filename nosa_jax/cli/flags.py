@@ -27,6 +27,7 @@ _OTHER_NAMES = {
     "Export": {"directory": "run-folder", "path": "out"},
     "Demo": {"path": "--out"},
     "Generate": {"tokens": "--prompt", "max_length": "--prompt with --max-new-tokens"},
+    "Eval": {"task": "--tasks", "length": "--lengths", "prefill_chunk": "--chunk"},
     "Locality": {"max_length": "--prompt-length with --new-tokens"},
 }
 

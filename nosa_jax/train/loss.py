@@ -107,10 +107,10 @@ def chunked_loss(
         one = jax.checkpoint(
             lambda parameters, *inputs: _normalizers(lambda x: pure_logits(x, parameters), vocab_axis, *inputs)
         )
-        inputs = [_cut(x, chunk) for x in (hidden, targets, mask)]
+        inputs = [cut_positions(x, chunk) for x in (hidden, targets, mask)]
         _, found = jax.lax.scan(lambda _, inputs: (None, one(parameters, *inputs)), None, inputs)
         found = tuple(jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :length] for x in found)
-    normalizers, logits = found if vocab_axis is None else _of_all_parts(found[0], found[1], vocab_axis)
+    normalizers, logits = found if vocab_axis is None else of_all_parts(found[0], found[1], vocab_axis)
     losses = jnp.where(mask, normalizers - logits, 0.0)
     squares = jnp.where(mask, jnp.square(normalizers), 0.0)
     # Summed over rows here, not chunk by chunk: devices that share the rows then need not meet at every chunk.
@@ -118,7 +118,7 @@ def chunked_loss(
     return parts.loss(z_loss), parts
 
 
-def _cut(x: Array, chunk: int) -> Array:
+def cut_positions(x: Array, chunk: int) -> Array:
     """[B, T, ...] -> [chunks, B, chunk, ...], padded with zeros."""
     chunks = -(-x.shape[1] // chunk)
     padding = [(0, 0), (0, chunks * chunk - x.shape[1]), *[(0, 0)] * (x.ndim - 2)]
@@ -136,17 +136,23 @@ def _normalizers(
     of the one and 0 for targets of other parts."""
     # Zeros, and not what is there: a gradient of zero times NaN would be NaN.
     logits = model_logits(jnp.where(mask[..., None], hidden, 0)).astype(jnp.float32)
-    normalizers = jax.nn.logsumexp(logits, axis=-1)
+    return jax.nn.logsumexp(logits, axis=-1), target_logits(logits, targets, vocab_axis)
+
+
+def target_logits(
+    logits: Float32[Array, "B T V"], targets: Integer[Array, "B T"], vocab_axis: str | None
+) -> Float32[Array, "B T"]:
+    """The logit of each target; of a part of the vocabulary, 0 for targets of other parts."""
     here = targets.astype(jnp.int32)
     if vocab_axis is None:
-        return normalizers, jnp.take_along_axis(logits, here[..., None], -1)[..., 0]
+        return jnp.take_along_axis(logits, here[..., None], -1)[..., 0]
     size = logits.shape[-1]
     here -= size * jax.lax.axis_index(vocab_axis)
     own = jnp.take_along_axis(logits, jnp.clip(here, 0, size - 1)[..., None], -1)[..., 0]
-    return normalizers, jnp.where((here >= 0) & (here < size), own, 0.0)
+    return jnp.where((here >= 0) & (here < size), own, 0.0)
 
 
-def _of_all_parts(
+def of_all_parts(
     normalizers: Float32[Array, "B T"], logits: Float32[Array, "B T"], vocab_axis: str
 ) -> tuple[Float32[Array, "B T"], Float32[Array, "B T"]]:
     """Those of the whole vocabulary, from those of the parts that devices have along a mesh axis."""

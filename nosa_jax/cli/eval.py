@@ -1,0 +1,101 @@
+"""`nosa eval`: how well a checkpoint reads long contexts, task by task and length by length."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from nosa_jax import CacheConfig, evals, train
+from nosa_jax._extras import require_extras
+from nosa_jax._paths import only_run
+from nosa_jax.cli.checkpoint import Dtype, load
+from nosa_jax.cli.terminal import facts, heading, indented, working
+from nosa_jax.config import Variant
+from nosa_jax.evals.examples import find_task
+from nosa_jax.hf.text import tokenizer_of
+from pallas_kernels.checks import bad_value, require_int
+
+_FILES = ("evals.json", "evals.png")
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+    """Let a checkpoint answer questions about long texts that code makes, and score the answers.
+
+    The score is that of answers by greedy decoding; beside it stands how likely the model finds the right answer when
+    it is put in front of it (teacher forcing).
+    """
+
+    path: Path
+    """Folder with config.json and *.safetensors; tokenizer.json too, unless tokens are bytes (vocabulary 256)."""
+    tasks: tuple[str, ...] = ("niah_single", "mqar")
+    """Tasks, or `all`: niah_single, niah_multikey, niah_multivalue, niah_multiquery, variable_tracking, common_words,
+    frequent_words, mqar, kv_json, extract_records."""
+    lengths: tuple[int, ...] = (1024, 4096)
+    """Tokens of prompt and answer together."""
+    count: int = 50
+    """Examples of each task and length."""
+    seed: int = 0
+    """Seed of the examples."""
+    generation: bool = True
+    """Whether the model answers itself; without, only teacher forcing is measured."""
+    haystack: Path | None = None
+    """Text file to hide things in; default: docstrings of Python's standard library."""
+    chat: bool = False
+    """Wrap prompts in the model's chat template."""
+    offload: bool = True
+    """Whether the KV cache lives in host memory, with a pool of blocks on the device."""
+    slots: int | None = None
+    """Size of the pool on the device, in blocks; default: 5/4 of the blocks that a query selects."""
+    batch_size: int | None = None
+    """Examples that are read together; default: at most 16 and 65536 tokens."""
+    chunk: int | None = None
+    """Tokens of a prompt read at once before decoding; default: all. Less needs less memory."""
+    variant: Variant | None = None
+    """How blocks are selected; default: what the checkpoint says."""
+    dtype: Dtype = "auto"
+    """Dtype of weights and cache; auto: float32 on a CPU, bfloat16 elsewhere."""
+    output: Path = Path("evals-output")
+    """Folder for the table as JSON and its picture."""
+
+    def run(self) -> int:
+        require_extras("hf", "plots", "train")
+        for name in ("count", "batch_size"):
+            if getattr(self, name) is not None:
+                require_int(f"--{name.replace('_', '-')}", getattr(self, name), 1)
+        if not self.tasks or not self.lengths:
+            raise bad_value("--tasks", "and --lengths must not be empty", "nothing", "Name at least one of each.")
+        tasks = tuple(evals.TASKS) if self.tasks == ("all",) else self.tasks
+        for task in tasks:
+            find_task(task)
+        cache = CacheConfig(offload=self.offload, slots=self.slots)
+        haystack = None
+        if self.haystack is not None:
+            haystack = train.read_text(self.haystack, argument="--haystack").tobytes().decode("utf-8", errors="replace")
+        model = load(self.path, self.variant, self.dtype)
+        tokenizer = tokenizer_of(model.origin.files, model.config.vocab_size, self.path)
+        with only_run("--output", self.output):
+            with working(f"evaluating {self.count} examples of each task and length"):
+                table = evals.evaluate(
+                    model,
+                    tokenizer,
+                    tasks,
+                    self.lengths,
+                    self.count,
+                    self.seed,
+                    generation=self.generation,
+                    cache=cache,
+                    batch_size=self.batch_size,
+                    prefill_chunk=self.chunk,
+                    haystack=haystack,
+                    chat=self.chat,
+                    label=self.path.name or str(self.path),
+                )
+            heading(f"{self.path}: {model.config.attention.variant}, {self.count} examples each")
+            indented(str(table))
+            written = [self.output / name for name in _FILES]
+            table.save(written[0])
+            table.plot(written[1])
+        heading("Written")
+        facts((path.name, path) for path in written)
+        return 0
