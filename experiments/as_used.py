@@ -10,7 +10,8 @@ blocks crossed per step, layer, KV head and row. Times are medians of synchronis
 prefill_s: `prefill` with room for the new tokens (or of `max_length`).   first_token_s: until `stream` has yielded one.
 extend_s: `jit_extend` of the prompt's state by `--extend` tokens.   forward_s: `forward` of them, with `--forward`.
 generate_ms, stream_ms, own_loop_ms: per decode step, of `generate` (less its time to the first token), of `stream` and
-of a loop of `jit_decode_step`. peak_gb: of device memory, weights included, beside what `plan` says.
+of a loop of `jit_decode_step`. first_steps_ms: of four steps after prompts that are alike, with `--first-steps`.
+peak_gb: of device memory, weights included, beside what `plan` says.
 """
 
 from __future__ import annotations
@@ -101,6 +102,27 @@ def extending(model: NosaLM, tokens: Any, count: int, repeats: int, *, max_lengt
     return statistics.median(samples[1:])
 
 
+def first_steps(model: NosaLM, tokens: Any, *, max_length: int, **rooms: Any) -> dict[str, float]:
+    """Four steps right after the prompt, all rows alike: what the published system times."""
+    tokens = jnp.broadcast_to(tokens[:1], tokens.shape)
+    best = jax.jit(lambda logits: jnp.argmax(logits, axis=-1).astype(jnp.int32))
+    for _ in range(2):  # the first time compiles
+        state, logits = nosa_jax.prefill(model, tokens, max_length=max_length, **rooms)
+        token = jax.block_until_ready(best(logits))
+        start = time.perf_counter()
+        for _ in range(4):
+            state, logits = nosa_jax.jit_decode_step(model, state, token)
+            token = best(logits)
+        jax.block_until_ready(token)
+        step = (time.perf_counter() - start) / 4
+        del state
+    fetched = nosa_jax.generate(model, tokens, max_new_tokens=5, record="fetched", **rooms).fetched
+    return {
+        "first_steps_ms": 1e3 * step, "first_steps_tokens_per_second": len(tokens) / step,
+        "first_steps_fetched": float(jnp.mean(fetched[..., 1:].astype(jnp.float32))),
+    }  # fmt: skip
+
+
 def streamed(model: NosaLM, tokens: Any, **options: Any) -> tuple[float, float]:
     """Seconds to the first token, and per step after it."""
     start, times = time.perf_counter(), []
@@ -109,7 +131,9 @@ def streamed(model: NosaLM, tokens: Any, **options: Any) -> tuple[float, float]:
     return times[0], (times[-1] - times[1]) / max(1, len(times) - 2)
 
 
-def measure(run: Run, model: NosaLM, *, repeats: int, extend: int, decode: bool, forward: bool) -> dict[str, Any]:
+def measure(
+    run: Run, model: NosaLM, *, repeats: int, extend: int, decode: bool, forward: bool, first: bool
+) -> dict[str, Any]:
     tokens = jax.random.randint(jax.random.key(0), (run.rows, run.context), 0, model.config.vocab_size, jnp.int32)
     rooms = {"cache": run.cache, "chunk": run.chunk}
     read = {"prompt": run.context, "chunk": run.chunk}
@@ -125,6 +149,8 @@ def measure(run: Run, model: NosaLM, *, repeats: int, extend: int, decode: bool,
     if extend:
         found["extend_s"] = extending(model, tokens, extend, repeats, max_length=run.max_length, **rooms)
         found["extend_peak_gb"] = peak_bytes() / 1e9
+    if first:
+        found |= first_steps(model, tokens, max_length=run.max_length, **rooms)
     if decode and run.new >= 8:
         options = {"max_new_tokens": run.new, **rooms}
         streamed(model, tokens, **options)
@@ -151,7 +177,7 @@ def in_this_process(args: argparse.Namespace) -> None:
     else:
         model = nosa_jax.from_pretrained(args.model, variant=run.variant, dtype=jnp.bfloat16)
     jax.block_until_ready(jax.tree.leaves(model))
-    what = {"extend": args.extend, "decode": not args.prefill_only, "forward": args.forward}
+    what = {"extend": args.extend, "decode": not args.prefill_only, "forward": args.forward, "first": args.first_steps}
     found = measure(run, model, repeats=args.repeats, **what)
     print(json.dumps(found), flush=True)
 
@@ -164,6 +190,7 @@ def main() -> None:
     parser.add_argument("--extend", type=int, default=0, help="time `extend` by so many tokens, too")
     parser.add_argument("--prefill-only", action="store_true", help="leave out the decode loops")
     parser.add_argument("--forward", action="store_true", help="time `forward` of the prompts, too")
+    parser.add_argument("--first-steps", action="store_true", help="time four steps after prompts that are alike, too")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     own = dict(os.environ)
     if "--child" not in sys.argv:
@@ -178,7 +205,7 @@ def main() -> None:
         again = [sys.executable, "-m", "experiments.as_used", "--child", text, "--model", args.model]
         again += ["--repeats", str(args.repeats), "--extend", str(args.extend)]
         again += ["--tiny"] * args.tiny + ["--prefill-only"] * args.prefill_only
-        again += ["--forward"] * args.forward
+        again += ["--forward"] * args.forward + ["--first-steps"] * args.first_steps
         done = subprocess.run(again, capture_output=True, text=True, env=own)
         if done.returncode:  # one failure must not lose the rest of the run
             entry["failed"] = done.stderr.strip().splitlines()[-1][:300]

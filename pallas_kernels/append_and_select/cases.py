@@ -48,7 +48,7 @@ SMALL: dict[str, Case] = {
     "dma": Case((300, 0, 207), scored=False, resident=0.1),
     "no_table": Case((335, -1, 32), slots=0),
     "other_stride": Case((1279, 640), 40, 1, 1, 32, block_size=32, stride=8, num_sink_blocks=2),
-    "more_blocks_than_lanes": Case((4799, 2000), 300, num_selected_blocks=20, slots=25),
+    "long": Case((4799, 4000), 300, 1, 2, 32, num_selected_blocks=60, slots=140),
     "bfloat16": Case((4479, 2048), 70, 2, 16, 128, 2, 64, 16, 20, slots=24, dtype="bfloat16"),
 }
 REAL: dict[str, Case] = {
