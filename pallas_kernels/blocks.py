@@ -61,7 +61,8 @@ def visible_windows(
 
 def num_visible_windows(positions: Int32[Array, "*queries"], windows: int, stride: int) -> Int32[Array, "*queries"]:
     """How many of a row's windows end at or before each query: window c ends with token stride * c + 2 * stride - 1."""
-    return jnp.clip((positions + 1) // stride - 1, 0, windows)
+    tokens = jnp.minimum(positions, jnp.iinfo(jnp.int32).max - 1) + 1
+    return jnp.clip(tokens // stride - 1, 0, windows)
 
 
 def pool_windows_to_blocks(

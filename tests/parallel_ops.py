@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,8 @@ from eight_devices import mesh_of, report
 from jax.sharding import NamedSharding, PartitionSpec
 
 import pallas_kernels
+from pallas_kernels.append_and_select import Selectable
+from pallas_kernels.append_and_select import cases as step_cases
 from pallas_kernels.append_token import cases as append_cases
 from pallas_kernels.block_attention import cases as attention_cases
 from pallas_kernels.block_scores import cases as score_cases
@@ -21,6 +24,7 @@ from pallas_kernels.decode_attention import cases as decode_cases
 from pallas_kernels.fetch_blocks import cases as fetch_cases
 from pallas_kernels.pooled_keys import cases as key_cases
 from pallas_kernels.resolve_slots import cases as slot_cases
+from pallas_kernels.rms_norm import cases as norm_cases
 from pallas_kernels.select_blocks import cases as select_cases
 
 # Of each op the first axes of its arguments and results: "b" rows, "k" KV heads or query heads by KV head, "." others.
@@ -39,6 +43,11 @@ AXES: dict[str, tuple[dict[str, str], Any]] = {
         dict(qkv="b", cos="b", sin="b", scale="", delta="", summaries=".b", positions="b", layer=""),
         ("b", "b", "b", ".b"),
     ),
+    "append_and_select": (
+        dict(projected="b", selectable=Selectable(".b", "", "", ".b"), positions="b", layer=""),
+        ("b", Selectable(".b", "", "", ".b"), "b", "b"),
+    ),
+    "rms_norm": (dict(x="b", weight="", layer=""), "b"),
     "decode_attention": (
         dict(q="bk", pool=".bk", bias=".bk", slots="bk", block_ids="bk", positions="b", layer=""), "bk",
     ),
@@ -91,6 +100,8 @@ def calls() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     key = jax.random.key(0)
     attention, scores = attention_cases.SMALL["k2_g1_packed"], score_cases.SMALL["k2_g1_packed"]
     selection, token = select_cases.SMALL["k2_g8_chunk"], append_cases.SMALL["nosa"]
+    step = dataclasses.replace(step_cases.SMALL["nosa"], positions=(320, -1, 3, 335))
+    norm = norm_cases.Case(4, 64)
     decoding = decode_cases.make_inputs(decode_cases.Case((100, 205), 9), key)
     offloaded = in_order(decode_cases.offloaded(decoding, key, 0.3))
     keys = key_cases.make_inputs(key_cases.SMALL["importance"], key)
@@ -117,6 +128,8 @@ def calls() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
             {"stride": 4},
         ),
         "append_token": (append_cases.make_inputs(token, key), append_cases.options(token)),
+        "append_and_select": (step_cases.make_inputs(step, key), step_cases.options(step)),
+        "rms_norm": (norm_cases.make_inputs(norm, key), norm_cases.options(norm)),
         "decode_attention": (decoding, {}),
         "update_and_attend": (decode_cases.arguments(offloaded), {}),
         "resolve_slots": (slot_cases.make_inputs(slot_cases.SMALL["some_move"], key), {}),

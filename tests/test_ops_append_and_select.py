@@ -128,6 +128,19 @@ def test_ties_go_to_the_lowest_block(implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_window_counts_from_the_token_that_completes_it(implementation):
+    """Its mean is not in the cache yet when windows are weighed. It covers tokens of block 29 and of the own, 30."""
+    inputs, position = by_hand([0]), 30 * 16 + 3
+    qkv, summaries = inputs["projected"].qkv, inputs["selectable"].summaries
+    means, sums = (jnp.zeros_like(x) for x in summaries.pooled_keys)
+    sums = sums.at[-1, :, :, 0].set(8 * 2 * qkv[:, :, 0] - qkv[:, :, 1])  # with the new key 8 times twice the query
+    selectable = inputs["selectable"]._replace(summaries=summaries._replace(pooled_keys=(means, sums)))
+    inputs = inputs | {"selectable": selectable, "positions": jnp.array([position], jnp.int32)}
+    _, _, residence, _ = run(implementation, inputs, Sizes(40, 16, 4, 3, 1, 1, 0))
+    assert residence.block_ids.tolist() == [[[0, 29, 30]]]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_equal_scores_go_to_the_lowest_blocks(implementation):
     """Three by query, then two by importance, between sink and window: of either all is equal."""
     inputs, sizes = made("nosa"), options(SMALL["nosa"])["sizes"]

@@ -28,7 +28,7 @@ def test_numpy_arrays_lists_and_ints_are_taken(without_type_checker, name):
     plain = as_numpy(arrays)
     wide = {n: x.astype(np.int64) if isinstance(x, np.ndarray) and x.dtype == np.int32 else x for n, x in plain.items()}
     lists = {n: x.tolist() for n, x in plain.items() if isinstance(x, np.ndarray) and x.ndim < 3}
-    counts = {n: np.int64(x) for n, x in static.items()}
+    counts = {n: np.int64(x) for n, x in static.items() if type(x) is int}
     expected = run_op(name)
     for changes in (plain, wide | counts, lists):
         assert run_op(name, **changes) == expected
@@ -83,9 +83,14 @@ def test_scales(without_type_checker, name):
         run_op(name, scale=scale)
 
 
+def counts_of(static):
+    """The arguments that are one number each; `append_and_select` has a tuple of them."""
+    return [argument for argument, value in static.items() if type(value) is int]
+
+
 @pytest.mark.parametrize(
     "name, argument",
-    [(name, argument) for name, (_, static) in CALLS.items() for argument in static],
+    [(name, argument) for name, (_, static) in CALLS.items() for argument in counts_of(static)],
 )
 def test_counts_are_integers(without_type_checker, name, argument):
     for wrong, error in ((2.0, TypeError), (True, TypeError), ("2", TypeError), (-1, ValueError)):
@@ -97,9 +102,17 @@ def test_counts_are_integers(without_type_checker, name, argument):
 def test_counts_beyond_int32(without_type_checker, number):
     """Refused before anything is traced or held."""
     for name, (_, static) in CALLS.items():
-        for argument in static:
+        for argument in counts_of(static):
             with pytest.raises(ValueError, match=rf"^{argument}: must be <= "):
                 run_op(name, **{argument: number})
+
+
+@pytest.mark.parametrize("field", ops.Sizes._fields)
+def test_sizes_are_counts(without_type_checker, field):
+    sizes = CALLS["append_and_select"][1]["sizes"]
+    for wrong, error in ((2.0, TypeError), (True, TypeError), ("2", TypeError), (-1, ValueError), (2**62, ValueError)):
+        with pytest.raises(error, match=rf"^sizes\.{field}: must be "):
+            run_op("append_and_select", sizes=sizes._replace(**{field: wrong}))
 
 
 def test_blocks_that_hold_more_tokens_than_positions_count(without_type_checker):

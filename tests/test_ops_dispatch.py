@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from op_calls import CALLS, LAYER, B, C, D, J, K, L, M, N, S, T, call, floats, ints
+from op_calls import CALLS, B, C, D, J, K, L, M, N, S, T, call, floats, ints
 from targets import H200, cudnn_installed, target
 
 import pallas_kernels as ops
@@ -144,11 +144,6 @@ UNSUPPORTED = [
         "block_scores",
         {"pooled_keys": jnp.zeros((B, K, C, D), jnp.bfloat16)},
         "q and pooled_keys must have one dtype, got float32 and bfloat16",
-    ),
-    (
-        "block_scores",
-        {"pooled_keys": floats(L, B, K, C, D), "layer": LAYER},
-        "from a stacked cache it takes one query per row, unpacked rows and at least one window",
     ),
     (
         "block_scores",

@@ -55,7 +55,7 @@ def append_and_select(
     sizes = _checked_sizes(sizes)
     summaries, scale, delta, table = selectable
     qkv, cos, sin, scale, delta, summaries, positions, layer = checked_token(
-        *projected, scale, delta, summaries, positions, layer
+        *projected, scale, delta, summaries, positions, layer, ("projected.", "selectable.")
     )
     batch, kv_heads = qkv.shape[:2]
     pooled = [cache for cache in (summaries.pooled_keys, summaries.pooled_importance) if cache is not None]
@@ -77,7 +77,10 @@ def append_and_select(
         require_shape("forced_block_ids", forced_block_ids, expected, "[L, B, K, J]")
     projected, selectable = Projected(qkv, cos, sin), Selectable(summaries, scale, delta, table)
     with jax.named_scope("append_and_select"):
-        return APPEND_AND_SELECT(implementation, projected, selectable, forced_block_ids, positions, layer, sizes=sizes)
+        token, kept, residence, count = APPEND_AND_SELECT(
+            implementation, projected, selectable, forced_block_ids, positions, layer, sizes=sizes
+        )
+    return token, selectable._replace(summaries=kept.summaries, table=kept.table), residence, count
 
 
 def _forced(sizes: Sizes) -> int:

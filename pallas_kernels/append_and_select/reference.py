@@ -29,9 +29,12 @@ def append_and_select_ref(
 ) -> tuple[Token, Selectable, Residence, np.ndarray]:
     """Positions must lie in the M blocks. Scores are of queries and pooled keys rounded to the dtype of `qkv`."""
     summaries, scale, delta, table = selectable
-    q, k, v, summaries = append_token_ref(*projected, scale, delta, summaries, positions, layer, stride=sizes.stride)
+    append: Any = functools.partial(append_token_ref, stride=sizes.stride)  # NumPy's arrays in tuples of JAX's
+    q, k, v, summaries = append(*projected, scale, delta, summaries, positions, layer)
+    missing: Any
     size, queries = sizes.block_size, positions[:, None]
-    scores = fill = None
+    scores: Any = None
+    fill: Any = None
     if summaries.pooled_keys is not None:
         read = lambda x: jnp.asarray(x.astype(projected.qkv.dtype), jnp.float32)
         score = functools.partial(block_scores_ref, num_blocks=sizes.num_blocks, block_size=size, stride=sizes.stride)
@@ -43,17 +46,20 @@ def append_and_select_ref(
     picks: dict[str, Any] = {name: count for name, count in sizes._asdict().items() if name.startswith("num_")}
     del picks["num_blocks"]
     scores, fill = (None if x is None else np.asarray(x) for x in (scores, fill))
-    ids = select_blocks_ref(scores, fill, queries, block_size=size, **picks)[:, :, 0]
+    ids: Any = select_blocks_ref(scores, fill, queries, block_size=size, **picks)[:, :, 0]
     if forced_block_ids is not None:
         forced = forced_block_ids[layer]
         ids = np.where((positions >= 0)[:, None, None] & (forced >= 0).any(-1, keepdims=True), forced, ids)
     if table is None:
         residence, missing = Residence(ids, ids, None), np.zeros(ids.shape, bool)
     else:
-        held, last_used, slots, missing = resolve_slots_ref(*table, ids, positions, layer)
+        held, last_used = table
+        slots: Any
+        held, last_used, slots, missing = resolve_slots_ref(held, last_used, ids, positions, layer)
         table = held, last_used
         # Nothing of a block that starts with this very token is in the host's memory.
         missing &= ids * size != positions[:, None, None]
-        residence = Residence(ids, slots, np.where(missing, ids, -1))
+        loads: Any = np.where(missing, ids, -1)
+        residence = Residence(ids, slots, loads)
     kept = Selectable(summaries, scale, delta, table)
     return Token(q, k, v), kept, residence, missing.sum(-1, dtype=np.int32)

@@ -54,23 +54,29 @@ def append_token(
 
 
 def checked_token(
-    qkv: Any, cos: Any, sin: Any, scale: Any, delta: Any, summaries: Any, positions: Any, layer: Any
-) -> tuple[Any, ...]:
-    """The arguments of `append_token` as JAX arrays that go together."""
-    require_given(qkv=qkv, cos=cos, sin=sin, positions=positions, layer=layer)
-    qkv, cos, sin, scale, delta = as_floats(qkv=qkv, cos=cos, sin=sin, scale=scale, delta=delta)
+    qkv: Any, cos: Any, sin: Any, scale: Any, delta: Any, summaries: Any, positions: Any, layer: Any,
+    owners: tuple[str, str] = ("", ""),
+) -> tuple[Any, ...]:  # fmt: skip
+    """The arguments of `append_token` as JAX arrays that go together.
+
+    owners: what messages put before the names of the token's arrays, and of what is kept of all tokens.
+    """
+    token, kept = owners
+    require_given(**{f"{token}qkv": qkv, f"{token}cos": cos, f"{token}sin": sin}, positions=positions, layer=layer)
+    qkv, cos, sin = as_floats(**{f"{token}qkv": qkv, f"{token}cos": cos, f"{token}sin": sin})
+    scale, delta = as_floats(**{f"{kept}scale": scale, f"{kept}delta": delta})
     (positions,) = as_integers(positions=positions)
-    summaries = _as_summaries(summaries)
-    require_shape("qkv", qkv, (None,) * 4, "[B, K, G + 2, D]")
+    summaries = _as_summaries(summaries, f"{kept}summaries")
+    require_shape(f"{token}qkv", qkv, (None,) * 4, "[B, K, G + 2, D]")
     batch, kv_heads, members, dim = qkv.shape
     if members < 3:
         rule = "must hold at least one query head, the key and the value of each KV head"
-        raise bad_value("qkv", rule, f"{members} of each", "Check its third axis.")
-    require_shape("cos", cos, (batch, dim // 2), "[B, D / 2]")
-    require_shape("sin", sin, cos.shape, "[B, D / 2]")
+        raise bad_value(f"{token}qkv", rule, f"{members} of each", "Check its third axis.")
+    require_shape(f"{token}cos", cos, (batch, dim // 2), "[B, D / 2]")
+    require_shape(f"{token}sin", sin, cos.shape, "[B, D / 2]")
     require_shape("positions", positions, (batch,), "[B]")
-    _check_importance(scale, delta, summaries, kv_heads, dim)
-    layer = as_layer(layer, _check_summaries(summaries, batch, kv_heads, dim))
+    _check_importance(scale, delta, summaries, kv_heads, dim, kept)
+    layer = as_layer(layer, _check_summaries(summaries, batch, kv_heads, dim, f"{kept}summaries"))
     return qkv, cos, sin, scale, delta, summaries, positions, layer
 
 
@@ -119,37 +125,40 @@ def append_summaries(
         return xla.append_summaries(summaries, keys, importance, start, count, layer, stride=stride)
 
 
-def _as_summaries(summaries: Summaries) -> Summaries:
-    require_type("summaries", summaries, Summaries, "Pass pallas_kernels.Summaries(...).")
+def _as_summaries(summaries: Summaries, name: str = "summaries") -> Summaries:
+    require_type(name, summaries, Summaries, "Pass pallas_kernels.Summaries(...).")
     leaves, structure = jax.tree.flatten_with_path(summaries)
-    named = {f"summaries{jax.tree_util.keystr(path)}": leaf for path, leaf in leaves}
+    named = {f"{name}{jax.tree_util.keystr(path)}": leaf for path, leaf in leaves}
     return jax.tree.unflatten(structure, as_floats(**named))
 
 
-def _check_importance(scale: Array | None, delta: Array | None, summaries: Summaries, kv_heads: int, dim: int) -> None:
+def _check_importance(
+    scale: Array | None, delta: Array | None, summaries: Summaries, kv_heads: int, dim: int, kept: str = ""
+) -> None:
     """All parts of the importance, or none."""
     _, importance, pooled = summaries
     parts = {"scale": scale, "delta": delta, "summaries.importance": importance, "summaries.pooled_importance": pooled}
+    parts = {f"{kept}{name}": part for name, part in parts.items()}
     missing = [name for name, x in parts.items() if x is None]
     if 0 < len(missing) < len(parts):
         raise bad_value(missing[0], f"must be given with {', '.join(parts)}, or none of them", None, "Pass all four.")
     if importance is not None:
         layers = importance.shape[0]
-        require_shape("scale", scale, (layers, kv_heads), "[L, K]")
-        require_shape("delta", delta, (layers, kv_heads, dim, kv_heads), "[L, K, D, K]")
+        require_shape(f"{kept}scale", scale, (layers, kv_heads), "[L, K]")
+        require_shape(f"{kept}delta", delta, (layers, kv_heads, dim, kv_heads), "[L, K, D, K]")
 
 
-def _check_summaries(summaries: Summaries, batch: int, kv_heads: int, dim: int) -> int | None:
+def _check_summaries(summaries: Summaries, batch: int, kv_heads: int, dim: int, name: str = "summaries") -> int | None:
     """Raises where they differ in layers, batch or heads. Returns the number of layers, None without summaries."""
     keys, importance, pooled = summaries
     leaves = jax.tree.leaves(summaries)
     lead = (leaves[0].shape[0] if leaves else None, batch, kv_heads)
-    for name, cache, width in (("pooled_keys", keys, dim), ("pooled_importance", pooled, 1)):
+    for part, cache, width in (("pooled_keys", keys, dim), ("pooled_importance", pooled, 1)):
         if cache is not None:
             means, sums = cache
-            require_shape(f"summaries.{name}[0]", means, (*lead, None, width), "[L, B, K, C, D]")
-            require_shape(f"summaries.{name}[1]", sums, (*lead, 2, width), "[L, B, K, 2, D]")
-            require_dtype(f"summaries.{name}[1]", sums, "float32", "as running sums are")
+            require_shape(f"{name}.{part}[0]", means, (*lead, None, width), "[L, B, K, C, D]")
+            require_shape(f"{name}.{part}[1]", sums, (*lead, 2, width), "[L, B, K, 2, D]")
+            require_dtype(f"{name}.{part}[1]", sums, "float32", "as running sums are")
     if importance is not None:
-        require_shape("summaries.importance", importance, (*lead, None, None), "[L, B, K, M, P]")
+        require_shape(f"{name}.importance", importance, (*lead, None, None), "[L, B, K, M, P]")
     return lead[0]

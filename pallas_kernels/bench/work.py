@@ -313,21 +313,19 @@ def _append_and_select(case: step_cases.Case, inputs: dict[str, Any]) -> Work:
     """Compared without the selection: where scores nearly tie, rounding decides, and slots follow."""
     options: dict[str, Any] = step_cases.options(case)
     projected, (summaries, _, delta, table) = inputs["projected"], inputs["selectable"]
-    pooled_keys, _, pooled_importance = summaries
-    sums = [cache[1][0] for cache in (pooled_keys, pooled_importance) if cache is not None]  # of one layer
-    listed = 4 * case.num_selected_blocks * len(case.positions) * case.kv_heads  # ids, and as many slots and loads
+    pooled = [cache for cache in (summaries.pooled_keys, summaries.pooled_importance) if cache is not None]
+    sums = [cache[1][0] for cache in pooled]  # of one layer
+    listed = 12 * case.num_selected_blocks * len(case.positions) * case.kv_heads  # ids, slots and loads
     seen = counts.visible_windows(
         inputs["positions"][:, None], None, case.num_blocks * case.block_size // case.stride - 1,
         block_size=case.block_size, stride=case.stride,
     )  # fmt: skip
     # Every visible window's pooled key and importance are read once.
-    per_window = case.kv_heads * sum(
-        cache[0].shape[-1] * cache[0].dtype.itemsize for cache in (pooled_keys, pooled_importance) if cache is not None
-    )
+    per_window = case.kv_heads * sum(means.shape[-1] * means.dtype.itemsize for means, _ in pooled)
     tables = [] if table is None else [x[0] for x in table]  # of one layer, read and written
     moved = 2 * nbytes(projected.qkv, sums, tables) + nbytes(projected.cos, projected.sin)
-    moved += (0 if delta is None else nbytes(delta[0])) + 3 * listed + seen * per_window
-    products = 0 if pooled_keys is None else 2 * case.kv_heads * case.group * case.dim * seen
+    moved += (0 if delta is None else nbytes(delta[0])) + listed + seen * per_window
+    products = 2 * case.kv_heads * case.group * case.dim * seen if case.scored else 0
 
     def by_number(output: Any) -> dict[str, Any]:
         token, selectable, *_ = output
