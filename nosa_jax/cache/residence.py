@@ -56,13 +56,12 @@ def admit_token(
     layer: which layer.
     forced_block_ids: of all layers, used instead of selecting, see `append_and_select`.
     """
-    scale, delta = (None, None) if importance is None else (importance.A[...], importance.delta[...])
-    if not config.is_sparse:
-        q, k, v, _ = append_token(
-            qkv, *cos_sin, scale, delta, summaries_of(state), positions, layer, stride=config.pooling_stride
-        )
+    if not config.is_sparse:  # it keeps no summaries
+        stride = config.pooling_stride
+        q, k, v, _ = append_token(qkv, *cos_sin, None, None, summaries_of(state), positions, layer, stride=stride)
         state, resident = _admit_every(state, positions, qkv.shape[1], layer)
         return state, Token(q, k, v), resident, None
+    scale, delta = (None, None) if importance is None else (importance.A[...], importance.delta[...])
     sizes = Sizes(
         state.num_blocks, config.block_size, config.pooling_stride, config.num_selected_blocks,
         config.num_sink_blocks, config.num_local_blocks, config.num_query_blocks,

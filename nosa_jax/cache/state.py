@@ -209,7 +209,7 @@ def with_pages(state: DecodeState, row: Any, ids: Any, limit: Any) -> DecodeStat
         pooled_keys=reset(state.pooled_keys),
         pooled_importance=reset(state.pooled_importance),
         lengths=jnp.where(at, 0, state.lengths),
-        limits=jnp.where(at, jnp.int32(limit), state.limits),
+        limits=jnp.where(at, jnp.clip(jnp.int32(limit), 0, room), state.limits),
     )
 
 

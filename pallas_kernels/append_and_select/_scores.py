@@ -167,7 +167,4 @@ def _block_scores(position, weights, tops, totals, at, part, geometry):
         (_backend.exp2(x - most[None], geometry.factor) * share[None])[:, None, None] for x in (own_top, left_top)
     )
     weight *= jnp.where((of_chunk == 0) & (step == 0), of_left, of_own)
-    scores = jnp.max(jnp.sum(weight, axis=3), axis=2).reshape(geometry.blocks_together)
-    block = part * geometry.blocks_together + jnp.arange(geometry.blocks_together, dtype=jnp.int32)
-    exists = (ratio * block < geometry.windows) | ((block > 0) & (ratio * block - 1 < geometry.windows))
-    return jnp.where(exists, scores, -jnp.inf)
+    return jnp.max(jnp.sum(weight, axis=3), axis=2).reshape(geometry.blocks_together)

@@ -38,11 +38,11 @@ def append_and_select(
     selected blocks with their slots, for `update_and_attend`, and how many of them must be loaded.
 
     projected: the token of each row. selectable: what all layers keep; that of `layer` changes.
-    positions: of the token, which is how many came before it; -1 for rows without one, which stay as they are and
-        select nothing.
+    positions: of the token, which is how many came before it, below num_blocks * block_size; -1 for rows without one,
+        which stay as they are and select nothing.
     layer: which of the L layers; one out of range is refused, or means nothing where it is traced.
     forced_block_ids: of all layers, taken instead of selecting where a row and KV head has any, not -1 alone: distinct
-        and ascending, with -1 at the end.
+        and ascending, below num_blocks, with -1 at the end.
     sizes: of the selection.
 
     Needs pooled keys, importance, or both: picks are by query score, by importance, or by both as in `select_blocks`.
@@ -67,6 +67,9 @@ def append_and_select(
         if means.shape[3] != windows:
             rule = f"must have the {windows} windows of sizes.num_blocks = {sizes.num_blocks} blocks"
             raise bad_value("selectable.summaries", rule, means.shape[3], "Correct one of them.")
+    if summaries.importance is not None:
+        of_blocks = (None, None, None, sizes.num_blocks, sizes.block_size)
+        require_shape("selectable.summaries.importance", summaries.importance, of_blocks, "[L, B, K, M, P]")
     if len(pooled) == 2 and sizes.num_query_blocks + _forced(sizes) > sizes.num_selected_blocks:
         rule = "must hold sink, local and query blocks"
         raise bad_value("sizes.num_selected_blocks", rule, sizes.num_selected_blocks, "Raise it.")

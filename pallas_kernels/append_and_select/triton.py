@@ -1,6 +1,6 @@
 """Three launches: the token and the weights of windows, in chunks of windows; the order of blocks; selection and slots.
 
-The first two use the whole device. The last, of one warp per row and KV head, is all waiting.
+The first two use the whole device. The last, of few warps per row and KV head, is all waiting.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def unsupported(
     if not _backend.is_power_of_two(ratio) or ratio > _MOST_RATIO:
         return f"block_size / stride must be a power of two up to {_MOST_RATIO}, got {ratio}"
     if sizes.num_blocks > _MOST_BLOCKS or sizes.num_blocks**2 * sizes.block_size >= 2**31:
-        return f"it takes {_MOST_BLOCKS} blocks, and num_blocks**2 * block_size below 2**31, got {sizes.num_blocks}"
+        got = f"{sizes.num_blocks} of {sizes.block_size} tokens"
+        return f"it takes {_MOST_BLOCKS} blocks, and num_blocks**2 * block_size below 2**31, got {got}"
     slots = 0 if table is None else table[0].shape[-1]
     if max(sizes.num_selected_blocks, slots) > _MOST_LISTED:
         return f"it takes {_MOST_LISTED} blocks of a selection and slots, got {sizes.num_selected_blocks} and {slots}"

@@ -26,25 +26,24 @@ def append_and_select(
 ) -> tuple[Token, Selectable, Residence, Int32[Array, "B K"]]:
     (qkv, cos, sin), (summaries, scale, delta, table) = projected, selectable
     q, k, v, summaries = append_token(qkv, cos, sin, scale, delta, summaries, positions, layer, stride=sizes.stride)
-    of_blocks = {"block_size": sizes.block_size}
     scores = fill = None
     if summaries.pooled_keys is not None:
         pooled = summaries.pooled_keys[0]
         scores = block_scores(
             q[:, None], pooled, positions[:, None], None, layer,
-            num_blocks=sizes.num_blocks, stride=sizes.stride, **of_blocks,
+            num_blocks=sizes.num_blocks, block_size=sizes.block_size, stride=sizes.stride,
         )  # fmt: skip
     if summaries.pooled_importance is not None:
         means = summaries.pooled_importance[0][layer, ..., 0]
         ratio = sizes.block_size // sizes.stride
         fill = blocks.pool_windows_to_blocks(means, None, blocks=sizes.num_blocks, ratio=ratio)
     ids = select_blocks(
-        scores, fill, positions[:, None], None, **of_blocks,
+        scores, fill, positions[:, None], None, block_size=sizes.block_size,
         num_selected_blocks=sizes.num_selected_blocks, num_sink_blocks=sizes.num_sink_blocks,
         num_local_blocks=sizes.num_local_blocks, num_query_blocks=sizes.num_query_blocks,
     )[:, :, 0]  # fmt: skip
     if forced_block_ids is not None:
-        forced = forced_block_ids[layer]
+        forced = jnp.where(forced_block_ids[layer] < sizes.num_blocks, forced_block_ids[layer], -1)
         ids = jnp.where((positions >= 0)[:, None, None] & (forced >= 0).any(-1, keepdims=True), forced, ids)
     if table is None:
         residence, count = Residence(ids, ids, None), jnp.zeros(ids.shape[:2], jnp.int32)

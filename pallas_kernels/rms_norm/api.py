@@ -30,6 +30,8 @@ def rms_norm(
     weight: of all layers.
     layer: which of the L layers; one out of range is refused, or means nothing where it is traced.
     eps: added to the mean square.
+
+    For decode steps: kernels have no derivative (`nosa_jax.forward` has them, by the formula on slices).
     Raises ValueError or TypeError for arguments that do not go together.
     """
     require_given(x=x, weight=weight, layer=layer)

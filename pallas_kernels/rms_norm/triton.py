@@ -31,8 +31,8 @@ def _kernel(layer, x, weight, out, *, eps):
 
 def unsupported(x: Array, weight: Array, layer: Array, *, eps: float) -> str | None:
     """Why these arguments cannot take the kernel; None where they can."""
-    if not 1 <= x.shape[1] <= _MOST or x.shape[0] == 0:
-        return f"it takes rows of 1 to {_MOST} numbers, got {list(x.shape)}"
+    if not 1 <= x.shape[1] <= _MOST or x.shape[0] == 0 or weight.shape[0] == 0:
+        return f"it takes rows of 1 to {_MOST} numbers, got {list(x.shape)} and weights {list(weight.shape)}"
     return None
 
 

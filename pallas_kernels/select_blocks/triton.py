@@ -24,7 +24,7 @@ def _count(mask):
     return jnp.sum(mask, dtype=jnp.int32)
 
 
-def _with_ties(keys, threshold, count, found, lowest):
+def with_ties(keys, threshold, count, found, lowest):
     """Mask of the keys from the threshold up, which `found` are; where those are too many, of the first equal ones."""
 
     def first_equal(threshold):
@@ -53,45 +53,7 @@ def _best(keys, count, bits):
         return bit - 1, jnp.where(taken, candidate, threshold), jnp.where(taken, above, found)
 
     _, threshold, found = jax.lax.while_loop(unsettled, settle, (jnp.int32(bits - 1), lowest, jnp.int32(-1)))
-    return _with_ties(keys, threshold, count, found, lowest)
-
-
-def _counts_from(keys, thresholds):
-    """How many keys are at least as large as each of three thresholds."""
-    first, second, third = ((keys >= threshold).astype(jnp.int32) for threshold in thresholds)
-    if keys.size < 1 << 10:  # one sum for all of them: a sum waits for all warps
-        packed = jnp.sum(first + (second << 10) + (third << 20))
-        return packed & 1023, (packed >> 10) & 1023, packed >> 20
-    packed = jnp.sum(first + (second << 16))
-    return packed & 65535, packed >> 16, jnp.sum(third)
-
-
-def best_of_one_query(keys, eligible, count):
-    """Mask of the `count` largest eligible keys, ties to the lowest index, where one query waits for each count.
-
-    Two bits of the threshold at a time, from the highest in which eligible keys differ.
-    """
-    keys = jnp.where(eligible, keys, jnp.iinfo(jnp.int32).min)
-    least, most = jnp.min(jnp.where(eligible, keys, jnp.iinfo(jnp.int32).max)), jnp.max(keys)
-    spread = most - least
-    exponent = (jax.lax.bitcast_convert_type(spread.astype(jnp.float32), jnp.int32) >> 23) - 127
-    # A spread that does not fit has the highest bit set.
-    shift = jnp.where(spread < 0, 30, jnp.maximum(exponent, 0) & ~1)
-
-    def unsettled(state):
-        shift, _, found = state
-        return (shift >= 0) & (found != count)
-
-    def settle(state):
-        shift, start, found = state
-        threshold, candidates = start, [start + jnp.left_shift(jnp.int32(digit), shift) for digit in (1, 2, 3)]
-        for candidate, above in zip(candidates, _counts_from(keys, candidates), strict=True):
-            taken = (above >= count) & (candidate > start)  # counts fall as candidates rise, unless those wrap
-            threshold, found = jnp.where(taken, candidate, threshold), jnp.where(taken, above, found)
-        return shift - 2, threshold, found
-
-    _, threshold, found = jax.lax.while_loop(unsettled, settle, (shift, least, jnp.int32(-1)))
-    return _with_ties(keys, threshold, count, found, jnp.int32(jnp.iinfo(jnp.int32).min))
+    return with_ties(keys, threshold, count, found, lowest)
 
 
 def _kernel(query_scores, importance, positions, first_blocks, ids, *, width, block_size, sink, local, query_picks):
