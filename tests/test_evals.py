@@ -251,7 +251,7 @@ def test_the_table(cheating, tmp_path, monkeypatch):
     both = evals.plot_scores({"a": table, "b": table})
     assert [text.get_text() for text in both.legends[0].get_texts()][:2] == ["a: mqar", "a: niah_single"]
     monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(ImportError, match=r"nosa-jax\[evals\]"):
+    with pytest.raises(ImportError, match=r"nosa-jax\[pandas\]"):
         table.to_dataframe()
 
 

@@ -127,6 +127,7 @@ def test_tokens_stay_where_they_were_put(model):
         np.testing.assert_array_equal(padded[:, :width], tokens)
 
 
+@pytest.mark.slow
 def test_short_turns_of_wide_arrays_are_short(model, tokens, monkeypatch):
     """How much is read follows the longest row, not the width of what it stands in."""
     state, _ = nosa_jax.prefill(model, tokens[:, :30], max_length=ROOM)
