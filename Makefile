@@ -61,5 +61,5 @@ $(INSTALLED): pyproject.toml
 		echo "Making $(VENV) with $$found"; \
 		"$$found" -m venv --clear $(VENV); \
 	fi
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[$(EXTRAS)]'
 	@touch $@

@@ -57,6 +57,7 @@ def test_nothing_else_changes(implementation):
     assert (after.importance[1, 5] != before.importance[1, 5]).sum() == case.kv_heads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_means_are_those_of_whole_rows(dtype):
     """Token by token in the kernel, to the bit as `append_pooled_keys` of its keys at once."""

@@ -71,6 +71,7 @@ def test_a_source_is_trained_on_and_evaluated(source, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_only_importance_trains_and_only_it_has_moments(source, tmp_path):
     model = lively_model(MODEL)
     result = run(source, tmp_path, model=model, trainable="importance", checkpoint_every=2)

@@ -128,6 +128,7 @@ def test_ids_of_nothing_that_is_seen_are_ignored():
     assert_values_close(ours[0], definition(messy, **size))
 
 
+@pytest.mark.slow
 def test_ids_in_any_order():
     inputs, cotangents, size = case_of("k1_g16_spans")
     shuffled = np.random.default_rng(0).permuted(inputs["block_ids"], axis=-1)

@@ -61,6 +61,7 @@ def assert_close(ours, theirs):
 xla = functools.partial(layer, implementation="xla")
 
 
+@pytest.mark.slow
 def test_checkpoint():
     assert_close(value_and_gradients(jax.checkpoint(layer)), value_and_gradients(xla))
 
