@@ -34,6 +34,7 @@ from nosa_jax.train.evaluation import Evaluation, evaluate, evaluate_batches
 from nosa_jax.train.fields import model_config_from_dict
 from nosa_jax.train.finite import Skipped, keep_if_finite
 from nosa_jax.train.flops import FlopsPerToken, count_documents, flops_per_token, mfu, peak_flops
+from nosa_jax.train.importance import ImportanceFit, fit_importance
 from nosa_jax.train.log import read_log, summary
 from nosa_jax.train.loop import TrainResult, train
 from nosa_jax.train.loss import LossParts, bits_per_byte, chunked_loss, length_mask, next_token_loss
@@ -54,6 +55,7 @@ __all__ = [
     "Corpus",
     "Evaluation",
     "FlopsPerToken",
+    "ImportanceFit",
     "LossParts",
     "OptimizerConfig",
     "Profiler",
@@ -81,6 +83,7 @@ __all__ = [
     "evaluate",
     "evaluate_batches",
     "find_files",
+    "fit_importance",
     "flops_per_token",
     "global_norm",
     "init_state",
