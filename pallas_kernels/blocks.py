@@ -96,6 +96,24 @@ def forced_and_visible(
     return visible & ((m - first < sink) | (m > q - local)), visible
 
 
+def to_load(
+    block_ids: Int32[Array, "B K J"], missing: Bool[Array, "B K J"], positions: Int32[Array, " B"], block_size: int
+) -> Int32[Array, "B K J"]:
+    """The missing blocks, -1 for the others and for one that starts with the very token at its row's position."""
+    own = (positions // block_size)[:, None, None]
+    starts_now = (positions % block_size == 0)[:, None, None] & (block_ids == own)
+    return jnp.where(missing & ~starts_now, block_ids, -1)
+
+
+def replace_selection(
+    block_ids: Int32[Array, "*queries J"],
+    forced_block_ids: Int32[Array, "*forced J"],
+    where: Bool[Array, "*where"],
+) -> Int32[Array, "*queries J"]:
+    """The forced ids where `where` (broadcast over J) says so and there are any, not -1 alone, else the selected."""
+    return jnp.where(where & (forced_block_ids >= 0).any(-1, keepdims=True), forced_block_ids, block_ids)
+
+
 def new_places(
     start: Int32[Array, " B"], count: Int32[Array, " B"], width: int, capacity: int
 ) -> Int32[Array, "B 1 width"]:

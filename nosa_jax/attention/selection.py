@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Float, Int32
 
 from nosa_jax import parallel
 from nosa_jax.attention.layout import Layout
@@ -115,15 +115,6 @@ def select(
 
 def _kv_heads(pooled_keys: Array | None, fill: Array | None) -> int:
     if pooled_keys is not None:
-        return pooled_keys.shape[-3]
+        return pooled_keys.shape[1]
     assert fill is not None
     return fill.shape[1]
-
-
-def replace_selection(
-    block_ids: Int32[Array, "*queries J"],
-    forced_block_ids: Int32[Array, "*forced J"],
-    where: Bool[Array, "*where"],
-) -> Int32[Array, "*queries J"]:
-    """The forced ids where `where` (broadcast over J) says so and there are any, not -1 alone, else the selected."""
-    return jnp.where(where & (forced_block_ids >= 0).any(-1, keepdims=True), forced_block_ids, block_ids)

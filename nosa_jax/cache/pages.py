@@ -65,11 +65,16 @@ def rooms_of(limits: np.ndarray, block_size: int, devices: int = 1) -> tuple[Roo
     devices: how many share the rows, each an equal part of them in their order. Each has as many pages as the one that
         needs most, since an array is cut evenly.
     """
-    counts = np.array([blocks.num_blocks(int(limit), block_size) for limit in limits])
+    counts = blocks_of(limits, block_size)
     pages = pages_of_a_device(counts, devices)
     of_devices = enumerate(counts.reshape(devices, -1))
     rows = [ids + device * pages for device, part in of_devices for ids in Pages(pages).give(part)]
     return Rooms(jnp.asarray(limits), page_table_of(rows, int(counts.max()))), pages
+
+
+def blocks_of(limits: np.ndarray, block_size: int) -> np.ndarray:
+    """The blocks, and so the pages, that each row needs for its limit."""
+    return -(-limits // block_size)
 
 
 def pages_of_a_device(counts: np.ndarray, devices: int = 1) -> int:

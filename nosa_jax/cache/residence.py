@@ -84,9 +84,7 @@ def _admit_every(
         return state, Residence(block_ids, block_ids, None)
     table = state.table
     held, last_used, slots, missing = resolve_slots(table.blocks, table.last_used, block_ids, positions, layer)
-    starts_now = (positions % state.block_size == 0)[:, None, None]
-    starts_now &= block_ids == (positions // state.block_size)[:, None, None]
-    loads = jnp.where(missing & ~starts_now, block_ids, -1)
+    loads = blocks.to_load(block_ids, missing, positions, state.block_size)
     return dataclasses.replace(state, table=SlotTable(held, last_used)), Residence(block_ids, slots, loads)
 
 

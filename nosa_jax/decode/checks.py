@@ -15,7 +15,7 @@ from nosa_jax import parallel
 from nosa_jax._pytree import pytree_dataclass
 from nosa_jax.attention import layout
 from nosa_jax.cache.memory import device_limit, host_limit
-from nosa_jax.cache.pages import as_row_limits, pages_of_a_device
+from nosa_jax.cache.pages import as_row_limits, blocks_of, pages_of_a_device
 from nosa_jax.cache.plan import GB, CacheTooLargeError, plan
 from nosa_jax.cache.state import DecodeState, device_bytes, require_fitting
 from nosa_jax.cache.working_set import Limits, plan_reading
@@ -81,7 +81,7 @@ def check_cache(
     read = {"prompt": min(prompt.width, max_length), **limits._asdict()}
     one_device = plan(model.config, rows, max_length, cache, dtype=model.embed.dtype, **read)
     if row_limits is not None:
-        counts = -(-row_limits // model.config.attention.block_size)
+        counts = blocks_of(row_limits, model.config.attention.block_size)
         one_device = one_device.with_pages(pages_of_a_device(counts, devices))
     if records:
         one_device = dataclasses.replace(one_device, device=one_device.device | {"records": rows * records})

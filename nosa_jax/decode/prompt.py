@@ -193,7 +193,7 @@ def read_prompt(
 ) -> tuple[DecodeState, StepOutput]:
     """`prefill` of a checked prompt.
 
-    forced_block_ids: replace the selection of each row's last token, see `replace_selection`.
+    forced_block_ids: replace the selection of each row's last token, see `blocks.replace_selection`.
     rooms: of the rows; None where all may grow to `max_length`, which is the most that any may.
     pages: of the host store on each device; None for one per block of every row.
     """

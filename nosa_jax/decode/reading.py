@@ -14,14 +14,13 @@ from jaxtyping import Array, Bool, Float, Int32
 from nosa_jax import rope
 from nosa_jax.attention.dense import dense_attention_in_cache
 from nosa_jax.attention.layer import Attention
-from nosa_jax.attention.selection import replace_selection
 from nosa_jax.cache import staging, summaries
 from nosa_jax.cache.state import DecodeState, rows_of, with_rows
 from nosa_jax.cache.working_set import MLP_TOKENS, Reading
 from nosa_jax.config import ModelConfig
 from nosa_jax.decode.step import StepOutput
 from nosa_jax.model import Layers, NosaLM
-from pallas_kernels import block_attention
+from pallas_kernels import block_attention, blocks
 from pallas_kernels.promotion import usual_promotion
 
 
@@ -37,7 +36,7 @@ def read_groups(
 ) -> tuple[DecodeState, StepOutput]:
     """Reads the first `count[b]` tokens of each row, group after group.
 
-    forced_block_ids: replace the selection of each row's last token, see `replace_selection`.
+    forced_block_ids: replace the selection of each row's last token, see `blocks.replace_selection`.
     fresh: the rows were empty before.
     Logits of a row are NaN where it had no room for its tokens, or one of them is out of the vocabulary.
     """
@@ -201,7 +200,7 @@ def _attend(
         last = jnp.maximum(count - 1, 0)[:, None, None, None]
         if forced_block_ids is not None:
             is_last = (jnp.arange(width) == count[:, None] - 1)[:, None, :, None]
-            ids = replace_selection(ids, forced_block_ids[:, :, None], is_last)
+            ids = blocks.replace_selection(ids, forced_block_ids[:, :, None], is_last)
         last_ids = jnp.take_along_axis(ids, last, axis=2)[:, :, 0]
     flat = (*staged.shape[:2], -1, staged.shape[-1])
     keys, values = (staged[:, :, :, i].reshape(flat) for i in (0, 1))

@@ -102,19 +102,19 @@ def _append(
     """The token, the summaries with it, and its weights of windows; of those three None without pooled keys."""
     qkv, summaries = projected.qkv, selectable.summaries
     batch, kv_heads, _, dim = qkv.shape
-    weighed: tuple[Any, ...] = ()
+    weighed: tuple[Any, ...] = (None,) * 3
     if summaries.pooled_keys is not None:
         part = jax.ShapeDtypeStruct((batch, kv_heads, geometry.chunks, geometry.rows), jnp.float32)
         weights = (batch, kv_heads, geometry.chunks * geometry.keys, geometry.rows)
         weighed = (jax.ShapeDtypeStruct(weights, jnp.float32), part, part)
 
     def kernel(*refs: Any) -> None:
-        append_kernel(*refs, *(() if weighed else (None,) * 3), geometry=geometry)
+        append_kernel(*refs, geometry=geometry)
 
     operands = (number, positions, *projected, selectable.scale, selectable.delta)
     kept = range(len(jax.tree.leaves(summaries)))
     heads = lambda count: jax.ShapeDtypeStruct((batch, count, dim), qkv.dtype)
-    q, k, v, summaries, *found = _backend.triton_call(
+    q, k, v, summaries, *weighed_windows = _backend.triton_call(
         kernel,
         name="append_and_weigh",
         grid=(geometry.programs + 1, kv_heads, batch),
@@ -123,7 +123,7 @@ def _append(
         num_stages=launch.num_stages,
         aliases={_given(operands) + i: 3 + i for i in kept},
     )(*operands, summaries)
-    return Token(q, k, v), summaries, tuple(found) or (None,) * 3
+    return Token(q, k, v), summaries, tuple(weighed_windows)
 
 
 def _keys(
@@ -133,27 +133,23 @@ def _keys(
 
     Only of blocks that may be chosen by score: those of the last window are taken without looking.
     """
-    pooled, scored = summaries.pooled_importance, weights[0] is not None
+    pooled = summaries.pooled_importance
     kv_heads = jax.tree.leaves(summaries)[0].shape[2]
     looked_at, together = max(1, sizes.num_blocks - sizes.num_local_blocks), geometry.blocks_together
     lanes = max(_backend.next_power_of_two(looked_at), together)
     keys = jax.ShapeDtypeStruct((positions.shape[0], kv_heads, lanes), jnp.int32)
 
     def kernel(*refs: Any) -> None:
-        out = list(refs[6:])
-        out = [out.pop(0) if scored else None, out.pop() if pooled is not None else None]
-        keys_kernel(*refs[:6], *out, geometry=geometry)
+        keys_kernel(*refs, geometry=geometry)
 
-    found = list(
-        _backend.triton_call(
-            kernel,
-            name="keys_of_blocks",
-            grid=(-(-looked_at // together), kv_heads, positions.shape[0]),
-            out_shape=(keys,) * (scored + (pooled is not None)),
-            num_warps=4 if geometry.chunks <= _FEW_CHUNKS else 8,
-        )(number, positions, *weights, None if pooled is None else pooled[0])
-    )
-    return found.pop(0) if scored else None, found.pop() if pooled is not None else None
+    by_query, by_importance = _backend.triton_call(
+        kernel,
+        name="keys_of_blocks",
+        grid=(-(-looked_at // together), kv_heads, positions.shape[0]),
+        out_shape=(None if weights[0] is None else keys, None if pooled is None else keys),
+        num_warps=4 if geometry.chunks <= _FEW_CHUNKS else 8,
+    )(number, positions, *weights, None if pooled is None else pooled[0])
+    return by_query, by_importance
 
 
 def _select(
@@ -168,26 +164,25 @@ def _select(
     numbers = lambda count: jax.ShapeDtypeStruct((batch, kv_heads, count), jnp.int32)
     listed = numbers(picks.selected)
     held = None if table is None else tuple(table)
-    out_shape: tuple[Any, ...] = (listed,)
+    of_table: tuple[Any, ...] = (None,) * 6
     if table is not None:
         places = numbers(max(lanes, picks.num_blocks))
         count = jax.ShapeDtypeStruct((batch, kv_heads), jnp.int32)
-        out_shape = (listed, listed, listed, _like(held), count, places, listed)
+        of_table = (listed, listed, _like(held), count, places, listed)
 
     def kernel(*refs: Any) -> None:
-        select_kernel(*refs, *(() if table is not None else (None,) * 6), lanes=lanes, picks=picks)
+        select_kernel(*refs, lanes=lanes, picks=picks)
 
     operands = (number, positions, *keys, forced)
     aliased = _given(operands)
-    out = _backend.triton_call(
+    ids, slots, loads, held, count, *_ = _backend.triton_call(
         kernel,
         name="select_and_resolve",
         grid=(kv_heads, batch),
-        out_shape=out_shape,
+        out_shape=(listed, *of_table),
         num_warps=max(1, lanes // _PER_WARP),
         aliases={} if table is None else {aliased: 3, aliased + 1: 4},
     )(*operands, held)
     if table is None:
-        return None, Residence(out[0], out[0], None), jnp.zeros((batch, kv_heads), jnp.int32)
-    ids, slots, loads, held, count = out[:5]
+        return None, Residence(ids, ids, None), jnp.zeros((batch, kv_heads), jnp.int32)
     return jax.tree.unflatten(jax.tree.structure(table), held), Residence(ids, slots, loads), count

@@ -44,16 +44,13 @@ def append_and_select(
     )[:, :, 0]  # fmt: skip
     if forced_block_ids is not None:
         forced = jnp.where(forced_block_ids[layer] < sizes.num_blocks, forced_block_ids[layer], -1)
-        ids = jnp.where((positions >= 0)[:, None, None] & (forced >= 0).any(-1, keepdims=True), forced, ids)
+        ids = blocks.replace_selection(ids, forced, (positions >= 0)[:, None, None])
     if table is None:
         residence, count = Residence(ids, ids, None), jnp.zeros(ids.shape[:2], jnp.int32)
     else:
         held, last_used = table
         held, last_used, slots, missing = resolve_slots(held, last_used, ids, positions, layer)
         table = jax.tree.unflatten(jax.tree.structure(table), (held, last_used))
-        own = (positions // sizes.block_size)[:, None, None]
-        starts_now = (positions % sizes.block_size == 0)[:, None, None] & (ids == own)
-        missing &= ~starts_now
-        residence = Residence(ids, slots, jnp.where(missing, ids, -1))
-        count = jnp.sum(missing, axis=-1, dtype=jnp.int32)
+        loads = blocks.to_load(ids, missing, positions, sizes.block_size)
+        residence, count = Residence(ids, slots, loads), jnp.sum(loads >= 0, axis=-1, dtype=jnp.int32)
     return Token(q, k, v), Selectable(summaries, scale, delta, table), residence, count
