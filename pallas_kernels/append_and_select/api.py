@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 from jax.typing import ArrayLike
-from jaxtyping import Integer
+from jaxtyping import Array, Int32, Integer
 
 from pallas_kernels._arguments import as_integers
 from pallas_kernels._dispatch import register
