@@ -79,6 +79,7 @@ def packages_source(
     seed: int = 0,
     join: bool = True,
     documents_per_package: int = 2,
+    most_characters: int | None = None,
     most_overlap: float = 0.5,
 ) -> Text:
     """Rows of the packages `found`, some of them held out whole.
@@ -88,6 +89,7 @@ def packages_source(
     join: whether a package's files are one document for training; False makes each file one.
     documents_per_package: how many documents of exactly `length` tokens each held-out package gives at most, from its
         beginning on. They are of joined files in any case, and packages with less text than that give none.
+    most_characters: of a package's text, from its beginning on, so that large packages do not outweigh the others.
     most_overlap: held-out documents of which more than this share is in the training text, too, are dropped.
 
     Raises ValueError where nothing is left on one of the two sides, and for arguments out of range.
@@ -103,9 +105,9 @@ def packages_source(
     documents = []
     for name in names[False]:
         groups = [found[name]] if join else [[file] for file in found[name]]
-        documents += [Document(text.encode(), name) for group in groups if (text := joined(group))]
+        documents += [Document(text.encode(), name) for group in groups if (text := joined(group)[:most_characters])]
     training = len(documents)
-    held = [Document(text.encode(), name) for name in names[True] if (text := joined(found[name]))]
+    held = [Document(text.encode(), name) for name in names[True] if (text := joined(found[name])[:most_characters])]
     for side, count in (("to train on", training), ("held out", len(held))):
         if not count:
             raise bad_value("found", f"must have packages {side}", "none", "Change seed or heldout_fraction.")

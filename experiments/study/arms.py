@@ -1,0 +1,170 @@
+"""What is compared: every arm is one way to continue the same dense model on the same data.
+
+An arm says which variant, budget, block size and start of the importance; a size says what that is in tokens and steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from flax import nnx
+
+from nosa_jax import NosaLM, train, with_attention
+from nosa_jax.attention.importance import Importance
+from nosa_jax.config import Variant
+from nosa_jax.train import OptimizerConfig, Source, TrainConfig
+
+Start = Literal["zero", "fit"]
+Trained = Literal["everything", "importance", "all but importance"]
+# Patterns of names; what none matches stays as it is.
+TRAINED: dict[str, tuple[str, ...]] = {
+    "everything": ("*",),
+    "importance": ("*importance*",),
+    "all but importance": ("embed", "norm", "layers.mlp*", "layers.*norm*", "layers.attention.[qo]*"),
+}
+FIT_ROWS = 8  # of training text, for a start that is fitted
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """Blocks: selected in all (J), sink, local, and picked by the query; importance picks the rest."""
+
+    selected: int
+    sink: int
+    local: int
+    query: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """What the arms are made of on some machine.
+
+    length: tokens of a row. block_size, stride: of blocks, and between pooled keys. budgets: by share of the blocks of
+    a row of that length. steps, batch_size, learning_rate, importance_factor: of training; the last one multiplies the
+    learning rate of A and delta. documents, measured: held out for losses, and how many of them selections are recorded
+    of, over their last `decode_steps` tokens. tasks, task_lengths, task_count: see `evals.evaluate`.
+    dtype: of everything that is measured.
+    """
+
+    length: int
+    block_size: int
+    stride: int
+    budgets: dict[str, Budget]
+    steps: int
+    batch_size: int
+    learning_rate: float
+    importance_factor: float
+    documents: int
+    measured: int
+    decode_steps: int
+    tasks: tuple[str, ...]
+    task_lengths: tuple[int, ...]
+    task_count: int
+    dtype: Any
+
+
+GPU = Size(
+    length=8192, block_size=64, stride=16,
+    budgets={"quarter": Budget(32, 1, 9, 8), "eighth": Budget(16, 1, 5, 4), "half": Budget(64, 1, 17, 15)},
+    steps=250, batch_size=4, learning_rate=1e-4, importance_factor=50.0,
+    documents=128, measured=16, decode_steps=192,
+    tasks=("niah_single", "niah_multikey", "mqar", "variable_tracking", "extract_records"),
+    task_lengths=(2048, 4096, 8192), task_count=20, dtype=jnp.bfloat16,
+)  # fmt: skip
+CPU = Size(
+    length=512, block_size=16, stride=4,
+    budgets={"quarter": Budget(8, 1, 3, 2), "eighth": Budget(4, 1, 2, 1), "half": Budget(16, 1, 5, 4)},
+    steps=60, batch_size=4, learning_rate=1e-3, importance_factor=10.0,
+    documents=48, measured=4, decode_steps=96,
+    tasks=(), task_lengths=(), task_count=0, dtype=jnp.float32,
+)  # fmt: skip
+SIZES = {"gpu": GPU, "cpu": CPU}
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """name: in tables. budget: a name in `Size.budgets`. query_share: of J, picked by the query; None as the budget has
+    it. halves: blocks of half the size and twice as many of them. start: A = 0 as the paper has it, or
+    `train.fit_importance`. trained: what is. seeds: that the arm is run with."""
+
+    name: str
+    variant: Variant
+    budget: str = "quarter"
+    query_share: float | None = None
+    halves: bool = False
+    start: Start = "zero"
+    trained: Trained = "everything"
+    seeds: tuple[int, ...] = (0,)
+
+    def attention(self, size: Size) -> dict[str, Any]:
+        """Fields of AttentionConfig."""
+        budget, times = size.budgets[self.budget], 2 if self.halves else 1
+        query = budget.query if self.query_share is None else round(self.query_share * budget.selected)
+        return {
+            "variant": self.variant,
+            "block_size": size.block_size // times,
+            "pooling_stride": size.stride,
+            "pooling_window": 2 * size.stride,
+            "num_selected_blocks": times * budget.selected,
+            "num_sink_blocks": times * budget.sink,
+            "num_local_blocks": times * budget.local,
+            "num_query_blocks": times * query,
+        }
+
+
+THREE = (0, 1, 2)
+VARIANTS = tuple(Arm(name, name, seeds=THREE) for name in ("full", "infllmv2", "nosa", "dma"))
+FITTED = (Arm("nosa, fitted start", "nosa", start="fit", seeds=THREE),)
+BUDGETS = tuple(
+    Arm(f"{variant}, {budget}", variant, budget) for budget in ("eighth", "half") for variant in ("infllmv2", "nosa")
+)
+ABLATIONS = (
+    *(Arm(f"nosa, query share {share}", "nosa", query_share=share) for share in (0.125, 0.375, 0.5)),
+    Arm("nosa, importance alone", "nosa", trained="importance"),
+    Arm("nosa, fitted start, importance alone", "nosa", start="fit", trained="importance"),
+    Arm("nosa, fitted start, importance fixed, no bias", "nosa", start="fit", trained="all but importance"),
+    *(Arm(f"{variant}, half blocks", variant, halves=True) for variant in ("infllmv2", "nosa")),
+)
+ARMS = (*VARIANTS, *FITTED, *BUDGETS, *ABLATIONS)
+
+
+def started(dense: NosaLM, arm: Arm, size: Size, source: Source, seed: int) -> NosaLM:
+    """The model that an arm begins with. seed: of a delta that nothing else decides."""
+    model = with_attention(dense, **arm.attention(size))
+    if not model.config.attention.uses_importance:
+        return model
+    if arm.start == "fit":
+        # Without a bias the scale of A is only that of an order.
+        scale = 1e-6 if arm.trained == "all but importance" else 1e-4
+        return train.fit_importance(model, source, batches=FIT_ROWS, chunk=128, scale=scale)[0]
+    config = model.config
+    drawn = Importance(config.num_layers, config.num_kv_heads, config.head_dim, rngs=nnx.Rngs(seed))
+    model.layers.attention.importance = nnx.data(drawn)
+    return model
+
+
+def training(arm: Arm, size: Size, model: NosaLM, seed: int) -> TrainConfig:
+    """The run of an arm; `seed` draws the order of the data, the same for all arms."""
+    rates = (("*importance*", size.importance_factor),) if model.config.attention.uses_importance else ()
+    optimizer = OptimizerConfig(
+        learning_rate=size.learning_rate, final_learning_rate=size.learning_rate / 10, schedule="cosine",
+        weight_decay=0.0, learning_rate_multipliers=rates,
+    )  # fmt: skip
+    return TrainConfig(
+        model.config, optimizer, steps=size.steps, batch_size=size.batch_size, length=size.length, seed=seed,
+        trainable=TRAINED[arm.trained], log_every=10, eval_every=0, eval_batches=1, eval_selection=False,
+        checkpoint_every=0,
+    )  # fmt: skip
+
+
+def with_bias(model: NosaLM, factor: float) -> NosaLM:
+    """The model with a bias `factor` times as large and the same selections: A is scaled, which changes no order."""
+    changed = with_attention(model)
+    old = model.layers.attention.importance
+    assert old is not None
+    drawn = Importance(*old.A[...].shape, model.config.head_dim, rngs=nnx.Rngs(0))
+    drawn.A[...], drawn.delta[...] = factor * old.A[...], old.delta[...]
+    changed.layers.attention.importance = nnx.data(drawn)
+    return changed
