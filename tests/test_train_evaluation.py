@@ -224,7 +224,8 @@ from test_train_evaluation import the_model, batch, evaluate
 from nosa_jax import parallel
 
 mesh = parallel.make_mesh(**json.loads(sys.argv[3]))
-model = jax.tree.map(parallel.from_host, jax.tree.map(jax.device_get, the_model()), parallel.shardings(the_model(), mesh))
+model = the_model()
+model = jax.tree.map(parallel.from_host, jax.tree.map(jax.device_get, model), parallel.shardings(model, mesh))
 rows = NamedSharding(mesh, PartitionSpec(parallel.ROWS, "context"))
 whole, placed = batch(), jax.tree.map(lambda leaf: parallel.from_host(leaf, rows), batch())
 for each in (whole, placed):
