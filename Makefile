@@ -1,16 +1,21 @@
-# make PYTHON=/path/to/python picks the interpreter; make setup EXTRAS=dev,cuda13 adds the GPU build of JAX.
+# make PYTHON=/path/to/python picks the interpreter; make setup EXTRAS=test,cuda13 adds the GPU build of JAX.
 
 SHELL := /bin/sh
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-EXTRAS ?= dev
+LINTERS := $(VENV)/.linters-installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+EXTRAS ?= test
 # Arguments for pytest: make test ARGS="tests/test_hf_config.py -x"
 ARGS ?=
 
 # Each candidate has to run and to say its version: a pyenv shim may exist and fail.
 CANDIDATES := python3.13 python3.12 python3 python $${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.1[2-9]*/bin/python
 ASK_VERSION := import sys, venv, ensurepip; print("%d%02d" % sys.version_info[:2])
+
+# Python keeps what it compiled, or each of the many programs that tests start would compile all of JAX once more.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all lint format clean
@@ -33,12 +38,12 @@ test: $(INSTALLED) ## run the tests but for slow ones (ARGS="..." goes to pytest
 test-all: $(INSTALLED) ## run all tests
 	$(PYTEST) $(ARGS)
 
-lint: $(INSTALLED) ## check style and types
+lint: $(LINTERS) ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(INSTALLED) ## bring the code into shape
+format: $(LINTERS) ## bring the code into shape
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -61,5 +66,9 @@ $(INSTALLED): pyproject.toml
 		echo "Making $(VENV) with $$found"; \
 		"$$found" -m venv --clear $(VENV); \
 	fi
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[$(EXTRAS)]'
+	$(PIP) --editable '.[$(EXTRAS)]'
+	@touch $@
+
+$(LINTERS): $(INSTALLED)
+	$(PIP) --editable '.[lint]'
 	@touch $@

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import pallas_kernels
 from pallas_kernels import Projected, Residence, Selectable, Sizes, Store, Summaries, Token
@@ -13,12 +14,13 @@ B, T, N, K, S, D, P, M, J, L, C, X = 2, 8, 4, 2, 40, 16, 16, 3, 3, 2, 4, 2
 LAYER = jnp.asarray(0, jnp.int32)
 
 
+# From NumPy: `jnp.zeros` compiles a program per shape, in every process that collects tests.
 def floats(*shape):
-    return jnp.zeros(shape, jnp.float32)
+    return jnp.asarray(np.zeros(shape, np.float32))
 
 
 def ints(*shape):
-    return jnp.zeros(shape, jnp.int32)
+    return jnp.asarray(np.zeros(shape, np.int32))
 
 
 HOST = jax.device_put(floats(L, B * M, K, 2, P, D), jax.memory.Space.Host)

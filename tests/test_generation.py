@@ -55,10 +55,16 @@ def test_only_what_was_asked_for_is_recorded(model, tokens, without_type_checker
     gen = jax.eval_shape(lambda: nosa_jax.generate(model, tokens, LENGTHS, max_new_tokens=2, record="logits"))
     assert gen.logits.shape == (3, 2, 128)
     assert gen.block_ids is None and gen.fetched is None
+    gen = jax.eval_shape(lambda: nosa_jax.generate(model, tokens, LENGTHS, max_new_tokens=2, record=("fetched",)))
+    assert gen.logits is None and gen.block_ids is None and gen.fetched.shape == (2, 3, 2, 2)
     for nothing in (np.False_, ()):
         assert next(
             nosa_jax.stream(model, tokens, LENGTHS, max_new_tokens=NEW, cache=OFFLOADED, record=nothing)
         ).shape == (3,)
+
+
+@pytest.mark.slow
+def test_stream_records_only_what_was_asked_for(model, tokens):
     step = next(nosa_jax.stream(model, tokens, LENGTHS, max_new_tokens=NEW, cache=OFFLOADED, record=("fetched",)))
     assert step.logits is None and step.block_ids is None and step.fetched.shape == (2, 3, 2)
 

@@ -143,9 +143,11 @@ BACKWARD = ["block_unions", "block_inversion", "block_attention_dq", "block_atte
 HOPPER = ["nosa_1b", "nosa_3b", "nosa_8b", "nosa_8b_long", "nosa_8b_float16", "one_query"]
 
 
-@pytest.mark.parametrize(
-    "name", but_slow(SHAPES, "tiny", "nosa_3b", "nosa_8b_float16", "nosa_8b_float32", "group_of_4", "group_of_8")
-)
+# Those that are like another one of `SHAPES` but for a size or a dtype.
+ALIKE = ("tiny", "nosa_3b", "nosa_8b_float16", "nosa_8b_float32", "group_of_4", "group_of_8")
+
+
+@pytest.mark.parametrize("name", but_slow(SHAPES, *ALIKE))
 def test_block_attention(name):
     assert attention_kernels(SHAPES[name], "triton") == FORWARD + BACKWARD
 
@@ -171,8 +173,9 @@ def test_block_attention_takes_triton_elsewhere(name):
     assert attention_kernels(SHAPES[name]) == FORWARD + BACKWARD
 
 
-def test_block_scores(shape):
-    assert scores_kernels(shape) == ["block_scores_normaliser", "block_scores"]
+@pytest.mark.parametrize("name", but_slow(SHAPES, *ALIKE))
+def test_block_scores(name):
+    assert scores_kernels(SHAPES[name]) == ["block_scores_normaliser", "block_scores"]
 
 
 def test_select_blocks(shape):

@@ -167,7 +167,7 @@ def test_arguments_that_no_kernel_takes(name, changes, reason):
 
 
 def halves(**shapes):
-    return {name: jnp.zeros(shape, jnp.bfloat16) for name, shape in shapes.items()}
+    return {name: jnp.asarray(np.zeros(shape, jnp.bfloat16)) for name, shape in shapes.items()}
 
 
 WHOLE = halves(q=(B, S, N, D), k=(B, K, S, D), v=(B, K, S, D)) | {"bias": None, "block_ids": None, "positions": None}

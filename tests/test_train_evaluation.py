@@ -16,9 +16,12 @@ from nosa_jax import locality
 from nosa_jax.model import forward, with_attention
 from nosa_jax.train import Batch, Corpus, evaluate, measure_selection, mixture
 
-MODEL = lively_model(small_config())
 LENGTH = 200
 ROWS = random_tokens(2, LENGTH + 1, seed=4)
+
+
+def the_model():
+    return lively_model(small_config())  # made once, and not by workers that only collect this file
 
 
 def batch(rows=ROWS, mask=None, segment_ids=None):
@@ -27,7 +30,7 @@ def batch(rows=ROWS, mask=None, segment_ids=None):
 
 def nats(rows=ROWS):
     """Cross entropy of every target, by the logits of `forward`."""
-    logits = jax.nn.log_softmax(forward(MODEL, rows[:, :-1]).logits)
+    logits = jax.nn.log_softmax(forward(the_model(), rows[:, :-1]).logits)
     return -np.take_along_axis(np.asarray(logits), rows[:, 1:, None], -1)[..., 0]
 
 
@@ -41,7 +44,7 @@ def masks():
 
 def test_targets_weigh_the_same_whatever_their_batch():
     few, most = masks()
-    found = evaluate(MODEL, [batch(mask=few), batch(mask=most)], bytes_per_token=2.0)
+    found = evaluate(the_model(), [batch(mask=few), batch(mask=most)], bytes_per_token=2.0)
     losses = np.concatenate([nats()[few], nats()[most]])
     assert found.tokens == len(losses) and found.loss == pytest.approx(losses.mean(), rel=1e-5)
     assert found.bits_per_byte == pytest.approx(losses.mean() / np.log(2) / 2, rel=1e-5)
@@ -50,36 +53,36 @@ def test_targets_weigh_the_same_whatever_their_batch():
 
 def test_the_loss_by_position_is_of_equal_parts():
     few, most = masks()
-    found = evaluate(MODEL, [batch(mask=few), batch(mask=most)]).loss_by_position
+    found = evaluate(the_model(), [batch(mask=few), batch(mask=most)]).loss_by_position
     assert list(found) == [str(start) for start in range(0, 175, 25)]  # nothing counts from 175 on
     for start, mean in found.items():
         part = slice(int(start), int(start) + 25)
         losses = np.concatenate([nats()[:, part][mask[:, part]] for mask in (few, most)])
         assert mean == pytest.approx(losses.mean(), rel=1e-5)
-    short = evaluate(MODEL, [batch(ROWS[:, :4])]).loss_by_position
+    short = evaluate(the_model(), [batch(ROWS[:, :4])]).loss_by_position
     assert list(short) == ["0", "1", "2"]  # rows of three targets have no eight parts
 
 
 def test_text_a_source_and_batches_say_the_same():
     corpus = Corpus(ROWS[0], random_tokens(LENGTH * 4 + 1, seed=5), bytes_per_token=3.0)
-    by_text = evaluate(MODEL, corpus.heldout, batch_size=2, length=LENGTH)
+    by_text = evaluate(the_model(), corpus.heldout, batch_size=2, length=LENGTH)
     source = corpus.source(LENGTH)
-    by_source = evaluate(MODEL, source, batch_size=2)
-    by_batches = evaluate(MODEL, source.heldout(2))
+    by_source = evaluate(the_model(), source, batch_size=2)
+    by_batches = evaluate(the_model(), source.heldout(2))
     assert by_source.tokens == LENGTH * 4 and by_source.loss == pytest.approx(by_text.loss, rel=1e-6)
     assert by_source.bits_per_byte == pytest.approx(by_text.bits_per_byte / 3, rel=1e-6)
     assert by_batches.loss == by_source.loss and by_batches.bits_per_byte == pytest.approx(by_text.bits_per_byte)
-    assert evaluate(MODEL, source, batch_size=2, max_batches=1).tokens == LENGTH * 2
-    by_corpus = evaluate(MODEL, corpus, batch_size=2, length=LENGTH)
+    assert evaluate(the_model(), source, batch_size=2, max_batches=1).tokens == LENGTH * 2
+    by_corpus = evaluate(the_model(), corpus, batch_size=2, length=LENGTH)
     assert (by_corpus.loss, by_corpus.bits_per_byte) == (by_text.loss, pytest.approx(by_source.bits_per_byte))
     rows = corpus.heldout[:-1].reshape(4, LENGTH)
     windows = np.concatenate([rows, corpus.heldout[LENGTH::LENGTH, None]], axis=1)
     for same in (jnp.asarray(corpus.heldout), [windows[:2], jnp.asarray(windows[2:])]):
         sizes = {} if isinstance(same, list) else {"batch_size": 2, "length": LENGTH}
-        assert evaluate(MODEL, same, **sizes).loss == pytest.approx(by_text.loss, rel=1e-6)
-    assert evaluate(MODEL, batch()) == evaluate(MODEL, [batch()])
+        assert evaluate(the_model(), same, **sizes).loss == pytest.approx(by_text.loss, rel=1e-6)
+    assert evaluate(the_model(), batch()) == evaluate(the_model(), [batch()])
     mixed = mixture([(source, 1), (Corpus(ROWS[0], ROWS[0]).source(LENGTH), 3)])
-    in_bytes = evaluate(MODEL, mixed, batch_size=1)
+    in_bytes = evaluate(the_model(), mixed, batch_size=1)
     bytes_per_token = (801 * 3 + 201 * 1) / 1002  # by what each holds out, and not 1 : 3
     assert in_bytes.bits_per_byte == pytest.approx(in_bytes.loss / np.log(2) / bytes_per_token)
 
@@ -87,15 +90,15 @@ def test_text_a_source_and_batches_say_the_same():
 def test_what_cannot_be_evaluated_is_refused(without_type_checker):
     nothing = Corpus(ROWS[0], ROWS[0, :0]).source(LENGTH)
     with pytest.raises(ValueError, match="tokens: must hold held-out targets that count, got none"):
-        evaluate(MODEL, nothing, batch_size=2)
+        evaluate(the_model(), nothing, batch_size=2)
     with pytest.raises(ValueError, match="tokens: must hold held-out targets that count, got none"):
-        evaluate(MODEL, [batch(mask=np.zeros((2, LENGTH), bool))])
+        evaluate(the_model(), [batch(mask=np.zeros((2, LENGTH), bool))])
     with pytest.raises(TypeError, match="batch_size: must be given for this kind of text, got None"):
-        evaluate(MODEL, nothing)
+        evaluate(the_model(), nothing)
     with pytest.raises(TypeError, match="length: must be given"):
-        evaluate(MODEL, ROWS[0], batch_size=2)
+        evaluate(the_model(), ROWS[0], batch_size=2)
     with pytest.raises(ValueError, match="max_batches: must be"):
-        evaluate(MODEL, [batch()], max_batches=0)
+        evaluate(the_model(), [batch()], max_batches=0)
 
 
 SIZES = {"batch_size": 2, "length": LENGTH}
@@ -122,9 +125,9 @@ SIZES = {"batch_size": 2, "length": LENGTH}
 )
 def test_what_is_no_text_is_refused_by_name(tokens, options, message, without_type_checker):
     with pytest.raises((TypeError, ValueError), match=message):
-        evaluate(MODEL, tokens, **options)
+        evaluate(the_model(), tokens, **options)
     with pytest.raises(TypeError, match="model: must be a NosaLM"):
-        evaluate(MODEL.config, tokens, **options)
+        evaluate(the_model().config, tokens, **options)
 
 
 # --- How a model selects -------------------------------------------------------------------------------------------
@@ -132,9 +135,9 @@ def test_what_is_no_text_is_refused_by_name(tokens, options, message, without_ty
 
 @pytest.mark.slow
 def test_selections_are_those_of_the_last_tokens():
-    attention = MODEL.config.attention
-    found = measure_selection(MODEL, batch(), steps=90)
-    ids = forward(MODEL, ROWS[:1, :-1], logits="none", record=True).block_ids[..., -91:, :]
+    attention = the_model().config.attention
+    found = measure_selection(the_model(), batch(), steps=90)
+    ids = forward(the_model(), ROWS[:1, :-1], logits="none", record=True).block_ids[..., -91:, :]
     first = LENGTH - 91
     assert found.gamma == pytest.approx(float(locality.gamma(ids)[..., 1:].mean()), rel=1e-6)
     assert list(found.misses) == ["8", "10", "12", "16"]
@@ -142,8 +145,8 @@ def test_selections_are_those_of_the_last_tokens():
         expected = locality.replay_misses(ids, first, attention, int(slots))[..., 1:].mean()
         assert misses == pytest.approx(float(expected), rel=1e-6)
     assert found.misses["8"] > 0
-    whole = measure_selection(MODEL, batch(), steps=10_000)
-    assert whole == measure_selection(MODEL, batch(), steps=LENGTH) != found
+    whole = measure_selection(the_model(), batch(), steps=10_000)
+    assert whole == measure_selection(the_model(), batch(), steps=LENGTH) != found
     assert whole.bias_by_layer == found.bias_by_layer  # of all tokens in either case
 
 
@@ -152,14 +155,16 @@ def test_the_longest_document_counts_as_if_alone():
     documents = np.full((2, LENGTH), -1, np.int32)
     documents[0, :64], documents[0, 64:150] = 0, 1
     documents[1, :48], documents[1, 48:184] = 0, 3  # 136 tokens, then padding
-    packed = measure_selection(MODEL, batch(segment_ids=documents), steps=100)
+    packed = measure_selection(the_model(), batch(segment_ids=documents), steps=100)
     tokens = np.zeros((1, LENGTH), np.int32)
     tokens[0, :136] = ROWS[1, 48:184]
     alone = np.where(np.arange(LENGTH) < 136, 0, -1).astype(np.int32)[None]
-    assert packed == measure_selection(MODEL, Batch(tokens, tokens, None, alone), steps=100)
-    ids = forward(MODEL, tokens[:, :136], logits="none", record=True).block_ids[..., -101:, :]
+    assert packed == measure_selection(the_model(), Batch(tokens, tokens, None, alone), steps=100)
+    ids = forward(the_model(), tokens[:, :136], logits="none", record=True).block_ids[..., -101:, :]
     assert packed.gamma == pytest.approx(float(locality.gamma(ids)[..., 1:].mean()), rel=1e-6)
-    short = measure_selection(MODEL, batch(segment_ids=np.where(np.arange(LENGTH) < 64, documents, -1)), steps=100)
+    short = measure_selection(
+        the_model(), batch(segment_ids=np.where(np.arange(LENGTH) < 64, documents, -1)), steps=100
+    )
     # 64 tokens, fewer than the steps, are 4 blocks, all of which are selected: only new blocks are not kept.
     assert short.gamma == pytest.approx((60 + 1 / 2 + 2 / 3 + 3 / 4) / 63, rel=1e-6)
     assert set(short.misses.values()) == {0.0}
@@ -167,40 +172,40 @@ def test_the_longest_document_counts_as_if_alone():
 
 @pytest.mark.slow
 def test_the_bias_is_the_root_mean_square_of_the_importance():
-    scaled = with_attention(MODEL)
-    scaled.layers.attention.importance = jax.tree.map(jnp.zeros_like, MODEL.layers.attention.importance)
+    scaled = with_attention(the_model())
+    scaled.layers.attention.importance = jax.tree.map(jnp.zeros_like, the_model().layers.attention.importance)
     scaled.layers.attention.importance.A[...] = jnp.array([[3.0, 3.0], [1.0, 7.0]])
     found = measure_selection(scaled, batch()).bias_by_layer
     np.testing.assert_allclose(found, np.log(2) * np.array([3.0, 5.0]), rtol=1e-6)  # softplus(0) is ln 2
 
 
 def test_variants_without_selection_or_bias():
-    assert measure_selection(with_attention(MODEL, variant="full"), batch()) is None
-    assert measure_selection(with_attention(MODEL, variant="infllmv2"), batch()).bias_by_layer == []
-    assert measure_selection(MODEL, batch(segment_ids=np.full((2, LENGTH), -1))) is None
+    assert measure_selection(with_attention(the_model(), variant="full"), batch()) is None
+    assert measure_selection(with_attention(the_model(), variant="infllmv2"), batch()).bias_by_layer == []
+    assert measure_selection(the_model(), batch(segment_ids=np.full((2, LENGTH), -1))) is None
     with pytest.raises(ValueError, match="steps: must be"):
-        measure_selection(MODEL, batch(), steps=0)
+        measure_selection(the_model(), batch(), steps=0)
 
 
 def test_an_evaluation_holds_both_as_json():
-    found = evaluate(MODEL, [batch()], selection=True)
-    measured = dataclasses.asdict(measure_selection(MODEL, batch()))
+    found = evaluate(the_model(), [batch()], selection=True)
+    measured = dataclasses.asdict(measure_selection(the_model(), batch()))
     record = dataclasses.asdict(found)
     assert json.loads(json.dumps(record)) == record and measured.items() <= record.items()
-    assert evaluate(with_attention(MODEL, variant="full"), [batch()], selection=True).gamma is None
+    assert evaluate(with_attention(the_model(), variant="full"), [batch()], selection=True).gamma is None
 
 
 _MESHES = """
 import jax
 jax.config.update("jax_num_cpu_devices", 4)
-from test_train_evaluation import MODEL, batch, evaluate
+from test_train_evaluation import the_model, batch, evaluate
 from nosa_jax import parallel
 
-alone = evaluate(MODEL, [batch()], selection=True)
+alone = evaluate(the_model(), [batch()], selection=True)
 for axes in ({"data": 2, "fsdp": 2}, {"tensor": 2, "context": 2}):
     for explicit in (False, True):
         found = evaluate(
-            parallel.shard(MODEL, parallel.make_mesh(**axes, explicit=explicit)), [batch()], selection=True
+            parallel.shard(the_model(), parallel.make_mesh(**axes, explicit=explicit)), [batch()], selection=True
         )
         assert abs(found.loss - alone.loss) < 1e-5 * alone.loss, (axes, found)
         assert found.gamma == alone.gamma and found.misses == alone.misses, (axes, found)
@@ -215,11 +220,12 @@ jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 import dataclasses, json
 from jax.sharding import NamedSharding, PartitionSpec
-from test_train_evaluation import MODEL, batch, evaluate
+from test_train_evaluation import the_model, batch, evaluate
 from nosa_jax import parallel
 
 mesh = parallel.make_mesh(**json.loads(sys.argv[3]))
-model = jax.tree.map(parallel.from_host, jax.tree.map(jax.device_get, MODEL), parallel.shardings(MODEL, mesh))
+model = the_model()
+model = jax.tree.map(parallel.from_host, jax.tree.map(jax.device_get, model), parallel.shardings(model, mesh))
 rows = NamedSharding(mesh, PartitionSpec(parallel.ROWS, "context"))
 whole, placed = batch(), jax.tree.map(lambda leaf: parallel.from_host(leaf, rows), batch())
 for each in (whole, placed):
@@ -245,7 +251,7 @@ def test_two_processes_say_what_one_says(axes, free_address):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": Path(__file__).parent}
     runs = [subprocess.Popen([*command, str(process), json.dumps(axes)], **pipes) for process in range(2)]
     ends = [run.communicate(timeout=600) for run in runs]
-    alone, measured = evaluate(MODEL, [batch()]), measure_selection(MODEL, batch())
+    alone, measured = evaluate(the_model(), [batch()]), measure_selection(the_model(), batch())
     for out, err in ends:
         found = [json.loads(line.removeprefix("found ")) for line in out.splitlines() if line.startswith("found ")]
         assert len(found) == 2, err[-3000:]  # rows that every process has, and rows on the mesh

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from nosa_jax.train.data.source import Cut
 from nosa_jax.train.importance import Moments, explained, far_mass, merged, moments_of, regression
 
 
+@functools.cache
 def planted():
     """A dense model of one layer whose queries all look one way, in dimensions that RoPE hardly turns: who is attended
     to is a linear function of keys then, and so of values, both being one of the same vectors."""
@@ -26,9 +28,6 @@ def planted():
     model.layers.attention.qkv[...] *= jnp.array([0.1, 0.1, 1, 1])[:, None]  # of two query heads, the key, the value
     model.layers.attention.qkv_bias[...] = model.layers.attention.qkv_bias[...].at[:, :, :2, 12:16].set(2.0)
     return model
-
-
-MODEL = planted()
 
 
 def source(length=256, count=24, size=256, **options):
@@ -85,23 +84,23 @@ def test_regression_finds_a_planted_relation():
 
 
 def test_the_fit_makes_selection_follow_the_mass():
-    fitted, report = train.fit_importance(MODEL, source(), batches=6, batch_size=2, chunk=100)
+    fitted, report = train.fit_importance(planted(), source(), batches=6, batch_size=2, chunk=100)
     assert report.r2.shape == (1, 2) and report.r2.min() > 0.9
     # Of each row of 256 those count that are behind the sink and have a block of far queries: block 12 is the last.
     assert (report.tokens, report.checked_tokens) == (5 * 2 * 16 * 12, 2 * 16 * 12)
     importance = fitted.layers.attention.importance
     np.testing.assert_array_equal(importance.A[...], np.full((1, 2), 1e-4, np.float32))
     assert fitted.config.attention == dataclasses.replace(SMALL, variant="nosa")
-    assert fitted.embed[...] is MODEL.embed[...] and MODEL.layers.attention.importance is None
+    assert fitted.embed[...] is planted().embed[...] and planted().layers.attention.importance is None
 
     # What each token of the vocabulary is worth to the first head: the way that all its queries look, times its key.
-    key = MODEL.layers.attention.qkv[0, :, 0, 2]
-    worth = (MODEL.embed[...] / jnp.linalg.norm(MODEL.embed[...], axis=1)[:, None]) @ key
+    key = planted().layers.attention.qkv[0, :, 0, 2]
+    worth = (planted().embed[...] / jnp.linalg.norm(planted().embed[...], axis=1)[:, None]) @ key
     ranked = np.argsort(worth[:, 12:16].sum(1) + worth[:, 28:32].sum(1))
     tokens = ranked[random_tokens(16, 16, seed=9, vocab=96)]
     tokens[[4, 6, 9, 11]] = ranked[96:112]
     chosen = nosa_jax.with_attention(fitted, variant="dma")
-    for model, middle in ((chosen, [4, 6, 9, 11]), (nosa_jax.with_attention(MODEL, variant="dma"), [1, 2, 3, 4])):
+    for model, middle in ((chosen, [4, 6, 9, 11]), (nosa_jax.with_attention(planted(), variant="dma"), [1, 2, 3, 4])):
         ids = nosa_jax.forward(model, tokens.reshape(1, 256), record=True).block_ids[0, 0, 0, -1]
         assert ids.tolist() == [0, *middle, 13, 14, 15]
 
@@ -124,4 +123,4 @@ def test_the_fit_makes_selection_follow_the_mass():
 )
 def test_wrong_arguments_are_refused(options, error, message, without_type_checker):
     with pytest.raises(error, match=message):
-        train.fit_importance(MODEL, **{"source": source(), "batches": 2} | options)
+        train.fit_importance(planted(), **{"source": source(), "batches": 2} | options)

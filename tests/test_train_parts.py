@@ -25,7 +25,6 @@ from nosa_jax.train import (
     train_step,
 )
 
-MODEL = lively_model(small_config())
 TOKENS = random_tokens(2, 34)
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_fraction=0.0, clip_norm=0.1)
 
@@ -50,11 +49,12 @@ def step_of_parts(model, opt_state, skipped, tokens, *, patterns, parts, compute
 @pytest.mark.parametrize("x64", but_slow([False, True], True))
 def test_a_step_of_parts_is_the_step_at_once(x64):
     """Also where 64 bits are allowed: every array keeps its dtype."""
-    state, metrics = jax.jit(partial(train_step, optimizer=OPTIMIZER, steps=10))(init_state(MODEL, OPTIMIZER), TOKENS)
-    opt_state = as_optimizer(OPTIMIZER, 10).init(MODEL)
+    start = lively_model(small_config())
+    state, metrics = jax.jit(partial(train_step, optimizer=OPTIMIZER, steps=10))(init_state(start, OPTIMIZER), TOKENS)
+    opt_state = as_optimizer(OPTIMIZER, 10).init(start)
     with jax.enable_x64(x64):
         model, opt_state, skipped, loss = step_of_parts(
-            MODEL, opt_state, Skipped.none(), TOKENS, patterns="everything", parts=2
+            start, opt_state, Skipped.none(), TOKENS, patterns="everything", parts=2
         )
     np.testing.assert_allclose(loss, metrics["loss"], rtol=1e-6)
     assert skipped.total == 0
@@ -68,11 +68,12 @@ def test_a_step_of_parts_is_the_step_at_once(x64):
 @pytest.mark.slow
 def test_only_what_trains_changes():
     """Importance alone, in bfloat16: the rest keeps its bits, and importance goes where its own gradient says."""
-    trainable, _ = split(MODEL, "importance")
+    start = lively_model(small_config())
+    trainable, _ = split(start, "importance")
     opt_state = as_optimizer(OPTIMIZER, 10).init(trainable)
     model, opt_state, _, _ = step_of_parts(
-        MODEL, opt_state, Skipped.none(), TOKENS, patterns="importance", parts=1, compute_dtype="bfloat16"
+        start, opt_state, Skipped.none(), TOKENS, patterns="importance", parts=1, compute_dtype="bfloat16"
     )
-    before, after = by_name(MODEL), by_name(model)
+    before, after = by_name(start), by_name(model)
     assert {name for name in before if (before[name] != after[name]).any()} == set(by_name(trainable))
     assert set(by_name(opt_state[1].mu)) == set(by_name(trainable))
