@@ -87,7 +87,7 @@ def test_groups_and_chunks_read_what_one_pass_reads(model, tokens, cache, chunke
     state, logits = read()
     more, counts = random_tokens(3, 70, seed=8), np.array([70, 0, 33])
     grown, after = nosa_jax.extend(model, state, more, counts)
-    budget, for_more, rows = found.get((2, None), found[1, None]), 5_000_000, 2
+    budget, for_more, rows = found.get((2, None), found[1, None]), 5_500_000, 2
     if chunked:
         budget, for_more, rows = min(found.values()), 2_000_000, 1
     if not cache.offload:  # a group's copy of its rows is most of it
@@ -205,7 +205,7 @@ def test_the_working_set_of_many_rows_is_bounded():
     assert [plan.reading.rows for plan in plans] == [1, 1, 1] and plans[0].reading.chunk is None
     long = nosa_jax.plan(presets.nosa_8b(), 4, 131072)
     assert long.reading.chunk is not None and long.device["prefill"] <= DEFAULT_BYTES
-    assert nosa_jax.plan(presets.nosa_8b(), 64, 16384, prompt=512).reading.rows > 8
+    assert nosa_jax.plan(presets.nosa_8b(), 64, 16384, prompt=512).reading.rows > 2  # a copy of their slots counts
     huge = nosa_jax.plan(presets.nosa_8b(), 1, 2**23)  # more than the default, which only a budget of one's own forbids
     assert huge.reading == Reading(1, 256, huge.device["prefill"]) and huge.device["prefill"] > DEFAULT_BYTES
 
