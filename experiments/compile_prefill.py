@@ -26,8 +26,9 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 import nosa_jax
 from experiments.compile_for_h200 import TARGET
 from experiments.environment import save
-from nosa_jax import CacheConfig, NosaLM, decode, presets
+from nosa_jax import CacheConfig, NosaLM, presets
 from nosa_jax.cache.working_set import Limits
+from nosa_jax.decode.program import READING_OPTIONS
 from nosa_jax.decode.prompt import Prompt, read_prompt
 
 CONTEXT, NEW = 16384, 72
@@ -36,7 +37,7 @@ MOST = 1.1  # of the peak, that a plan may say
 HARMLESS = {"get-tuple-element", "parameter", "tuple", "while", "bitcast"}
 
 
-def compiled(config: Any, rows: int, cache: CacheConfig) -> Any:
+def compiled(config: Any, rows: int, cache: CacheConfig, chunk: int | None) -> Any:
     topology = topologies.get_topology_desc("h200", "cuda", target_config=TARGET, topology="1x1x1")
     sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
     device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
@@ -46,10 +47,10 @@ def compiled(config: Any, rows: int, cache: CacheConfig) -> Any:
     numbers = lambda *shape: placed(jax.ShapeDtypeStruct(shape, jnp.int32))
     prompt = Prompt(numbers(rows, CONTEXT), numbers(rows))
     # What `prefill` runs after its checks, which know the memory of this machine only.
-    prefill = functools.partial(read_prompt, max_length=CONTEXT + NEW, cache=cache, limits=Limits())
+    prefill = functools.partial(read_prompt, max_length=CONTEXT + NEW, cache=cache, limits=Limits(chunk))
     with jax.sharding.use_abstract_mesh(mesh):
         lowered = jax.jit(prefill).trace(model, prompt).lower(lowering_platforms=("cuda",))
-        return lowered.compile(compiler_options=decode.COMPILER_OPTIONS)
+        return lowered.compile(compiler_options=READING_OPTIONS)
 
 
 def writers(text: str) -> set[str]:
@@ -63,12 +64,12 @@ def writers(text: str) -> set[str]:
     return found
 
 
-def entry(preset: str, variant: Any, rows: int, cache: CacheConfig) -> dict[str, Any]:
+def entry(preset: str, variant: Any, rows: int, cache: CacheConfig, chunk: int | None = None) -> dict[str, Any]:
     config = getattr(presets, preset)(variant=variant)
-    program = compiled(config, rows, cache)
+    program = compiled(config, rows, cache, chunk)
     memory = program.memory_analysis()
     peak = memory.temp_size_in_bytes + memory.output_size_in_bytes + memory.argument_size_in_bytes
-    plan = nosa_jax.plan(config, rows, CONTEXT + NEW, cache, prompt=CONTEXT)
+    plan = nosa_jax.plan(config, rows, CONTEXT + NEW, cache, prompt=CONTEXT, chunk=chunk)
     return {
         "preset": preset, "variant": variant, "rows": rows, "slots": plan.slots, "peak": peak,
         "plan": plan.device_bytes, "plan_over_peak": round(plan.device_bytes / peak, 4),
@@ -80,8 +81,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="where the JSON goes")
     args = parser.parse_args()
-    runs = [(preset, "nosa", rows, CacheConfig()) for preset in ("nosa_1b", "nosa_8b") for rows in (1, 16, 64)]
+    runs: list[tuple[Any, ...]] = [
+        (preset, "nosa", rows, CacheConfig()) for preset in ("nosa_1b", "nosa_8b") for rows in (1, 16, 64)
+    ]
     runs += [("nosa_8b", variant, 16, CacheConfig(offload=False)) for variant in ("nosa", "full")]
+    runs += [("nosa_1b", "nosa", rows, CacheConfig(), 2048) for rows in (1, 16)]
     entries, bad = [], 0
     for run in runs:
         entries.append(entry(*run))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -184,7 +185,10 @@ class NosaLM(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*rest H"]) -> Float[Array, "*rest V"]:
         """float32 logits of hidden states after the final norm."""
-        return self.logits_by(self.head(), hidden)
+        if math.prod(hidden.shape[:-1]) != 1 or not current_device().is_gpu:
+            return self.logits_by(self.head(), hidden)
+        # XLA would multiply one row by a float32 copy of the whole matrix, made anew every time. Two rows it does not.
+        return self.logits_by(self.head(), jnp.stack([hidden, hidden]))[0]
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:

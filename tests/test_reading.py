@@ -36,8 +36,9 @@ def reading_more(state, width, budget):
     limits = Limits(None, budget)
     config = small_config()
     return plan_reading(
-        config, 3, width, state.num_blocks, dtype=jnp.float32, row_bytes=row_bytes, fresh=False, limits=limits
-    )
+        config, 3, width, state.num_blocks, dtype=jnp.float32, row_bytes=row_bytes, fresh=False,
+        offloaded=state.host is not None, limits=limits,
+    )  # fmt: skip
 
 
 def budgets(cache):
@@ -86,9 +87,9 @@ def test_groups_and_chunks_read_what_one_pass_reads(model, tokens, cache, chunke
     state, logits = read()
     more, counts = random_tokens(3, 70, seed=8), np.array([70, 0, 33])
     grown, after = nosa_jax.extend(model, state, more, counts)
-    budget, for_more, rows = found.get((2, None), found[1, None]), 4_200_000, 2
+    budget, for_more, rows = found.get((2, None), found[1, None]), 5_500_000, 2
     if chunked:
-        budget, for_more, rows = min(found.values()), 1_450_000, 1
+        budget, for_more, rows = min(found.values()), 2_000_000, 1
     if not cache.offload:  # a group's copy of its rows is most of it
         for_more, rows = budget + 60_000, 1
     part, of_part = read(working_set=budget)
@@ -204,7 +205,7 @@ def test_the_working_set_of_many_rows_is_bounded():
     assert [plan.reading.rows for plan in plans] == [1, 1, 1] and plans[0].reading.chunk is None
     long = nosa_jax.plan(presets.nosa_8b(), 4, 131072)
     assert long.reading.chunk is not None and long.device["prefill"] <= DEFAULT_BYTES
-    assert nosa_jax.plan(presets.nosa_8b(), 64, 16384, prompt=512).reading.rows > 8
+    assert nosa_jax.plan(presets.nosa_8b(), 64, 16384, prompt=512).reading.rows > 2  # a copy of their slots counts
     huge = nosa_jax.plan(presets.nosa_8b(), 1, 2**23)  # more than the default, which only a budget of one's own forbids
     assert huge.reading == Reading(1, 256, huge.device["prefill"]) and huge.device["prefill"] > DEFAULT_BYTES
 

@@ -211,7 +211,9 @@ def plan(
     width = max_length
     if prompt is not None:
         width = rounded(require_size("prompt", prompt, 1, max_length))
-    reading = plan_reading(config, batch, width, m, dtype=dtype, row_bytes=of_row, fresh=True, limits=limits)
+    reading = plan_reading(
+        config, batch, width, m, dtype=dtype, row_bytes=of_row, fresh=True, offloaded=slots is not None, limits=limits
+    )
     device["prefill"] = reading.bytes
 
     if slots is None or slots >= m:

@@ -62,6 +62,7 @@ def plan_reading(
     dtype: Any,
     row_bytes: int,
     fresh: bool,
+    offloaded: bool = True,
     limits: Limits = Limits(),
 ) -> Reading:
     """The largest groups of rows that fit the working set; where not even one row does, one row in chunks of tokens.
@@ -70,6 +71,7 @@ def plan_reading(
     num_blocks: blocks that a row may fill, new tokens included.
     row_bytes: what the state of a row takes on the device.
     fresh: whether the rows are empty before.
+    offloaded: whether the cache lives in host memory, so that the next layer is staged meanwhile.
     limits: a chunk of None leaves it open; a working set of None is DEFAULT_BYTES, or what one row needs where that is
         more.
     Raises ValueError where the working set is too small for one row.
@@ -80,10 +82,12 @@ def plan_reading(
     chunk = None if chunk is None or chunk >= width else chunk
 
     def size(rows: int, chunk: int | None) -> int:
-        staged = staged_blocks(num_blocks, width, config.attention.block_size, fresh=fresh and chunk is None)
+        whole = fresh and chunk is None
+        staged = staged_blocks(num_blocks, width, config.attention.block_size, fresh=whole)
         of_group = 0 if rows == batch else 3 * rows * row_bytes // 2  # a group works on a copy of its rows
         read = width if chunk is None else chunk
-        return of_group + _bytes(config, rows, read, staged, jnp.dtype(dtype).itemsize)
+        copies = 4 if offloaded and not whole else 2
+        return of_group + _bytes(config, rows, read, staged, copies, jnp.dtype(dtype).itemsize)
 
     if size(1, chunk) > limit and not given:
         tokens = width
@@ -102,17 +106,21 @@ def plan_reading(
     return Reading(rows, chunk, size(rows, chunk))
 
 
-def _bytes(config: ModelConfig, rows: int, width: int, staged: int, itemsize: int) -> int:
-    """What reading so many tokens of so many rows holds: a sum, fitted to programs that XLA compiled for an H100."""
+def _bytes(config: ModelConfig, rows: int, width: int, staged: int, copies: int, itemsize: int) -> int:
+    """What reading so many tokens of so many rows holds: a sum, fitted to programs that XLA compiled for an H100.
+
+    copies: of a staged layer, that of the next one included.
+    """
     attention = config.attention
     size, hidden, heads = attention.block_size, config.hidden_size, config.num_heads * config.head_dim
     tokens, kv_heads = rows * width, config.num_kv_heads
     layer = rows * staged * kv_heads * blocks.block_bytes(size, config.head_dim, itemsize)
     inner = min(tokens, MLP_TOKENS) * 3 * config.intermediate_size * itemsize
     scores = min(_SCORES_BYTES, 8 * tokens * kv_heads * staged)
-    # The residual stream twice at times, queries and outputs of attention; selections and who selected what.
-    by_token = itemsize * (3 * hidden // 2 + 2 * heads)
+    # The residual stream three times and a half where launches run side by side, queries and outputs of attention;
+    # selections and who selected what.
+    by_token = itemsize * (7 * hidden // 2 + 2 * heads)
     if attention.is_sparse:
         selected = attention.num_selected_blocks
         by_token += kv_heads * (4 * selected + min(staged, 8 * selected) + staged // 8)
-    return tokens * by_token + 2 * layer + inner + scores
+    return tokens * by_token + copies * layer + inner + scores

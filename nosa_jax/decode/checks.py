@@ -117,7 +117,7 @@ def check_working_set(model: NosaLM, state: DecodeState, width: int, limits: Lim
     rows, held = state.lengths.shape[0] // devices, device_bytes(state) // devices
     reading = plan_reading(
         model.config, rows, width, state.num_blocks,
-        dtype=model.embed.dtype, row_bytes=held // rows, fresh=False, limits=limits,
+        dtype=model.embed.dtype, row_bytes=held // rows, fresh=False, offloaded=state.host is not None, limits=limits,
     )  # fmt: skip
     remedy = "Lower working_set, or go on in place with jit_extend" if copies else "Lower working_set"
     if copies and state.host is not None and 2 * state.host.nbytes > (host := host_limit()).size:

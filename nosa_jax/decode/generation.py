@@ -17,7 +17,7 @@ from nosa_jax.attention import layout
 from nosa_jax.config import CacheConfig
 from nosa_jax.decode import checks
 from nosa_jax.decode.checks import Prompt
-from nosa_jax.decode.program import program
+from nosa_jax.decode.program import READING_OPTIONS, program
 from nosa_jax.decode.prompt import padded_prompt, read_prompt
 from nosa_jax.decode.request import Options, Request, as_options, as_request, max_length_of
 from nosa_jax.decode.sampling import Sampling, has_finite_best, sample
@@ -249,7 +249,7 @@ def _require_drawn(failed: np.ndarray, lengths: np.ndarray) -> None:
 Ends = tuple[Array, Array, Array]  # done, failed and lengths of a loop, which outlive its donation
 
 
-@program(static_argnames="options")
+@program(READING_OPTIONS, static_argnames="options")
 def _stream_start(model: NosaLM, request: Request, *, options: Options) -> tuple[Loop, Step, Ends]:
     loop, following = _start(model, request, options)
     return loop, following, (loop.done, loop.failed, loop.lengths)

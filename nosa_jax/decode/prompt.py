@@ -19,7 +19,7 @@ from nosa_jax.cache.working_set import Limits, as_limits, plan_reading, rounded
 from nosa_jax.config import CacheConfig
 from nosa_jax.decode import checks, widths
 from nosa_jax.decode.checks import Prompt
-from nosa_jax.decode.program import program
+from nosa_jax.decode.program import READING_OPTIONS, program
 from nosa_jax.decode.reading import read_groups
 from nosa_jax.decode.step import StepOutput, output_specs
 from nosa_jax.model import NosaLM
@@ -161,7 +161,8 @@ def _more(
     def body(model: NosaLM, state: DecodeState, tokens: Array, count: Array, logits: Array) -> State:
         reading = plan_reading(
             model.config, len(tokens), tokens.shape[1], state.num_blocks,
-            dtype=model.embed.dtype, row_bytes=device_bytes(state) // len(tokens), fresh=False, limits=limits,
+            dtype=model.embed.dtype, row_bytes=device_bytes(state) // len(tokens), fresh=False,
+            offloaded=state.host is not None, limits=limits,
         )  # fmt: skip
         state, out = read_groups(model, state, tokens, count, None, reading, fresh=False)
         return state, jnp.where((count > 0)[:, None], out.logits, logits)
@@ -175,11 +176,11 @@ def _more(
     )
 
 
-_read_more = program(static_argnames="limits")(_more)
-_read_more_in_place = program(static_argnames="limits", donate_argnames="state")(_more)
+_read_more = program(READING_OPTIONS, static_argnames="limits")(_more)
+_read_more_in_place = program(READING_OPTIONS, static_argnames="limits", donate_argnames="state")(_more)
 
 
-@program(static_argnames=("max_length", "pages", "cache", "limits"))
+@program(READING_OPTIONS, static_argnames=("max_length", "pages", "cache", "limits"))
 def read_prompt(
     model: NosaLM,
     prompt: Prompt,
@@ -205,7 +206,8 @@ def read_prompt(
         state = make(rooms)
         reading = plan_reading(
             config, prompt.batch, prompt.width, num_blocks,
-            dtype=dtype, row_bytes=device_bytes(state) // prompt.batch, fresh=True, limits=limits,
+            dtype=dtype, row_bytes=device_bytes(state) // prompt.batch, fresh=True,
+            offloaded=state.host is not None, limits=limits,
         )  # fmt: skip
         return read_groups(model, state, prompt.tokens, prompt.lengths, forced, reading, fresh=True)
 

@@ -147,16 +147,27 @@ def _read(
     place = state.lengths[:, None] + jnp.arange(n, dtype=jnp.int32)
     positions = jnp.where(jnp.arange(n) < count[:, None], place, -1)
 
-    def body(carry: tuple[Array, DecodeState], inputs: tuple[Layers, Array, Array | None]) -> tuple[Any, Any]:
-        x, state = carry
+    # A layer's blocks cross the link while the layer before it computes, where there is something to stage.
+    is_ahead = state.host is not None and not fresh
+
+    def stage(state: DecodeState, layer: Array) -> Array:
+        some = jnp.where(layer < config.num_layers, count, 0)  # nothing crosses after the last layer
+        return staging.stage(state, some, n, layer, fresh=fresh)
+
+    def body(carry: tuple[Any, ...], inputs: tuple[Layers, Array, Array | None]) -> tuple[Any, Any]:
+        x, state, staged = carry
         layer, index, forced = inputs
-        attend = lambda attention, x: _attend(config, attention, x, state, place, positions, forced, index, fresh)
+        staged, following = (staged, stage(state, index + 1)) if is_ahead else (stage(state, index), None)
+        attend = lambda attention, x: _attend(
+            config, attention, x, state, staged, place, positions, forced, index, fresh
+        )
         x, (state, last_ids) = layer.block(config, x, attend, mlp_tokens=MLP_TOKENS)
-        return (x, state), last_ids
+        return (x, state, following), last_ids
 
     indices = jnp.arange(config.num_layers, dtype=jnp.int32)
     inputs = (model.layers, indices, forced_block_ids)
-    (x, state), ids = jax.lax.scan(body, (model.embed[...][tokens], state), inputs)
+    carry = (model.embed[...][tokens], state, stage(state, indices[0]) if is_ahead else None)
+    (x, state, _), ids = jax.lax.scan(body, carry, inputs)
     last = jnp.maximum(count - 1, 0)
     hidden = model.final_norm(jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0])
     fetched = None if ids is None else jnp.zeros(ids.shape[:3], jnp.int32)
@@ -169,6 +180,7 @@ def _attend(
     attention: Attention,
     x: Float[Array, "B n H"],
     state: DecodeState,
+    staged: Float[Array, "B K m 2 P D"],
     place: Int32[Array, "B n"],
     positions: Int32[Array, "B n"],
     forced_block_ids: Int32[Array, "B K J"] | None,
@@ -181,6 +193,7 @@ def _attend(
     attention: of this layer.
     x: input of the layer's attention.
     state: of all layers, before the tokens.
+    staged: this layer's blocks on the device, before the tokens.
     place: positions of the tokens, padding counted on.
     positions: the same, -1 for padding.
     forced_block_ids: replace the selection of each row's last token.
@@ -192,7 +205,7 @@ def _attend(
     q, k, v, importance = attention.project(config, x, *rope.of_positions(config, place))
     count, width = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32), x.shape[1]
     state = summaries.append_tokens(config.attention, state, k, importance, count, layer)
-    staged = staging.write_tokens(state, staging.stage(state, count, width, layer, fresh=fresh), k, v, count)
+    staged = staging.write_tokens(state, staged, k, v, count)
     num_blocks = staged.shape[2]
     ids = last_ids = None
     if config.attention.is_sparse:

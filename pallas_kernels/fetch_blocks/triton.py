@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -10,7 +11,8 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import _backend
 
-_PROGRAMS = 8  # per row and KV head: enough to fill the link at any batch, few where a layer moves few blocks
+# In all, as they are needed to fill the link: any more take processors away from what runs beside them.
+_PROGRAMS = 32
 _WARPS = 8
 
 
@@ -67,9 +69,10 @@ def _move_kernel(layer, block_ids, slots, page_table, host, pool, *, move, progr
 def _call(host: Array, pool: Array, lists: tuple[Array, ...], layer: Array | None, *, fetch: bool) -> Array:
     """The pool where blocks are fetched, else the store, in place where that is donated. lists: table, ids, slots."""
     page_table, *listed = lists
-    programs = min(_PROGRAMS, _backend.next_power_of_two(listed[0].shape[-1]))
-    block_ids, slots = (_backend.pad_to_multiple(x, x.ndim - 1, programs, -1) for x in listed)
     lead = 1 if layer is not None else host.shape[0]
+    per_list = -(-_PROGRAMS // (lead * math.prod(pool.shape[1:3])))
+    programs = _backend.next_power_of_two(min(per_list, listed[0].shape[-1]))
+    block_ids, slots = (_backend.pad_to_multiple(x, x.ndim - 1, programs, -1) for x in listed)
     number = None if layer is None else jax.lax.reshape(layer, (1,))
     operands = (number, block_ids, slots, page_table, host, pool)
 
