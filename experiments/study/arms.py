@@ -25,6 +25,10 @@ TRAINED: dict[str, tuple[str, ...]] = {
     "all but importance": ("embed", "norm", "layers.mlp*", "layers.*norm*", "layers.attention.[qo]*"),
 }
 FIT_ROWS = 8  # of training text, for a start that is fitted
+# A at such a start. Steps of Adam are as long as the learning rate, so that a smaller A would change its sign in the
+# first of them, and the order of what is selected with it; and a start that is good may move slowly.
+FIT_SCALE = 0.02
+FIT_RATES = (("*importance.A", 2.0), ("*importance*", 5.0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,8 +140,7 @@ def started(dense: NosaLM, arm: Arm, size: Size, source: Source, seed: int) -> N
     if not model.config.attention.uses_importance:
         return model
     if arm.start == "fit":
-        # Without a bias the scale of A is only that of an order.
-        scale = 1e-6 if arm.trained == "all but importance" else 1e-4
+        scale = 1e-6 if arm.trained == "all but importance" else FIT_SCALE  # with so small an A there is no bias
         return train.fit_importance(model, source, batches=FIT_ROWS, chunk=128, scale=scale)[0]
     config = model.config
     drawn = Importance(config.num_layers, config.num_kv_heads, config.head_dim, rngs=nnx.Rngs(seed))
@@ -147,7 +150,9 @@ def started(dense: NosaLM, arm: Arm, size: Size, source: Source, seed: int) -> N
 
 def training(arm: Arm, size: Size, model: NosaLM, seed: int) -> TrainConfig:
     """The run of an arm; `seed` draws the order of the data, the same for all arms."""
-    rates = (("*importance*", size.importance_factor),) if model.config.attention.uses_importance else ()
+    rates = FIT_RATES if arm.start == "fit" else (("*importance*", size.importance_factor),)
+    if not model.config.attention.uses_importance or arm.trained == "all but importance":
+        rates = ()
     optimizer = OptimizerConfig(
         learning_rate=size.learning_rate, final_learning_rate=size.learning_rate / 10, schedule="cosine",
         weight_decay=0.0, learning_rate_multipliers=rates,

@@ -39,9 +39,10 @@ KEPT_ROWS = 2
 
 
 def jobs(names: list[str] | None, shard: tuple[int, int]) -> Iterator[tuple[Arm, int]]:
-    """The arms and seeds of one process; the seed 0 of all arms comes first."""
+    """The arms and seeds of one process; what has several seeds comes first."""
     chosen = [arm for arm in ARMS if names is None or arm.name in names]
     every = [(arm, seed) for seed in range(3) for arm in chosen if seed in arm.seeds]
+    every.sort(key=lambda job: -len(job[0].seeds))
     return iter(every[shard[0] :: shard[1]])
 
 
