@@ -75,7 +75,7 @@ GPU = Size(
     steps=250, batch_size=4, learning_rate=1e-4, importance_factor=50.0,
     documents=128, measured=16, decode_steps=192,
     tasks=("niah_single", "niah_multikey", "mqar", "variable_tracking", "extract_records"),
-    task_lengths=(2048, 4096, 8192), task_count=20, dtype=jnp.bfloat16,
+    task_lengths=(4096, 8192), task_count=20, dtype=jnp.bfloat16,
 )  # fmt: skip
 CPU = Size(
     length=512, block_size=16, stride=4,

@@ -46,10 +46,8 @@ def jobs(names: list[str] | None, shard: tuple[int, int]) -> Iterator[tuple[Arm,
     return iter(every[shard[0] :: shard[1]])
 
 
-def dense_of(size: Size, source: train.Source, model: Path | None) -> NosaLM:
-    """The dense model that all arms begin with, in float32."""
-    if model is not None:
-        return from_pretrained(model, variant="full")
+def small_dense(size: Size, source: train.Source) -> NosaLM:
+    """A dense model for a CPU, trained here on the text that the arms are continued on."""
     config = presets.tiny(variant="full")
     optimizer = OptimizerConfig(learning_rate=3e-3, schedule="cosine", weight_decay=0.0)
     run = TrainConfig(
@@ -79,13 +77,15 @@ def run_arm(dense: NosaLM, arm: Arm, seed: int, held: text.Text, tokenizer: Any,
         found["before"], _ = measure.quality_and_locality(cast(start, size.dtype), documents, size, arm.name)
     model = cast(model, size.dtype)
     found["after"], recorded = measure.quality_and_locality(model, documents, size, arm.name)
-    found["tasks"] = measure.answers(model, tokenizer, size)
     if arm.name == "nosa":
         found["other_bias"] = measure.without_exact_bias(model, documents)
     if seed == 0 and arm.name in RECORDED and recorded is not None:
         measure.first_rows(recorded, KEPT_ROWS).save(output / f"selections-{arm.name}.npz")
     found["seconds"] = round(time.perf_counter() - begin, 1)
     write_json(arm_file(output, arm, seed), found)
+    if seed == 0:
+        found["tasks"] = measure.answers(model, tokenizer, size)
+        write_json(arm_file(output, arm, seed), found)
     print(f"{arm.name}, seed {seed}: loss {np.mean(found['after']['losses']):.4f}, {found['seconds']} s", flush=True)
 
 
@@ -141,11 +141,12 @@ def main(arguments: list[str] | None = None) -> None:
     size, real = SIZES[args.size], args.size == "gpu"
     index, count = (int(part) for part in args.shard.split("/"))
     (args.output / "arms").mkdir(parents=True, exist_ok=True)
-    tokenizer = load_tokenizer(args.model) if real else None
+    dense = from_pretrained(args.model, variant="full") if real else None
+    tokenizer = None if dense is None else load_tokenizer(args.model, dense.config.vocab_size)
     held = study_text(size, tokenizer)
     if index == 0:
         write_json(args.output / "text.json", describe(held, size))
-    dense = dense_of(size, held.source, args.model if real else None)
+    dense = small_dense(size, held.source) if dense is None else dense
     for arm, seed in jobs(args.arms, (index, count)):
         if not arm_file(args.output, arm, seed).exists():
             run_arm(dense, arm, seed, held, tokenizer, size, args.output)
