@@ -65,5 +65,5 @@ def load_model(
         model = nosa_jax.from_pretrained(folder, variant=variant, attention=attention)
         return model, hf.load_tokenizer(folder, model.config.vocab_size)
     config, tokenizer = small(variant=variant or "nosa", **(attention or {})), hf.ByteTokenizer()
-    run = train.TrainConfig(config, steps=steps, batch_size=4, length=384)
+    run = train.TrainConfig(config, steps=steps, batch_size=4, length=256)
     return train.train(run, training_text(tokenizer, config, run.length), progress=False).model, tokenizer

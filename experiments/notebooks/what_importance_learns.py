@@ -44,9 +44,9 @@ from nosa_jax import locality, train
 MODEL = os.environ.get("NOSA_NOTEBOOK_MODEL")
 ATTENTION = json.loads(os.environ.get("NOSA_NOTEBOOK_ATTENTION", "{}"))
 OUTPUT = Path(os.environ.get("NOSA_NOTEBOOK_OUTPUT", "runs/notebooks")) / "what_importance_learns"
-LENGTH = 2048 if MODEL else 512  # tokens of a row, for fitting and training
+LENGTH = 2048 if MODEL else 384  # tokens of a row, for fitting and training
 PROMPT, NEW = (2048, 256) if MODEL else (512, 128)  # of the text that is looked at
-STEPS, BATCH, RATE = (20, 1, 1e-2) if MODEL else (60, 4, 3e-2)  # of training importance alone
+STEPS, BATCH, RATE = (20, 1, 1e-2) if MODEL else (40, 4, 3e-2)  # of training importance alone
 OUTPUT.mkdir(parents=True, exist_ok=True)
 
 # %%
@@ -54,8 +54,6 @@ loaded, tokenizer = common.load_model(MODEL, ATTENTION, variant=None if MODEL el
 dense = nosa_jax.with_attention(loaded, variant="full")
 source = common.training_text(tokenizer, dense.config, LENGTH)
 texts = common.heldout_texts(tokenizer, 3, PROMPT + NEW)
-if not MODEL:  # from here on compiling takes longer than running
-    jax.config.update("jax_disable_most_optimizations", True)
 
 # %% [markdown]
 # ## Before training
@@ -67,7 +65,7 @@ if not MODEL:  # from here on compiling takes longer than running
 models = {"untrained": nosa_jax.with_attention(dense, variant="nosa")}
 if loaded.config.attention.uses_importance:
     models["as loaded"] = loaded
-importance = locality.token_importance(models["untrained"], texts)
+importance = locality.token_importance(models["untrained"], texts[:1])
 importance.shape, np.abs(importance).max()
 
 # %% [markdown]
@@ -106,6 +104,10 @@ for name, start in (("trained from zero", "untrained"), ("trained from the fit",
     models[name] = result.model
     first, *_, last = (record["loss"] for record in result.history)
     print(f"{name}: loss of the first batch {first:.3f}, of the last {last:.3f}")
+
+# %%
+if not MODEL:  # from here on compiling takes longer than running
+    jax.config.update("jax_disable_most_optimizations", True)
 
 # %% [markdown]
 # Batches differ, so judge by texts that were held out. `dense` is what the same weights reach when they read
