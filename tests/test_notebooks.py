@@ -55,6 +55,7 @@ def test_texts_to_judge_by_are_never_trained_on(monkeypatch):
 def test_the_script_runs(name, tmp_path):
     """As a program of its own, started elsewhere; pictures need no display."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("NOSA_NOTEBOOK")}
+    environment.pop("JAX_DISABLE_MOST_OPTIMIZATIONS", None)  # as users run it: steps of training count
     environment |= {"NOSA_NOTEBOOK_OUTPUT": str(tmp_path), "MPLBACKEND": "agg"}
     command = [sys.executable, "-W", "error::DeprecationWarning:__main__", str(convert.FOLDER / f"{name}.py")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=550)

@@ -88,6 +88,10 @@ print(fit.r2.round(3))
 #
 # `trainable="importance"` leaves all other weights as they are: what changes below is due to importance. Once from
 # zero, as the paper has it, and once from the fit. (Few steps and one rate, chosen to show something in seconds.)
+#
+# Mind that Adam's first steps move every number by about the rate: where that is more than the fitted `A`, its sign may
+# turn over, and the order of tokens with it. A correlation near -1 further below shows that; a larger `scale` of the
+# fit or a smaller rate makes it less likely.
 
 # %%
 config = train.TrainConfig(
