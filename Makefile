@@ -18,17 +18,20 @@ ASK_VERSION := import sys, venv, ensurepip; print("%d%02d" % sys.version_info[:2
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint format clean
+.PHONY: help setup demo notebooks test test-all lint format clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
-		printf '  make %-8s %s\n' "$$name" "$$text"; \
+		printf '  make %-9s %s\n' "$$name" "$$text"; \
 	done
 
 setup: $(INSTALLED) ## make .venv with the package and everything its tests need
 
 demo: $(INSTALLED) ## train and run a tiny model, and show what its cache does
 	$(BIN)/nosa demo
+
+notebooks: $(INSTALLED) ## make the .ipynb of experiments/notebooks from their scripts
+	$(BIN)/python -m experiments.notebooks.convert
 
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 

@@ -52,6 +52,9 @@ def test_tables_show_spreads(reports):
     both = locality.comparison_table({"pooled": locality.pool(reports), "first": reports[0]}).splitlines()
     assert both[1].split("gamma")[1].split() == [*cell.split(), f"{gammas[0]:.3f}"]
     assert len({len(line) for line in both}) == 1
+    unknown = [dataclasses.replace(report, steps_away=np.full_like(report.gamma, np.nan)) for report in reports]
+    (line,) = (line for line in str(locality.pool(unknown)).splitlines() if line.startswith("steps away"))
+    assert line.split()[-1] == "-" and "±" not in line  # nothing to measure, and no spread of it
     alone = str(locality.pool(reports[:1]))
     assert "±" not in alone and alone == locality.comparison_table({"nosa": reports[0]})
     assert locality.pool(reports)._repr_html_().startswith("<pre>")
@@ -144,10 +147,10 @@ def test_a_recording_keeps_the_importance_of_what_was_read(monkeypatch):
         return np.zeros((config.num_layers, 1, config.num_kv_heads, tokens.shape[1]), np.float32)
 
     monkeypatch.setattr(recording, "token_importance", importance)
-    recorded = locality.record(model, np.arange(5, dtype=np.int32), 3, chunk=4, importance=True)
+    recorded = locality.record(model, np.arange(5, dtype=np.int32), 3, chunk=4, importance=True, label="mine")
     # 9 was drawn last and never read.
     assert seen == [([[0, 1, 2, 3, 4, 7, 8]], 4)] and recorded.importance.shape == (2, 1, 2, 7)
-    assert recorded.positions.tolist() == [[4, 5, 6]]
+    assert recorded.positions.tolist() == [[4, 5, 6]] and recorded.label == "mine"
 
 
 IMPORTANCE = np.array([[[0, 4, 0, 4, 2, np.nan], [5, 5, 5, 5, 5, np.nan]]], np.float32)  # of one layer and two heads

@@ -88,7 +88,9 @@ def test_the_released_8b_model():
     assert plan.block_bytes == 32 * 2**10
     assert plan.device["weights"] == pytest.approx(16.4e9, rel=0.01)
     assert plan.misses_per_step == pytest.approx(3.58)
-    assert "tokens/s" in str(plan)
+    assert "tokens/s" in str(plan) and f"host memory             {plan.host_bytes / 1e9:.3f} GB\n" in str(plan)
+    tiny = nosa_jax.plan(presets.tiny(), 1, 512, CacheConfig(slots=8))
+    assert f"host memory             {tiny.host_bytes / 1e6:.3f} MB\n" in str(tiny)  # not 0.000 GB
     assert plan.to_dict()["tokens_per_second"] == plan.tokens_per_second
 
 

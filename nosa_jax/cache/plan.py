@@ -131,11 +131,13 @@ class Plan:
     def __str__(self) -> str:
         where = "all on the device" if self.slots is None else f"{self.slots} of {self.num_blocks} blocks on the device"
         alike = self.pages in (0, self.batch * self.num_blocks)
+        unit, symbol = (GB, "GB") if self.host_bytes + self.device_bytes >= GB else (10**6, "MB")
+        size = lambda count: f"{count / unit:.3f} {symbol}"
         rows = [
             ("batch x context", f"{self.batch} x {'' if alike else 'at most '}{self.max_length} tokens, {where}"),
-            ("host memory", f"{self.host_bytes / GB:.3f} GB"),
-            *((f"device: {part}", f"{size / GB:.3f} GB") for part, size in self.device.items()),
-            ("device memory", f"{self.device_bytes / GB:.3f} GB"),
+            ("host memory", size(self.host_bytes)),
+            *((f"device: {part}", size(count)) for part, count in self.device.items()),
+            ("device memory", size(self.device_bytes)),
             ("fetched blocks", f"{self.misses_per_step:.2f} per step, layer, KV head and row (expected)"),
             ("PCIe per token", f"{self.pcie_bytes_per_token / 2**20:.3f} MiB"),
             ("HBM per token", f"{self.hbm_bytes_per_token / 2**20:.3f} MiB"),

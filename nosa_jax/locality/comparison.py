@@ -153,4 +153,4 @@ def comparison_table(reports: Mapping[str, LocalityReport | PooledReports]) -> s
 
 def _cell(values: np.ndarray, spec: str) -> str:
     mean, deviation = float(_mean(values)), float(_deviation(values))
-    return number(mean, spec) + ("" if len(values) == 1 else f" ±{number(deviation, spec)}")
+    return number(mean, spec) + ("" if len(values) == 1 or np.isnan(mean) else f" ±{number(deviation, spec)}")

@@ -39,6 +39,7 @@ def record(
     *,
     chunk: int | None = None,
     importance: bool = False,
+    label: str = "",
 ) -> Selections:
     """Decodes one row and records what every step selects, the cache in host memory.
 
@@ -48,9 +49,11 @@ def record(
         token that the model finds likeliest.
     chunk: tokens of the prompt read at once; None reads all of them. Less needs less memory.
     importance: keep the importance of each token that was read, too (`Selections.importance`). They are read once more.
+    label: the method's name in tables and figures; empty means the variant's name.
     Raises ValueError or TypeError for what `nosa_jax.generate` refuses, for a `full` model, which selects nothing, and
     for the importance of a variant that has none.
     """
+    require_type("label", label, str, "Name the method.")
     if require_bool("importance", importance):
         require_importance(model)  # before the row is decoded
     generation = generate(
@@ -64,7 +67,7 @@ def record(
     )
     jax.block_until_ready(generation)
     recorded = Selections.from_generation(
-        generation, np.asarray([len(prompt)]), config=model.config, itemsize=model.embed.dtype.itemsize
+        generation, np.asarray([len(prompt)]), config=model.config, itemsize=model.embed.dtype.itemsize, label=label
     )
     if not importance:
         return recorded
