@@ -73,7 +73,7 @@ GPU = Size(
     length=8192, block_size=64, stride=16,
     budgets={"quarter": Budget(32, 1, 9, 8), "eighth": Budget(16, 1, 5, 4), "half": Budget(64, 1, 17, 15)},
     steps=250, batch_size=4, learning_rate=1e-4, importance_factor=50.0,
-    documents=128, measured=16, decode_steps=192,
+    documents=128, measured=8, decode_steps=192,
     tasks=("niah_single", "niah_multikey", "mqar", "variable_tracking", "extract_records"),
     task_lengths=(4096, 8192), task_count=20, dtype=jnp.bfloat16,
 )  # fmt: skip

@@ -32,7 +32,7 @@ from nosa_jax.hf import load_tokenizer
 from nosa_jax.train import OptimizerConfig, TrainConfig
 
 HELD_OUT = 0.25
-DOCUMENTS_PER_PACKAGE = 4
+DOCUMENTS_PER_PACKAGE = 6
 CHARACTERS = 400_000  # of each package
 RECORDED = ("infllmv2", "nosa", "dma")  # whose selections of seed 0 are kept
 KEPT_ROWS = 2

@@ -1,0 +1,167 @@
+"""The tables and figures of a run of the study, from the files that `experiments.study.run` wrote.
+
+    python -m experiments.study.tables runs/study --output experiments/results/study_h100.json
+
+Beside the JSON come NAME_quality.png (what each pool costs, and what each variant loses) and NAME_position.png (loss by
+position in the document). Differences between arms are of the same documents and, for trained models, of the same
+seed; their intervals, 95 %, are by paired bootstrap over documents.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float64
+
+from experiments.study import figures
+
+SAMPLES = 10_000  # of the bootstrap
+# Parts of a document, of 16, by where they begin and end.
+RANGES = {"all": (0, 16), "first quarter": (0, 4), "second quarter": (4, 8), "second half": (8, 16), "end": (12, 16)}
+BASE = "infllmv2"
+
+Losses = Float64[np.ndarray, "documents parts"]
+
+
+def read(folder: Path) -> dict[str, dict[int, dict[str, Any]]]:
+    """The files of the arms, by name and seed. Raises FileNotFoundError where there is none."""
+    found: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
+    for file in sorted((folder / "arms").glob("*.json")):
+        entry = json.loads(file.read_text())
+        found[entry["arm"]][entry["seed"]] = entry
+    if not found:
+        raise FileNotFoundError(f"{folder / 'arms'}: must hold results, got none. Run experiments.study.run first.")
+    return dict(found)
+
+
+def interval(difference: Losses) -> list[float]:
+    """Mean difference over documents and the 95 % interval of a bootstrap over them."""
+    by_document = difference.mean(1)
+    drawn = np.random.default_rng(0).integers(0, len(by_document), (SAMPLES, len(by_document)))
+    low, high = np.percentile(by_document[drawn].mean(1), [2.5, 97.5])
+    return [round(float(x), 5) for x in (by_document.mean(), low, high)]
+
+
+def by_range(losses: Losses) -> dict[str, float]:
+    return {name: round(float(losses[:, slice(*ends)].mean()), 5) for name, ends in RANGES.items()}
+
+
+def compared(arms: Mapping[str, Mapping[int, Any]], name: str, other: str, when: str) -> dict[str, Any] | None:
+    """How much more an arm loses than another, mean over the seeds that both have; None where there is none."""
+    seeds = sorted(set(arms[name]) & set(arms.get(other, ())))
+    pairs = [(arms[name][seed].get(when), arms[other][seed].get(when)) for seed in seeds]
+    differences = [np.array(one["losses"]) - np.array(two["losses"]) for one, two in pairs if one and two]
+    if not differences:
+        return None
+    whole = np.mean(differences, axis=0)
+    return {"seeds": len(differences)} | {name: interval(whole[:, slice(*ends)]) for name, ends in RANGES.items()}
+
+
+def spread(values: Sequence[float]) -> list[float | None]:
+    """Mean, and the sample standard deviation, None where there is but one."""
+    deviation = round(float(np.std(values, ddof=1)), 5) if len(values) > 1 else None
+    return [round(float(np.mean(values)), 5), deviation]
+
+
+def over_seeds(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Losses by range and numbers of locality: mean and spread over seeds."""
+    losses = [by_range(np.array(entry["losses"])) for entry in entries]
+    found: dict[str, Any] = {"loss": {name: spread([one[name] for one in losses]) for name in RANGES}}
+    measured = [entry["locality"] for entry in entries if "locality" in entry]
+    if measured:
+        for name, first in measured[0].items():
+            values = [one[name] for one in measured]
+            found[name] = (
+                {key: spread([value[key] for value in values]) for key in first}
+                if isinstance(first, dict)
+                else spread(values)
+            )
+    return found
+
+
+def other_of(name: str, arms: Mapping[str, Any]) -> str:
+    """InfLLMv2 with the same budget, where that was run."""
+    _, _, rest = name.partition(", ")
+    return f"{BASE}, {rest}" if f"{BASE}, {rest}" in arms else BASE
+
+
+def summary(arms: Mapping[str, Mapping[int, Any]]) -> dict[str, Any]:
+    """By arm, before and after training: losses, locality, differences to InfLLMv2 and to `full`; tasks, biases."""
+    found: dict[str, Any] = {}
+    for name, by_seed in arms.items():
+        entry: dict[str, Any] = {"seeds": sorted(by_seed), "attention": by_seed[min(by_seed)]["attention"]}
+        for when in ("before", "after"):
+            measured = [one[when] for one in by_seed.values() if when in one]
+            if not measured:
+                continue
+            entry[when] = over_seeds(measured)
+            for other in (other_of(name, arms), "full"):
+                if other != name and (difference := compared(arms, name, other, when)):
+                    entry[when][f"less {other}"] = difference
+        biases = [one["other_bias"] for one in by_seed.values() if "other_bias" in one]
+        if biases:
+            entry["other_bias"] = {
+                kind: {part: spread([by_range(np.array(one[kind]))[part] for one in biases]) for part in RANGES}
+                for kind in biases[0]
+            }
+        tasks = [one["tasks"] for one in by_seed.values() if one.get("tasks")]
+        if tasks:
+            entry["tasks"] = [
+                {"task": row["task"], "length": row["length"], "count": row["count"], "exact": row["forced_exact"],
+                 "log_likelihood_per_token": row["log_likelihood_per_token"]}
+                for row in tasks[0]
+            ]  # fmt: skip
+        found[name] = entry
+    return found
+
+
+def markdown(table: Mapping[str, Any]) -> str:
+    """The trained arms, one line each."""
+    lines = [
+        "| | seeds | loss | end | less InfLLMv2 | at the end | gamma | fetched at J, 1.25 J, 1.5 J, 2 J |",
+        "|" + "---|" * 8,
+    ]
+    for name, entry in table.items():
+        after = entry["after"]
+        difference = next((value for key, value in after.items() if key.startswith(f"less {BASE}")), None)
+        gap = (
+            [f"{x[0]:+.4f} ({x[1]:+.4f} to {x[2]:+.4f})" for x in (difference["all"], difference["end"])]
+            if difference
+            else ["", ""]
+        )
+        gamma = f"{after['gamma'][0]:.3f}" if "gamma" in after else ""
+        fetched = ", ".join(f"{value[0]:.2f}" for value in after.get("misses", {}).values())
+        loss = [f"{after['loss'][part][0]:.4f}" for part in ("all", "end")]
+        lines.append(f"| {' | '.join([name, str(len(entry['seeds'])), *loss, *gap, gamma, fetched])} |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="the OUTPUT of experiments.study.run")
+    parser.add_argument("--output", type=Path, required=True, help="where the JSON goes; pictures come beside it")
+    args = parser.parse_args(arguments)
+    arms = read(args.folder)
+    table = summary(arms)
+    first = next(iter(arms.values()))
+    text = json.loads((args.folder / "text.json").read_text())
+    result = {"environment": first[min(first)]["environment"], "text": text, "arms": table}
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(result, indent=1) + "\n")
+    print(markdown(table))
+    stem = args.output.with_suffix("")
+    figures.quality(table, stem.with_name(f"{stem.name}_quality.png"))
+    figures.position(
+        {name: [np.array(one["after"]["losses"]) for one in by_seed.values()] for name, by_seed in arms.items()},
+        stem.with_name(f"{stem.name}_position.png"),
+    )
+
+
+if __name__ == "__main__":
+    main()
