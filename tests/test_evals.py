@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from support import OFFLOADED, lively_model, small_config
 
+import nosa_jax
 from nosa_jax import evals
 from nosa_jax.evals.batches import like_lengths, stacked
 from nosa_jax.evals.evaluation import judge
@@ -273,6 +274,22 @@ def test_what_is_not_asked_for_is_not_measured(cheating):
     assert table.plot() and evals.evaluate(model, BYTES, generation=False, **options).plot()
 
 
+def test_prompts_are_read_as_is_asked_for(monkeypatch):
+    asked = []
+
+    def generate(model, tokens, lengths, *, max_new_tokens, dense, **_):
+        asked.append(dense)
+        return nosa_jax.Generation(np.zeros((len(tokens), max_new_tokens), np.int32), np.ones(len(tokens), np.int32))
+
+    monkeypatch.setattr("nosa_jax.evals.scoring.generate", generate)
+    monkeypatch.setattr("nosa_jax.evals.evaluation.score_answers", None)  # dense prompts are not scored so
+    options = {"tasks": ("mqar",), "lengths": (800,), "count": 1, "progress": False}
+    table = evals.evaluate(lively_model(small_config()), BYTES, prefill="dense", **options)
+    evals.evaluate(lively_model(small_config()), BYTES, teacher_forcing=False, **options)
+    assert asked == [True, False] and table.settings["prefill"] == "dense"
+    assert table.rows[0]["log_likelihood"] is None
+
+
 def test_data_frames(cheating):
     pandas = pytest.importorskip("pandas")
     table = evals.evaluate(lively_model(small_config()), BYTES, ("mqar",), (800,), count=1, progress=False)
@@ -345,6 +362,9 @@ def test_refusals_of_make(options, message, without_type_checker):
         ({"chunk": 0}, "chunk: must be >= 1"),
         ({"cache": 3}, "cache: must be a CacheConfig"),
         ({"generation": False, "teacher_forcing": False}, "generation: or teacher_forcing must be True"),
+        ({"prefill": "full"}, "prefill: must be 'sparse' or 'dense'"),
+        ({"prefill": "dense", "teacher_forcing": True}, "teacher_forcing: must be False with prefill="),
+        ({"prefill": "dense", "generation": False}, "generation: or teacher_forcing must be True"),
         ({"difficulty": {"kv_json": {}}}, "difficulty: must be by tasks that are asked for"),
         ({"difficulty": {"mqar": {"keys": 1}}}, "difficulty: must name options of mqar"),
         ({"chat": True}, "template: must be given, as the model comes without a chat template"),

@@ -101,6 +101,22 @@ def test_groups_and_chunks_read_what_one_pass_reads(model, tokens, cache, chunke
     same_state(part, grown)
 
 
+@pytest.mark.parametrize("chunk", [None, pytest.param(128, marks=pytest.mark.slow)])
+def test_dense_prompts_are_read_as_full_reads_them(model, tokens, chunk):
+    """What they leave behind is the variant's: decoding goes on sparse, with what each row's last token selected."""
+    rooms = {"max_length": ROOM, "cache": OFFLOADED, "chunk": chunk}
+    state, logits = nosa_jax.prefill(model, tokens, LENGTHS, dense=True, **rooms)
+    full = nosa_jax.with_attention(model, variant="full")
+    _, expected = nosa_jax.prefill(full, tokens, LENGTHS, max_length=ROOM, cache=CacheConfig(offload=False))
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+    sparse, others = nosa_jax.prefill(model, tokens, LENGTHS, **rooms)
+    assert float(jnp.abs(logits - others).max()) > 1e-3
+    # The first layer sees the same tokens either way, so it selects the same blocks.
+    np.testing.assert_array_equal(state.table.blocks[0], sparse.table.blocks[0])
+    _, after = nosa_jax.jit_decode_step(model, state, jnp.zeros(3, jnp.int32))
+    assert bool(jnp.isfinite(after).all())
+
+
 @pytest.mark.slow
 def test_what_must_not_be_gone_on_from_is_nan_under_jit(model, tokens):
     """Rows without room for their tokens, and ids out of the vocabulary, read whole or in chunks."""

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from nosa_jax.config import ModelConfig
 from pallas_kernels import blocks
-from pallas_kernels.checks import bad_value, require_int
+from pallas_kernels.checks import bad_value, require_bool, require_int
 
 DEFAULT_BYTES = 2 * 2**30
 MLP_TOKENS = 8192  # that go through the MLP at once: enough to keep a large GPU busy
@@ -18,17 +18,20 @@ _SCORES_BYTES = 2**28  # of queries that select, or attend, at the same time
 
 
 class Limits(NamedTuple):
-    """How prompts are read. chunk: tokens of a row at once. working_set: bytes held meanwhile. None for the default."""
+    """How prompts are read. chunk: tokens of a row at once. working_set: bytes held meanwhile. None for the default.
+    dense: whether their tokens attend to all before them, whatever the variant."""
 
     chunk: int | None = None
     working_set: int | None = None
+    dense: bool = False
 
 
-def as_limits(chunk: Any, working_set: Any) -> Limits:
+def as_limits(chunk: Any, working_set: Any, dense: Any = False) -> Limits:
     """Raises ValueError or TypeError for what is neither None nor a number that can be."""
     chunk = None if chunk is None else require_int("chunk", chunk, 1, "must be an int >= 1 or None")
     rule = "must be a number of bytes >= 1 or None"
-    return Limits(chunk, None if working_set is None else require_int("working_set", working_set, 1, rule))
+    working_set = None if working_set is None else require_int("working_set", working_set, 1, rule)
+    return Limits(chunk, working_set, require_bool("dense", dense))
 
 
 def rounded(count: int) -> int:
@@ -76,7 +79,7 @@ def plan_reading(
         more.
     Raises ValueError where the working set is too small for one row.
     """
-    chunk, budget = limits
+    chunk, budget = limits.chunk, limits.working_set
     limit = DEFAULT_BYTES if budget is None else budget
     given = chunk is not None
     chunk = None if chunk is None or chunk >= width else chunk

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 from nosa_jax import CacheConfig, evals, train
 from nosa_jax._extras import require_extras
@@ -51,6 +52,8 @@ class Eval:
     """Examples that are read together; default: at most 16 and 65536 tokens."""
     chunk: int | None = None
     """Tokens of a prompt read at once before decoding; default: all. Less needs less memory."""
+    prefill: Literal["sparse", "dense"] = "sparse"
+    """How prompts are read before an answer: as the variant attends, or with dense attention (no teacher forcing)."""
     variant: Variant | None = None
     """How blocks are selected; default: what the checkpoint says."""
     dtype: Dtype = "auto"
@@ -86,6 +89,7 @@ class Eval:
                     generation=self.generation,
                     cache=cache,
                     batch_size=self.batch_size,
+                    prefill=self.prefill,
                     prefill_chunk=self.chunk,
                     haystack=haystack,
                     chat=self.chat,

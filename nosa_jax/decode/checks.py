@@ -78,7 +78,7 @@ def check_cache(
     else:
         _check_row_limits(prompt, row_limits)
         max_length = int(row_limits.max())
-    read = {"prompt": min(prompt.width, max_length), **limits._asdict()}
+    read = {"prompt": min(prompt.width, max_length), "chunk": limits.chunk, "working_set": limits.working_set}
     one_device = plan(model.config, rows, max_length, cache, dtype=model.embed.dtype, **read)
     if row_limits is not None:
         counts = blocks_of(row_limits, model.config.attention.block_size)

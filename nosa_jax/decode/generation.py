@@ -112,6 +112,7 @@ def generate(
     forced_block_ids: IntegersLike | None = None,
     chunk: int | None = None,
     working_set: int | None = None,
+    dense: bool = False,
     mesh: Mesh | None = None,
 ) -> Generation:
     """Continues the prompts: prefill, then one `lax.while_loop` that ends when all rows stopped.
@@ -128,7 +129,7 @@ def generate(
     forced_tokens: int [B, new], taken instead of sampled ones.
     forced_block_ids: int [L, B, K, new, J] as recorded, used instead of selecting; where a selection is -1 alone, as
         after a row had stopped, the model selects.
-    chunk, working_set: how the prompts are read, see `prefill`.
+    chunk, working_set, dense: how the prompts are read, see `prefill`.
     mesh: devices of this host that share the rows, each with its own part of the host store; B must be a multiple of
         their number. Every device holds all weights: place them once,
         `jax.device_put(model, NamedSharding(mesh, PartitionSpec()))`.
@@ -142,7 +143,7 @@ def generate(
     prompt = _as_prompt(model, tokens, lengths)
     mesh = None if mesh is None else _checked_mesh(mesh, model, prompt.batch)
     devices = 1 if mesh is None else mesh.size
-    options = as_options(new, cache, record, chunk, working_set)
+    options = as_options(new, cache, record, chunk, working_set, dense)
     request = as_request(model, prompt, options, new, sampling, key, stop_tokens, pad_token, devices)
     if forced_tokens is not None:
         forced_tokens = layout.as_tokens(forced_tokens, model.config.vocab_size, name="forced_tokens")
@@ -176,6 +177,7 @@ def stream(
     record: Record = False,
     chunk: int | None = None,
     working_set: int | None = None,
+    dense: bool = False,
 ) -> Iterator[Any]:
     """Yields one int32 array [B] per step, `pad_token` for rows that stopped; the tokens that `generate` would return.
 
@@ -188,13 +190,13 @@ def stream(
     stop_tokens: tokens that end a row.
     pad_token: stands after a row's end.
     record: True, or some of "logits", "block_ids", "fetched": then a `Step` per step comes, its arrays in host memory.
-    chunk, working_set: how the prompts are read, see `prefill`.
+    chunk, working_set, dense: how the prompts are read, see `prefill`.
 
     The device is a step ahead: it computes the next token while the caller has this one.
     Errors as in `generate`; arguments are checked at the call, not at the first token.
     """
     new = require_int("max_new_tokens", max_new_tokens, 1)
-    options = as_options(new, cache, record, chunk, working_set)
+    options = as_options(new, cache, record, chunk, working_set, dense)
     prompt = _as_prompt(model, tokens, lengths)
     request = as_request(model, prompt, options, new, sampling, key, stop_tokens, pad_token)
     if not is_concrete(*jax.tree.leaves((model, request))):

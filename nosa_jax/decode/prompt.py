@@ -38,6 +38,7 @@ def prefill(
     cache: CacheConfig = CacheConfig(),
     chunk: int | None = None,
     working_set: int | None = None,
+    dense: bool = False,
 ) -> tuple[DecodeState, Float[Array, "B V"]]:
     """Reads the prompts into a new state. Returns it with the float32 logits after each prompt's last token.
 
@@ -51,6 +52,8 @@ def prefill(
         fit `working_set`, and else in chunks that do.
     working_set: bytes of device memory to hold meanwhile, beside weights and cache; None for 2 GiB. Rows are read in
         groups that fit; more memory does not make it much faster.
+    dense: whether the prompt's tokens attend to all before them, without a bias, as those of `full` do. What they leave
+        behind is the variant's, the selection of each row's last token included, so that decoding goes on sparse.
 
     On a mesh every device reads its own rows with the whole model: weights that are cut along `fsdp` or `tensor` are
     gathered at every call. To decode much, place them whole first: `jax.device_put(model, NamedSharding(mesh, P()))`.
@@ -60,7 +63,7 @@ def prefill(
     anything is allocated, when cache and working set do not fit.
     """
     prompt = checks.as_prompt(model, tokens, lengths)
-    limits = as_limits(chunk, working_set)
+    limits = as_limits(chunk, working_set, dense)
     devices = checks.row_devices(prompt.batch, model, prompt)
     max_length, row_limits = checks.check_cache(model, prompt, max_length, cache, limits, devices)
     rooms, pages = None, None
@@ -164,7 +167,7 @@ def _more(
             dtype=model.embed.dtype, row_bytes=device_bytes(state) // len(tokens), fresh=False,
             offloaded=state.host is not None, limits=limits,
         )  # fmt: skip
-        state, out = read_groups(model, state, tokens, count, None, reading, fresh=False)
+        state, out = read_groups(model, state, tokens, count, None, reading, fresh=False, dense=limits.dense)
         return state, jnp.where((count > 0)[:, None], out.logits, logits)
 
     return parallel.by_rows(
@@ -209,7 +212,7 @@ def read_prompt(
             dtype=dtype, row_bytes=device_bytes(state) // prompt.batch, fresh=True,
             offloaded=state.host is not None, limits=limits,
         )  # fmt: skip
-        return read_groups(model, state, prompt.tokens, prompt.lengths, forced, reading, fresh=True)
+        return read_groups(model, state, prompt.tokens, prompt.lengths, forced, reading, fresh=True, dense=limits.dense)
 
     if rooms is None:
         rooms = own_rooms(prompt.batch, max_length, config.attention.block_size)

@@ -33,18 +33,20 @@ def read_groups(
     reading: Reading,
     *,
     fresh: bool,
+    dense: bool = False,
 ) -> tuple[DecodeState, StepOutput]:
     """Reads the first `count[b]` tokens of each row, group after group.
 
     forced_block_ids: replace the selection of each row's last token, see `blocks.replace_selection`.
     fresh: the rows were empty before.
+    dense: the new tokens attend to all before them, without a bias, whatever the variant.
     Logits of a row are NaN where it had no room for its tokens, or one of them is out of the vocabulary.
     """
     room = state.limits - state.lengths
     known = (tokens >= 0) & (tokens < model.config.vocab_size) | (jnp.arange(tokens.shape[1]) >= count[:, None])
     usable = (count <= room) & known.all(1)
     count = jnp.clip(count, 0, jnp.minimum(tokens.shape[1], room))
-    read = functools.partial(_read_chunks, model, chunk=reading.chunk, fresh=fresh)
+    read = functools.partial(_read_chunks, model, chunk=reading.chunk, fresh=fresh, dense=dense)
     if reading.rows < tokens.shape[0]:
         read = functools.partial(_in_groups, read, reading.rows)
     state, out = read(state, tokens, count, forced_block_ids)
@@ -93,11 +95,12 @@ def _read_chunks(
     *,
     chunk: int | None,
     fresh: bool,
+    dense: bool,
 ) -> tuple[DecodeState, StepOutput]:
     """`read_groups` of one group, `chunk` tokens at a time."""
     batch, width = tokens.shape
     if chunk is None or chunk >= width:
-        return _read(model, state, tokens, count, forced_block_ids, fresh=fresh)
+        return _read(model, state, tokens, count, forced_block_ids, fresh=fresh, dense=dense)
     chunks = -(-width // chunk)
     tokens = jnp.pad(tokens, ((0, 0), (0, chunks * chunk - width)))
     tokens = jnp.moveaxis(tokens.reshape(batch, chunks, chunk), 1, 0)
@@ -111,7 +114,7 @@ def _read_chunks(
         if forced is not None:  # only the chunk with a row's last token may use them
             is_last = (count > end - chunk) & (count <= end)
             forced = jnp.where(is_last[None, :, None, None], forced, -1)
-        state, out = _read(model, state, tokens, in_chunk, forced)
+        state, out = _read(model, state, tokens, in_chunk, forced, dense=dense)
         return (state, jax.tree.map(functools.partial(_where_rows, in_chunk > 0), out, kept)), None
 
     shapes = jax.eval_shape(_read, model, state, tokens[0], count, None)[1]
@@ -130,7 +133,7 @@ def _where_rows(condition: Bool[Array, " B"], new: Array, old: Array) -> Array:
     return jnp.where(jnp.expand_dims(condition, tuple(i for i in range(new.ndim) if i != axis)), new, old)
 
 
-@functools.partial(jax.jit, static_argnames="fresh")
+@functools.partial(jax.jit, static_argnames=("fresh", "dense"))
 @usual_promotion
 def _read(
     model: NosaLM,
@@ -140,6 +143,7 @@ def _read(
     forced_block_ids: Int32[Array, "L B K J"] | None = None,
     *,
     fresh: bool = False,
+    dense: bool = False,
 ) -> tuple[DecodeState, StepOutput]:
     """`read_groups` of tokens that are read at once."""
     config = model.config
@@ -159,7 +163,7 @@ def _read(
         layer, index, forced = inputs
         staged, following = (staged, stage(state, index + 1)) if is_ahead else (stage(state, index), None)
         attend = lambda attention, x: _attend(
-            config, attention, x, state, staged, place, positions, forced, index, fresh
+            config, attention, x, state, staged, place, positions, forced, index, fresh, dense
         )
         x, (state, last_ids) = layer.block(config, x, attend, mlp_tokens=MLP_TOKENS)
         return (x, state, following), last_ids
@@ -186,6 +190,7 @@ def _attend(
     forced_block_ids: Int32[Array, "B K J"] | None,
     layer: Int32[Array, ""],
     fresh: bool,
+    dense: bool,
 ) -> tuple[Float[Array, "B n H"], tuple[DecodeState, Int32[Array, "B K J"] | None]]:
     """Attention of many new tokens over a staged copy of the layer's cache.
 
@@ -199,6 +204,7 @@ def _attend(
     forced_block_ids: replace the selection of each row's last token.
     layer: index into what the state stacks.
     fresh: the rows were empty before.
+    dense: attend to all, without a bias, whatever is selected.
 
     Returns the output, and the state with the ids that each row's last query selected (None for `full`).
     """
@@ -218,7 +224,7 @@ def _attend(
     flat = (*staged.shape[:2], -1, staged.shape[-1])
     keys, values = (staged[:, :, :, i].reshape(flat) for i in (0, 1))
     bias, size = summaries.bias_of(state, layer, num_blocks), config.attention.block_size
-    if ids is None:
+    if ids is None or dense:
         out = dense_attention_in_cache(q, (k, v), (keys, values), positions, size, fresh=fresh)
     else:
         out, _ = block_attention(q, keys, values, bias, ids, positions, block_size=size)

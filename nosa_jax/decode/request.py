@@ -65,10 +65,12 @@ class Options(NamedTuple):
     limits: Limits
 
 
-def as_options(max_new_tokens: int, cache: Any, record: Any, chunk: Any, working_set: Any) -> Options:
+def as_options(
+    max_new_tokens: int, cache: Any, record: Any, chunk: Any, working_set: Any, dense: Any = False
+) -> Options:
     """The checked options of `generate` and `stream`; see there. max_new_tokens: checked."""
     room = max_new_tokens if is_tracing() else rounded(max_new_tokens)
-    return Options(room, cache, _record_names(record), as_limits(chunk, working_set))
+    return Options(room, cache, _record_names(record), as_limits(chunk, working_set, dense))
 
 
 def as_request(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from nosa_jax.evals.table import Table
 from nosa_jax.evals.tasks import Haystack
 from nosa_jax.model import NosaLM
 from nosa_jax.train.data.tokenize import progress_bar
-from pallas_kernels.checks import bad_type, bad_value, require_bool, require_int, require_type
+from pallas_kernels.checks import bad_type, bad_value, require_bool, require_int, require_one_of, require_type
 
 
 def evaluate(
@@ -31,7 +31,8 @@ def evaluate(
     seed: int = 0,
     *,
     generation: bool = True,
-    teacher_forcing: bool = True,
+    teacher_forcing: bool | None = None,
+    prefill: Literal["sparse", "dense"] = "sparse",
     cache: CacheConfig = CacheConfig(),
     batch_size: int | None = None,
     chunk: int = CHUNK,
@@ -53,7 +54,10 @@ def evaluate(
     count: examples of each task and length.
     seed: of the examples, see `make`.
     generation: whether the model answers by greedy decoding, see `answer`.
-    teacher_forcing: whether the probability of the right answer is measured, see `score_answers`.
+    teacher_forcing: whether the probability of the right answer is measured, see `score_answers`; None for yes where
+        prompts are read sparse, the only way that it reads them.
+    prefill: how prompts are read before an answer is generated: as the variant attends, or "dense", see
+        `nosa_jax.prefill`.
     cache: where the KV cache lives while decoding.
     batch_size: examples that are read together; None for at most 16 and 65536 tokens.
     chunk: of teacher forcing, see `log_likelihood`. prefill_chunk: tokens of a prompt that are read at once before
@@ -65,8 +69,6 @@ def evaluate(
     label: of the table; None for the model's variant.
     progress: whether a bar is shown on a terminal.
 
-    Prompts are read as the model reads: with sparse attention for a sparse variant, in prefill and in teacher forcing.
-
     Raises TypeError or ValueError, before the model runs, for bad input, a length too short for a task included;
     CacheTooLargeError where a batch does not fit.
     """
@@ -76,7 +78,12 @@ def evaluate(
     count, chunk = require_int("count", count, 1), require_int("chunk", chunk, 1)
     batch_size = None if batch_size is None else require_int("batch_size", batch_size, 1)
     require_type("cache", cache, CacheConfig, "Pass CacheConfig(...).")
-    if not (require_bool("generation", generation) | require_bool("teacher_forcing", teacher_forcing)):
+    require_one_of("prefill", prefill, ("sparse", "dense"))
+    dense = prefill == "dense"
+    teacher_forcing = not dense if teacher_forcing is None else require_bool("teacher_forcing", teacher_forcing)
+    if dense and teacher_forcing:
+        raise bad_value("teacher_forcing", 'must be False with prefill="dense"', True, "Leave it out.")
+    if not (require_bool("generation", generation) or teacher_forcing):
         raise bad_value("generation", "or teacher_forcing must be True", False, "Ask for one of them.")
     options = _options(difficulty, names)
     template = as_template(template, model.origin.files) if require_bool("chat", chat) else None
@@ -101,7 +108,7 @@ def evaluate(
                 if generation:
                     outputs = answer(
                         model, tokenizer, made, cache=cache, batch_size=batch_size, stop_tokens=stop_tokens,
-                        prefill_chunk=prefill_chunk, advance=advance,
+                        prefill_chunk=prefill_chunk, dense=dense, advance=advance,
                     )  # fmt: skip
                 found = judge(made, outputs, forced)
                 examples += found
@@ -110,6 +117,7 @@ def evaluate(
         "seed": seed,
         "count": count,
         "chat": chat,
+        "prefill": prefill,
         "variant": model.config.attention.variant,
         "cache": dataclasses.asdict(cache),
         "difficulty": options,

@@ -100,13 +100,15 @@ def answer(
     batch_size: int | None = None,
     stop_tokens: Iterable[int] | None = None,
     prefill_chunk: int | None = None,
+    dense: bool = False,
     advance: Advance = _NOBODY,
 ) -> list[str]:
     """What the model says after each prompt, by greedy decoding: at most the example's `room` tokens.
 
     cache: where the KV cache lives while decoding, see `CacheConfig`.
     stop_tokens: tokens that end an answer; None for `model.stop_tokens`.
-    batch_size, advance: see `score_answers`. prefill_chunk: `chunk` of `nosa_jax.generate`.
+    batch_size, advance: see `score_answers`. prefill_chunk, dense: `chunk` and
+        `dense` of `nosa_jax.generate`.
     """
     stops = tuple(model.stop_tokens if stop_tokens is None else stop_tokens)
     texts = [""] * len(examples)
@@ -117,7 +119,14 @@ def answer(
     for group in like_lengths([len(example.prompt_ids) for example in examples], rows):
         tokens, lengths = stacked([examples[number].prompt_ids for number in group], rows, width)
         found = generate(
-            model, tokens, lengths, max_new_tokens=room, cache=cache, stop_tokens=stops, chunk=prefill_chunk
+            model,
+            tokens,
+            lengths,
+            max_new_tokens=room,
+            cache=cache,
+            stop_tokens=stops,
+            chunk=prefill_chunk,
+            dense=dense,
         )
         new, counts = np.asarray(found.tokens), np.asarray(found.lengths)
         for place, number in enumerate(group):
