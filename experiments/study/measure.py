@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float64, Int32
+from jaxtyping import Array, Float64, Int32
 
 import nosa_jax
 from experiments.study.arms import Size, with_bias
@@ -34,12 +35,16 @@ def losses(model: NosaLM, documents: Int32[np.ndarray, "N T"], batch_size: int =
 def selections(model: NosaLM, documents: Int32[np.ndarray, "N T"], steps: int, label: str) -> Selections:
     """What the last `steps` tokens of each document select: the selections of decoding there, since reading and
     decoding select alike."""
-    run = jax.jit(lambda tokens: nosa_jax.forward(model, tokens, record=True, logits="last").block_ids[..., -steps:, :])
-    ids = np.concatenate([np.asarray(run(row[None])) for row in documents], axis=1).astype(np.int32)
+    ids = np.concatenate([np.asarray(_selected(model, row[None], steps)) for row in documents], axis=1)
     length = documents.shape[1]
     positions = np.tile(np.arange(length - steps, length, dtype=np.int32), (len(documents), 1))
     config = model.config
-    return Selections(ids, positions, config.attention, config.head_dim, 2, label)
+    return Selections(ids.astype(np.int32), positions, config.attention, config.head_dim, 2, label)
+
+
+@functools.partial(jax.jit, static_argnames="steps")
+def _selected(model: NosaLM, tokens: Int32[Array, "B T"], steps: int) -> Int32[Array, "L B K steps J"]:
+    return nosa_jax.forward(model, tokens, record=True, logits="last").block_ids[..., -steps:, :]
 
 
 def locality_numbers(report: LocalityReport) -> dict[str, Any]:
