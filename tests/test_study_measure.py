@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 
 import jax
@@ -48,7 +49,7 @@ def test_quality_and_locality_of_chosen_documents(model, whole, monkeypatch):
     np.testing.assert_array_equal(recorded.block_ids, ids)
     assert recorded.label == "mine" and recorded.positions.tolist() == [list(range(112, 192))] * 2
     numbers = found["locality"]
-    kept = [len(set(a) & set(b)) / 8 for row in ids.reshape(-1, 80, 8) for a, b in zip(row, row[1:], strict=False)]
+    kept = [len(set(a) & set(b)) / 8 for row in ids.reshape(-1, 80, 8) for a, b in itertools.pairwise(row)]
     assert numbers["gamma"] == pytest.approx(np.mean(kept), abs=1e-5)
     assert list(numbers["misses"]) == list(numbers["optimal_misses"]) == ["8", "10", "12", "16"]
     assert all(0 < numbers["optimal_misses"][slots] <= numbers["misses"][slots] for slots in ("8", "10"))
