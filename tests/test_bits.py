@@ -33,6 +33,17 @@ def test_an_offloaded_cache_gives_the_bits_of_one_on_the_device(model, tokens, o
 
 
 @pytest.mark.slow
+def test_layers_staged_ahead_have_the_bits_of_those_on_the_device(model, tokens):
+    """A prompt in chunks and an extension: with the cache in host memory the next layer is staged meanwhile."""
+    more, counts, found = random_tokens(3, 70, seed=8), np.array([70, 0, 33]), []
+    for cache in (CacheConfig(slots=9), CacheConfig(offload=False)):
+        state, logits = nosa_jax.prefill(model, tokens, LENGTHS, max_length=440, cache=cache, chunk=100)
+        found.append((logits, nosa_jax.extend(model, state, more, counts)[1]))
+    for ahead, on_device in zip(*found, strict=True):
+        np.testing.assert_array_equal(ahead, on_device)
+
+
+@pytest.mark.slow
 def test_the_compiled_step_gives_the_bits_of_generate(model, tokens, offloaded):
     state, logits = nosa_jax.prefill(model, tokens, LENGTHS, max_length=300 + NEW, cache=CacheConfig(slots=9))
     for number in range(NEW):

@@ -16,6 +16,7 @@ from support import SMALL, _selection_scores, forward, lively_model, random_toke
 import nosa_jax
 from nosa_jax import locality, presets
 from pallas_kernels.block_attention.reference import token_mask
+from pallas_kernels.device import Device
 from pallas_kernels.formulas import rms_norm
 
 
@@ -211,6 +212,27 @@ def test_logits_options():
 def test_presets_have_the_released_sizes(preset, parameters):
     abstract = nnx.eval_shape(lambda: nosa_jax.NosaLM(preset(), rngs=nnx.Rngs(0)))
     assert nosa_jax.num_parameters(abstract) == pytest.approx(parameters, rel=0.01)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_of_one_row_are_those_of_it_among_others(tied, monkeypatch):
+    """On a GPU one row is multiplied as two: any shape of it, none and many as they are."""
+    model = nosa_jax.NosaLM(dataclasses.replace(small_config(), tie_embeddings=tied), rngs=nnx.Rngs(0))
+    hidden = jnp.asarray(np.random.default_rng(0).standard_normal((3, 48)), jnp.float32)
+    expected = model.logits(hidden)
+    multiplied = []
+    by = nosa_jax.NosaLM.logits_by
+    monkeypatch.setattr(
+        nosa_jax.NosaLM, "logits_by", lambda self, head, x: multiplied.append(x.shape[:-1]) or by(self, head, x)
+    )
+    for kind, of_one in (("cpu", ()), ("gpu", (2,))):
+        monkeypatch.setattr("nosa_jax.model.current_device", lambda kind=kind: Device(kind, "any"))
+        for lead in ((1,), (1, 1), ()):
+            found = model.logits(hidden[1].reshape(*lead, 48))
+            assert found.shape == (*lead, 128) and multiplied.pop() == (*of_one, *lead)
+            np.testing.assert_allclose(found.reshape(-1), expected[1], rtol=1e-6, atol=1e-6)
+        for few in (hidden, hidden[:0]):
+            assert model.logits(few).shape == (len(few), 128) and multiplied.pop() == (len(few),)
 
 
 def test_compiled_size_does_not_grow_with_the_number_of_layers():

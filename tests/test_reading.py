@@ -15,10 +15,11 @@ from support import LENGTHS, OFFLOADED, random_tokens, small_config
 
 import nosa_jax
 from nosa_jax import CacheConfig, presets
-from nosa_jax.cache import host_store
+from nosa_jax.cache import host_store, staging
 from nosa_jax.cache.state import device_bytes
 from nosa_jax.cache.working_set import DEFAULT_BYTES, Limits, Reading, plan_reading, rounded
 from nosa_jax.decode import widths
+from pallas_kernels import fetch_blocks
 
 ROOM = 400
 
@@ -171,6 +172,13 @@ def test_only_blocks_that_filled_up_cross(model, tokens, monkeypatch):
     """What prompt and extension did not fill keeps what the memory held."""
     allocate = lambda shape, dtype: jax.device_put(jnp.full(shape, jnp.nan, dtype), jax.memory.Space.Host)
     monkeypatch.setattr(host_store, "allocate", allocate)
+    staged = []  # what crosses for which layer
+
+    def fetch(pool, host, page_table, ids, slots, layer, **options):
+        jax.debug.callback(lambda *seen: staged.append(tuple(map(int, seen))), layer, (ids >= 0).sum())
+        return fetch_blocks(pool, host, page_table, ids, slots, layer, **options)
+
+    monkeypatch.setattr(staging, "fetch_blocks", fetch)
     room = ROOM + 16  # a program of its own
     state, _ = nosa_jax.prefill(model, tokens, LENGTHS, max_length=room, cache=OFFLOADED)
     for counts in (np.zeros(3, int), np.array([20, 1, 3])):
@@ -179,6 +187,9 @@ def test_only_blocks_that_filled_up_cross(model, tokens, monkeypatch):
         untouched = np.isnan(np.asarray(state.host)).all((0, 2, 3, 4, 5))[np.asarray(state.page_table)]
         for row, length in enumerate(LENGTHS + counts):
             assert untouched[row].tolist() == [block >= length // 16 for block in range(room // 16)]
+    jax.effects_barrier()
+    before = int((LENGTHS // 16).sum())  # every layer is staged once, a layer ahead, and nothing after the last
+    assert sorted(staged) == [(0, before), (1, before), (2, 0)]
 
 
 def test_a_working_set_too_small_for_a_row(model, tokens):
@@ -224,6 +235,15 @@ def test_the_working_set_of_many_rows_is_bounded():
     assert nosa_jax.plan(presets.nosa_8b(), 64, 16384, prompt=512).reading.rows > 2  # a copy of their slots counts
     huge = nosa_jax.plan(presets.nosa_8b(), 1, 2**23)  # more than the default, which only a budget of one's own forbids
     assert huge.reading == Reading(1, 256, huge.device["prefill"]) and huge.device["prefill"] > DEFAULT_BYTES
+
+
+def test_a_layer_staged_ahead_is_counted():
+    """Where rows have blocks in host memory: two copies more of a staged layer, for each row that is read."""
+    sizes = functools.partial(plan_reading, small_config(), 3, 300, 25, dtype=jnp.float32, row_bytes=0)
+    layer = 3 * 25 * 2 * 2 * 16 * 32 * 4  # rows, blocks, KV heads, keys and values
+    for fresh, chunk, more in ((False, None, 2), (False, 100, 2), (True, 100, 2), (True, None, 0)):
+        ahead, alone = (sizes(fresh=fresh, offloaded=where, limits=Limits(chunk)) for where in (True, False))
+        assert ahead.rows == alone.rows == 3 and ahead.bytes - alone.bytes == more * layer
 
 
 @given(st.integers(1, 2**20))

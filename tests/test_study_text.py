@@ -46,6 +46,10 @@ def test_packages_are_held_out_whole(root):
     short = text.packages_source(found, length=LENGTH, block_size=16, heldout_fraction=0.4, join=False)
     assert short.source.train_tokens == trained - 2 * (12 - len(held))  # the two line ends between the files
     assert text.half_long(made, short).heldout_tokens == LENGTH * (3 + 2) * len(held)
+    cut = text.packages_source(found, length=LENGTH, block_size=16, heldout_fraction=0.4, most_characters=100)
+    assert cut.source.train_tokens == 100 * (12 - len(held)) and cut.source.heldout_tokens == LENGTH * len(held)
+    with pytest.raises(ValueError, match="most_characters: must be an int >= 1 or None, got 0"):
+        text.packages_source(found, most_characters=0)
 
 
 def test_held_out_copies_are_dropped(root):

@@ -25,6 +25,7 @@ from pallas_kernels.decode_attention import cases as attention_cases
 from pallas_kernels.decode_attention import reference as attention_reference
 from pallas_kernels.fetch_blocks import cases as fetch_cases
 from pallas_kernels.fetch_blocks import reference as fetch_reference
+from pallas_kernels.fetch_blocks import triton as fetch_triton
 
 EPS = float(jnp.finfo(jnp.float32).eps)
 WILD = np.array([-(2**31), -2, 2**26, 2**31 - 1], np.int32)
@@ -47,6 +48,19 @@ def step(implementation, transport="auto", **given):
 
 
 # ---- transport ----
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "programs"), [(1, 64, 16), (1, 5, 8), (3, 64, 8), (16, 64, 1), (64, 64, 1), (0, 64, 32)]
+)
+def test_few_programs_move_blocks(rows, width, programs):
+    """32 in all, or one per row and KV head (of two here); no more than there are blocks, and rows need not be."""
+    floats, ints = (functools.partial(jax.ShapeDtypeStruct, dtype=dtype) for dtype in (jnp.float32, jnp.int32))
+    host, pool, pages = floats((2, 9, 2, 2, 16, 16)), floats((1, rows, 2, 8, 2, 16, 16)), ints((rows, 70))
+    lists = ints((rows, 1, width))
+    trace = jax.make_jaxpr(fetch_triton.fetch_blocks)(pool, host, pages, lists, lists, ints(()))
+    (call,) = (equation for equation in trace.eqns if equation.primitive.name == "pallas_call")
+    assert call.params["grid_mapping"].grid == (programs, 2, rows)
 
 
 @pytest.mark.parametrize("name", fetch_cases.SMALL)

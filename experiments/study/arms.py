@@ -165,7 +165,10 @@ def training(arm: Arm, size: Size, model: NosaLM, seed: int) -> TrainConfig:
 
 
 def with_bias(model: NosaLM, factor: float) -> NosaLM:
-    """The model with a bias `factor` times as large and the same selections: A is scaled, which changes no order."""
+    """The model with a bias `factor` (above 0) times as large: A is scaled, which changes the order of no tokens.
+
+    A layer selects from the same input what it did; its input changes with the bias of those before.
+    """
     changed = with_attention(model)
     old = model.layers.attention.importance
     assert old is not None

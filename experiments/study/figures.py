@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +44,13 @@ def quality(table: Mapping[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def position(losses: Mapping[str, Sequence[Float64[np.ndarray, "documents parts"]]], path: Path) -> None:
+def position(above: Mapping[str, Float64[np.ndarray, "documents parts"]], path: Path) -> None:
     """How much more than dense attention each variant loses, by position in the document."""
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    dense = losses.get("full")
     for name, color in COLORS.items():
-        if dense is None or name not in losses:
+        if name not in above:
             continue
-        difference = np.mean(losses[name], axis=0) - np.mean(dense, axis=0)
+        difference = above[name]
         mean, error = difference.mean(0), difference.std(0, ddof=1) / np.sqrt(len(difference))
         place = (np.arange(len(mean)) + 0.5) / len(mean)
         axes.plot(place, mean, color=color, label=name)

@@ -1,11 +1,12 @@
 """Runs the study: the same dense model, continued with every variant on the same text, and measured before and after.
 
     python -m experiments.study.get_model --output models/smollm2-135m
-    python -m experiments.study.run --size gpu --output runs/study            # about an hour on one H100
+    python -m experiments.study.run --size gpu --output runs/study            # an hour and a half on one H100
     python -m experiments.study.run --size cpu --output runs/study-cpu        # minutes, a tiny model of its own
     python -m experiments.study.tables runs/study --output experiments/results/study_h100.json
 
-Every arm and seed is a file in OUTPUT/arms; those that are there are not run again, so a run that was ended goes on.
+Every arm and seed is a file in OUTPUT/arms; those that are there are not run again, so a run that was ended goes on. (A
+file is there once losses are known: what was ended while tasks were asked stays without their answers.)
 Several GPUs share the work with `--shard 0/4` to `3/4`, each in a process of its own. The text is the source of the
 packages installed beside this one, whole packages held out; OUTPUT/text.json names all of them with their versions.
 """
@@ -44,6 +45,14 @@ def jobs(names: list[str] | None, shard: tuple[int, int]) -> Iterator[tuple[Arm,
     every = [(arm, seed) for seed in range(3) for arm in chosen if seed in arm.seeds]
     every.sort(key=lambda job: -len(job[0].seeds))
     return iter(every[shard[0] :: shard[1]])
+
+
+def shard(written: str) -> tuple[int, int]:
+    """INDEX/COUNT as numbers. Raises ArgumentTypeError for what is no part of a whole."""
+    index, _, count = written.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise argparse.ArgumentTypeError(f"must be INDEX/COUNT with INDEX from 0 to COUNT - 1, got {written!r}.")
+    return int(index), int(count)
 
 
 def small_dense(size: Size, source: train.Source) -> NosaLM:
@@ -119,7 +128,8 @@ def describe(held: text.Text, size: Size) -> dict[str, Any]:
     versions = {}
     owners = importlib.metadata.packages_distributions()
     for name in text.packages():
-        versions[name] = [f"{dist} {importlib.metadata.version(dist)}" for dist in owners.get(name, [])]
+        dists = sorted(set(owners.get(name, [])))  # which name one twice that was installed in two ways
+        versions[name] = [f"{dist} {importlib.metadata.version(dist)}" for dist in dists]
     return {
         "packages": versions, "fingerprint": held.source.fingerprint(), "train_tokens": held.source.train_tokens,
         "documents": len(documents_of(held, size)), "of": len(held.heldout), "heldout": sorted(set(held.heldout)),
@@ -135,19 +145,18 @@ def main(arguments: list[str] | None = None) -> None:
         "--model", type=Path, default=Path("models/smollm2-135m"), help="folder of the dense model (gpu)"
     )
     parser.add_argument("--arms", nargs="+", choices=[arm.name for arm in ARMS], help="instead of all")
-    parser.add_argument("--shard", default="0/1", help="which part of the work, INDEX/COUNT")
+    parser.add_argument("--shard", type=shard, default=(0, 1), help="which part of the work, INDEX/COUNT")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args(arguments)
     size, real = SIZES[args.size], args.size == "gpu"
-    index, count = (int(part) for part in args.shard.split("/"))
     (args.output / "arms").mkdir(parents=True, exist_ok=True)
     dense = from_pretrained(args.model, variant="full") if real else None
     tokenizer = None if dense is None else load_tokenizer(args.model, dense.config.vocab_size)
     held = study_text(size, tokenizer)
-    if index == 0:
+    if args.shard[0] == 0:
         write_json(args.output / "text.json", describe(held, size))
     dense = small_dense(size, held.source) if dense is None else dense
-    for arm, seed in jobs(args.arms, (index, count)):
+    for arm, seed in jobs(args.arms, args.shard):
         if not arm_file(args.output, arm, seed).exists():
             run_arm(dense, arm, seed, held, tokenizer, size, args.output)
 

@@ -52,15 +52,22 @@ def by_range(losses: Losses) -> dict[str, float]:
     return {name: round(float(losses[:, slice(*ends)].mean()), 5) for name, ends in RANGES.items()}
 
 
-def compared(arms: Mapping[str, Mapping[int, Any]], name: str, other: str, when: str) -> dict[str, Any] | None:
-    """How much more an arm loses than another, mean over the seeds that both have; None where there is none."""
+def difference(arms: Mapping[str, Mapping[int, Any]], name: str, other: str, when: str) -> tuple[int, Losses] | None:
+    """How much more an arm loses than another, mean over the seeds that both have, and how many these are; None for
+    none."""
     seeds = sorted(set(arms[name]) & set(arms.get(other, ())))
     pairs = [(arms[name][seed].get(when), arms[other][seed].get(when)) for seed in seeds]
-    differences = [np.array(one["losses"]) - np.array(two["losses"]) for one, two in pairs if one and two]
-    if not differences:
+    found = [np.array(one["losses"]) - np.array(two["losses"]) for one, two in pairs if one and two]
+    return (len(found), np.mean(found, axis=0)) if found else None
+
+
+def compared(arms: Mapping[str, Mapping[int, Any]], name: str, other: str, when: str) -> dict[str, Any] | None:
+    """`difference` by range, with its intervals."""
+    found = difference(arms, name, other, when)
+    if found is None:
         return None
-    whole = np.mean(differences, axis=0)
-    return {"seeds": len(differences)} | {name: interval(whole[:, slice(*ends)]) for name, ends in RANGES.items()}
+    seeds, whole = found
+    return {"seeds": seeds} | {part: interval(whole[:, slice(*ends)]) for part, ends in RANGES.items()}
 
 
 def spread(values: Sequence[float]) -> list[float | None]:
@@ -157,10 +164,8 @@ def main(arguments: list[str] | None = None) -> None:
     print(markdown(table))
     stem = args.output.with_suffix("")
     figures.quality(table, stem.with_name(f"{stem.name}_quality.png"))
-    figures.position(
-        {name: [np.array(one["after"]["losses"]) for one in by_seed.values()] for name, by_seed in arms.items()},
-        stem.with_name(f"{stem.name}_position.png"),
-    )
+    above = {name: found[1] for name in arms if name != "full" and (found := difference(arms, name, "full", "after"))}
+    figures.position(above, stem.with_name(f"{stem.name}_position.png"))
 
 
 if __name__ == "__main__":

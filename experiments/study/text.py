@@ -89,13 +89,16 @@ def packages_source(
     join: whether a package's files are one document for training; False makes each file one.
     documents_per_package: how many documents of exactly `length` tokens each held-out package gives at most, from its
         beginning on. They are of joined files in any case, and packages with less text than that give none.
-    most_characters: of a package's text, from its beginning on, so that large packages do not outweigh the others.
+    most_characters: of a package's text, from its beginning on, so that large packages do not outweigh the others (of a
+        file's, where training text is not joined); None takes all.
     most_overlap: held-out documents of which more than this share is in the training text, too, are dropped.
 
     Raises ValueError where nothing is left on one of the two sides, and for arguments out of range.
     """
     cut = Cut(length, True, block_size)
     require_int("documents_per_package", documents_per_package, 1)
+    if most_characters is not None:
+        require_int("most_characters", most_characters, 1, "must be an int >= 1 or None")
     require_number("heldout_fraction", heldout_fraction, 0.0, 1.0)
     require_number("most_overlap", most_overlap, 0.0, 1.0)
     vocabulary = read_vocabulary(tokenizer)

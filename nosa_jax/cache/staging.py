@@ -1,7 +1,7 @@
 """One layer of the cache on the device, while many new tokens are read into it.
 
-Whole [L, ...] arrays in, whole arrays out, `layer` an int32 scalar; one layer is staged at a time, and only the blocks
-that are there cross the link.
+Whole [L, ...] arrays in, whole arrays out, `layer` an int32 scalar; only the blocks that are there cross the link.
+Staging a layer reads nothing that another layer writes, so the next one may be staged before this one is done.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def stage(
 
     count: new tokens of each row.
     width: the most that any row may get.
-    layer: which layer.
+    layer: which layer; one beyond the last gives blocks that mean nothing.
     fresh: the rows are empty, nothing need be read.
     """
     m = staged_blocks(state.num_blocks, width, state.block_size, fresh=fresh)

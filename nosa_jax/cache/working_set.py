@@ -65,7 +65,7 @@ def plan_reading(
     dtype: Any,
     row_bytes: int,
     fresh: bool,
-    offloaded: bool = True,
+    offloaded: bool,
     limits: Limits = Limits(),
 ) -> Reading:
     """The largest groups of rows that fit the working set; where not even one row does, one row in chunks of tokens.
@@ -74,7 +74,7 @@ def plan_reading(
     num_blocks: blocks that a row may fill, new tokens included.
     row_bytes: what the state of a row takes on the device.
     fresh: whether the rows are empty before.
-    offloaded: whether the cache lives in host memory, so that the next layer is staged meanwhile.
+    offloaded: whether the cache lives in host memory. Where rows have blocks there, the next layer is staged meanwhile.
     limits: a chunk of None leaves it open; a working set of None is DEFAULT_BYTES, or what one row needs where that is
         more.
     Raises ValueError where the working set is too small for one row.

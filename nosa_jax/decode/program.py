@@ -1,4 +1,4 @@
-"""How the programs of a decode loop are compiled."""
+"""How the programs that read prompts and decode are compiled."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from pallas_kernels.checks import is_tracing
 from pallas_kernels.promotion import usual_promotion
 
 # Without it XLA copies every layer's weights at every step on a GPU, since its own matrix products cannot read a slice
-# of the stack where it lies. `generate`, `stream` and `jit_decode_step` pass it themselves.
+# of the stack where it lies. Public functions pass it themselves, where they are not being traced.
 COMPILER_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 
 # What reads many tokens at once stages a layer while the one before it computes: launches that do not need each other
-# run side by side. In a decode step each needs the one before, and looking for others costs 1 to 2 % of it.
+# run side by side. In a decode step each needs the one before, and looking for others costs 1 to 2 % of it, so that
+# `generate`, whose steps are in the same program as its prompts, does without.
 READING_OPTIONS = COMPILER_OPTIONS | {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
 
 
