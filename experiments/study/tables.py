@@ -109,8 +109,8 @@ def summary(arms: Mapping[str, Mapping[int, Any]]) -> dict[str, Any]:
                 continue
             entry[when] = over_seeds(measured)
             for other in (other_of(name, arms), "full"):
-                if other != name and (difference := compared(arms, name, other, when)):
-                    entry[when][f"less {other}"] = difference
+                if other != name and (gap := compared(arms, name, other, when)):
+                    entry[when][f"less {other}"] = gap
         biases = [one["other_bias"] for one in by_seed.values() if "other_bias" in one]
         if biases:
             entry["other_bias"] = {
@@ -136,16 +136,14 @@ def markdown(table: Mapping[str, Any]) -> str:
     ]
     for name, entry in table.items():
         after = entry["after"]
-        difference = next((value for key, value in after.items() if key.startswith(f"less {BASE}")), None)
-        gap = (
-            [f"{x[0]:+.4f} ({x[1]:+.4f} to {x[2]:+.4f})" for x in (difference["all"], difference["end"])]
-            if difference
-            else ["", ""]
-        )
+        base = next((value for key, value in after.items() if key.startswith(f"less {BASE}")), None)
+        above = ["", ""]
+        if base:
+            above = [f"{x[0]:+.4f} ({x[1]:+.4f} to {x[2]:+.4f})" for x in (base["all"], base["end"])]
         gamma = f"{after['gamma'][0]:.3f}" if "gamma" in after else ""
         fetched = ", ".join(f"{value[0]:.2f}" for value in after.get("misses", {}).values())
         loss = [f"{after['loss'][part][0]:.4f}" for part in ("all", "end")]
-        lines.append(f"| {' | '.join([name, str(len(entry['seeds'])), *loss, *gap, gamma, fetched])} |")
+        lines.append(f"| {' | '.join([name, str(len(entry['seeds'])), *loss, *above, gamma, fetched])} |")
     return "\n".join(lines)
 
 
