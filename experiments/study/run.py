@@ -39,10 +39,10 @@ RECORDED = ("infllmv2", "nosa", "dma")  # whose selections of seed 0 are kept
 KEPT_ROWS = 2
 
 
-def jobs(names: list[str] | None, shard: tuple[int, int]) -> Iterator[tuple[Arm, int]]:
-    """The arms and seeds of one process; what has several seeds comes first."""
+def jobs(names: list[str] | None, shard: tuple[int, int], seeds: int = 3) -> Iterator[tuple[Arm, int]]:
+    """The arms and seeds of one process, at most so many seeds of each; what has several comes first."""
     chosen = [arm for arm in ARMS if names is None or arm.name in names]
-    every = [(arm, seed) for seed in range(3) for arm in chosen if seed in arm.seeds]
+    every = [(arm, seed) for seed in range(seeds) for arm in chosen if seed in arm.seeds]
     every.sort(key=lambda job: -len(job[0].seeds))
     return iter(every[shard[0] :: shard[1]])
 
@@ -70,6 +70,8 @@ def continued(dense: NosaLM, arm: Arm, seed: int, source: train.Source, size: Si
     """The model as the arm begins, as it ends, and the log of its training."""
     start = started(dense, arm, size, source, seed)
     result = train.train(training(arm, size, start, seed), source, model=start, progress=sys.stderr.isatty())
+    if result.interrupted:  # what half a training gives must not count as the arm
+        raise KeyboardInterrupt
     return start, result.model, [[record["step"], round(record["loss"], 5)] for record in result.history]
 
 
@@ -145,6 +147,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--model", type=Path, default=Path("models/smollm2-135m"), help="folder of the dense model (gpu)"
     )
     parser.add_argument("--arms", nargs="+", choices=[arm.name for arm in ARMS], help="instead of all")
+    parser.add_argument("--seeds", type=int, default=3, help="of an arm, at most")
     parser.add_argument("--shard", type=shard, default=(0, 1), help="which part of the work, INDEX/COUNT")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args(arguments)
@@ -156,7 +159,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.shard[0] == 0:
         write_json(args.output / "text.json", describe(held, size))
     dense = small_dense(size, held.source) if dense is None else dense
-    for arm, seed in jobs(args.arms, args.shard):
+    for arm, seed in jobs(args.arms, args.shard, args.seeds):
         if not arm_file(args.output, arm, seed).exists():
             run_arm(dense, arm, seed, held, tokenizer, size, args.output)
 
