@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import but_slow
 
 from nosa_jax import baselines, rope
 from nosa_jax.baselines import shadowkv
 from nosa_jax.config import RopeConfig
 
 GOLDEN = Path(__file__).parent / "golden" / "rivals"
+Policy = baselines.ShadowKV | baselines.ArkVale | baselines.InfLLM
 STEP = 2.0**-15  # in which golden outputs are kept
 
 
@@ -35,18 +37,22 @@ def with_heads(case: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 @functools.cache
-def golden(name: str) -> tuple[dict, dict[str, np.ndarray], baselines.Trace]:
-    """(what is expected, the input, what we make of it). Inputs are kept as integers, one KV head of the values."""
+def golden_input(name: str) -> tuple[Policy, dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """(policy, input, what is expected). Inputs are kept as integers, and one KV head of the values."""
     facts = json.loads((GOLDEN / f"{name}.json").read_text())
     with np.load(GOLDEN / f"{name}.npz") as file:
         arrays = dict(file)
-    inputs = {key: x.astype(np.float32) / facts["grid"] for key, x in arrays.items() if x.dtype == np.int8}
+    case = {key: x.astype(np.float32) / facts["grid"] for key, x in arrays.items() if x.dtype == np.int8}
     for key, axis in (("v", 0), ("dec_v", 1)):  # the other KV heads' values decide nothing
-        inputs[key] = np.concatenate([inputs[key], *[np.zeros_like(inputs[key])] * (facts["K"] - 1)], axis)
-    arrays = {key: x * STEP if key in ("out", "prompt_out") else x for key, x in arrays.items()}
-    case = inputs if "k" in inputs else with_heads(inputs)
+        case[key] = np.concatenate([case[key], *[np.zeros_like(case[key])] * (facts["K"] - 1)], axis)
     policy = getattr(baselines, facts["policy"])(**facts["arguments"])
-    return arrays, case, jax.device_get(baselines.replay(policy, case))
+    return policy, case if "k" in case else with_heads(case), arrays | {"out": arrays["out"] * STEP}
+
+
+def golden(name: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], baselines.Trace]:
+    """(what is expected, the input, what we make of it)."""
+    policy, case, theirs = golden_input(name)
+    return theirs, case, jax.device_get(baselines.replay(policy, case))
 
 
 def assert_out(ours, theirs) -> None:
@@ -75,7 +81,7 @@ def test_shadowkv_is_the_original():
     np.testing.assert_allclose(ours, wanted, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["arkvale_p16_g4", pytest.param("arkvale_grow", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", but_slow(["arkvale_p16_g4", "arkvale_grow"], "arkvale_grow"))
 def test_arkvale_is_the_original(name):
     """Pages 16 of 38 are on the device; or all of them do not fit only after 24 steps."""
     theirs, _, trace = golden(name)
@@ -97,120 +103,127 @@ def test_infllm_is_the_original():
     np.testing.assert_array_equal(trace.new_ids, theirs["new_ids"])
     np.testing.assert_array_equal(trace.attended, theirs["attended"])
     assert_out(trace.out, theirs["out"])
-    assert_out(trace.prompt_out[theirs["prompt_rows"]], theirs["prompt_out"])
+    prompt_out = trace.prompt_out[theirs["prompt_rows"], :4]
+    np.testing.assert_allclose(prompt_out, theirs["prompt_out"], rtol=0, atol=5e-6)
 
 
 def assert_same_sets(ours, theirs) -> None:
     np.testing.assert_array_equal(np.sort(ours[ours >= 0]), np.sort(theirs[theirs >= 0]))
 
 
-# Rows of one batch, and policies small enough that all but the last two rows have to choose.
-LENGTHS = np.array([150, 149, 144, 121, 96, 80, 10, 1])
-STEPS = 20
-POLICIES = {
-    "ShadowKV": baselines.ShadowKV(chunk=8, rank=12, budget=24, local_chunks=2, outlier_chunks=2),
-    "ArkVale": baselines.ArkVale(page=8, budget=10, page_topks=8, sink=1, window=3),
-    "InfLLM": baselines.InfLLM(block=8, n_init=8, n_local=32, topk=3, max_cached=4, exc=16, rep=2),
+# Rows of one batch by policy, of the shapes and settings of golden cases, whose programs serve for rows alone. All but
+# the last two rows have to choose; those attend to everything.
+RAGGED = {
+    "ShadowKV": ("shadowkv_c64_long", np.array([1100, 1099, 1024, 900, 830, 777, 100, 1])),
+    "ArkVale": ("arkvale_p16_g4", np.array([600, 599, 592, 480, 400, 300, 100, 1])),
+    "InfLLM": ("infllm_b32_g4", np.array([700, 699, 650, 512, 450, 420, 80, 1])),
 }
+PROMPT = ("k_pre", "k_post", "v", "q", "k")  # have an axis of prompt tokens
 
 
-def ragged(policy: str) -> dict[str, np.ndarray]:
-    """A case of eight rows; NaN behind their lengths."""
-    draw = np.random.default_rng(1).standard_normal
-    prompt = lambda heads: draw((8, heads, LENGTHS.max(), 16)).astype(np.float32)
-    steps = lambda heads: draw((8, STEPS, heads, 16)).astype(np.float32)
-    case = {"q": prompt(6), "k": prompt(2), "v": prompt(2), "dec_q": steps(6), "dec_k": steps(2), "dec_v": steps(2)}
-    for name in ("q", "k", "v"):
-        case[name][np.broadcast_to((np.arange(150) >= LENGTHS[:, None])[:, None], case[name].shape[:3])] = np.nan
-    if policy == "InfLLM":
-        return case
-    last = case["q"][np.arange(8), :, LENGTHS - 1]
-    decoded = {"dec_q_post": case["dec_q"], "dec_k_post": case["dec_k"], "dec_v": case["dec_v"]}
-    return decoded | {"k_pre": case["k"][..., ::-1], "k_post": case["k"], "v": case["v"], "q_last_post": last}
+def ragged(policy: str) -> tuple[Policy, dict[str, np.ndarray], np.ndarray]:
+    """(policy, case of eight rows with NaN behind their lengths, lengths)."""
+    name, lengths = RAGGED[policy]
+    settings, inputs, _ = golden_input(name)
+    draw = np.random.default_rng(3).standard_normal
+    case = {key: draw((8, *array.shape)).astype(np.float32) for key, array in inputs.items()}
+    for key in case.keys() & PROMPT:
+        behind = np.arange(case[key].shape[2]) >= lengths[:, None, None]
+        case[key][np.broadcast_to(behind, case[key].shape[:3])] = np.nan
+    return settings, case, lengths
 
 
-def margins(policy: str, trace: baselines.Trace) -> np.ndarray:
+def margins(policy: Policy, trace: baselines.Trace, lengths: np.ndarray) -> np.ndarray:
     """[B, steps, ...]: by how much the worst wanted unit beats the best that is not; inf without a choice."""
     scores, ids = trace.scores, trace.ids
     units = np.broadcast_to(np.arange(scores.shape[-1]), scores.shape)
     may = scores != 0  # of what is not there
-    if policy == "ShadowKV":
+    if isinstance(policy, baselines.ShadowKV):
         units = np.broadcast_to(trace.prompt.landmarks.ids[:, None], scores.shape)
-    if policy == "ArkVale":
-        page = (LENGTHS[:, None] + np.arange(STEPS))[..., None, None] // 8
-        may = (units >= 1) & (units <= page - 3) & (page >= 10)
+    if isinstance(policy, baselines.ArkVale):
+        page = (lengths[:, None] + np.arange(scores.shape[1]))[..., None, None] // policy.page
+        may = (units >= policy.sink) & (units <= page - policy.window) & (page >= policy.budget)
     wanted = may & (units[..., None] == ids[..., None, :]).any(-1)
     worst = np.where(wanted, scores, np.inf).min(-1)
     return worst - np.where(may & ~wanted, scores, -np.inf).max(-1)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", but_slow(RAGGED, "ArkVale", "InfLLM"))
 def test_a_row_of_a_batch_is_what_it_is_alone(policy):
-    case = ragged(policy)
-    batch = jax.device_get(baselines.replay(POLICIES[policy], case, lengths=LENGTHS))
-    decided = margins(policy, batch)
+    settings, case, lengths = ragged(policy)
+    batch = jax.device_get(baselines.replay(settings, case, lengths=lengths))
+    decided = margins(settings, batch, lengths)
     assert np.isfinite(decided[:6, -1]).all() and not np.isfinite(decided[6:]).any()
     assert decided.min() > 1e-6  # so that nothing has to be left out below
-    for row, length in enumerate(LENGTHS):
+    for row in range(8):
         one = {name: array[row : row + 1] for name, array in case.items()}
-        alone = jax.device_get(baselines.replay(POLICIES[policy], one, lengths=[length]))
-        for name in ("ids", "new_ids"):
-            np.testing.assert_array_equal(getattr(batch, name)[row], getattr(alone, name)[0], err_msg=name)
-        for ours, wanted in zip(batch.attended[row], alone.attended[0], strict=True):
-            np.testing.assert_array_equal(ours[..., : wanted.shape[-1]], wanted)
-            assert (ours[..., wanted.shape[-1] :] == -1).all()
-        np.testing.assert_allclose(batch.out[row], alone.out[0], rtol=0, atol=2e-6)
+        alone = jax.device_get(baselines.replay(settings, one, lengths=lengths[row : row + 1]))
+        for name in ("ids", "new_ids", "attended"):
+            ours, wanted = getattr(batch, name)[row], getattr(alone, name)[0]
+            short = [(0, 0)] * (wanted.ndim - 1) + [(0, ours.shape[-1] - wanted.shape[-1])]
+            wanted = np.pad(wanted, short, constant_values=-1)
+            np.testing.assert_array_equal(np.sort(ours), np.sort(wanted), err_msg=name)  # near ones may swap places
+        np.testing.assert_allclose(batch.out[row], alone.out[0], rtol=0, atol=5e-6)
         if batch.prompt_out is not None:
-            np.testing.assert_allclose(batch.prompt_out[row], alone.prompt_out[0], rtol=0, atol=2e-6)
+            np.testing.assert_allclose(batch.prompt_out[row], alone.prompt_out[0], rtol=0, atol=5e-6)
+
     # A row whose tokens are all near is attended to as a whole.
-    keys, values, queries = dense_inputs(policy, case, row=6)
-    for step in range(STEPS):
-        now = 11 + step
-        logits = np.einsum("kgd,ksd->kgs", queries[step].reshape(2, 3, 16), keys[:, :now]) / 4
+    keys, values, queries = dense_inputs(case, 6, lengths[6])
+    groups = queries.reshape(len(queries), len(keys), -1, keys.shape[-1])
+    for step, group in enumerate(groups):
+        now = lengths[6] + step + 1
+        logits = np.einsum("kgd,ksd->kgs", group, keys[:, :now]) / np.sqrt(keys.shape[-1])
         weights = np.exp(logits - logits.max(-1, keepdims=True))
-        out = np.einsum("kgs,ksd->kgd", weights / weights.sum(-1, keepdims=True), values[:, :now]).reshape(6, 16)
-        np.testing.assert_allclose(batch.out[6, step], out, rtol=0, atol=2e-6)
+        out = np.einsum("kgs,ksd->kgd", weights / weights.sum(-1, keepdims=True), values[:, :now])
+        np.testing.assert_allclose(batch.out[6, step], out.reshape(-1, keys.shape[-1]), rtol=0, atol=5e-6)
 
 
-def dense_inputs(policy: str, case: dict[str, np.ndarray], row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def dense_inputs(case: dict[str, np.ndarray], row: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Keys, values [K, tokens, D] and queries [steps, N, D] of a row as dense attention reads them."""
-    post = "" if policy == "InfLLM" else "_post"
-    length = LENGTHS[row]
+    post = "" if "k" in case else "_post"
     whole = lambda x, new: np.concatenate([x[row, :, :length], np.moveaxis(new[row], 0, 1)], 1)
     keys, values = whole(case[f"k{post}"], case[f"dec_k{post}"]), whole(case["v"], case["dec_v"])
     queries = case[f"dec_q{post}"][row]
-    if policy == "InfLLM":
+    if "k" in case:
         keys = rotated(keys, np.arange(keys.shape[1]))
-        queries = rotated(queries, length + np.arange(STEPS)[:, None])
+        queries = rotated(queries, length + np.arange(len(queries))[:, None])
     return keys, values, queries
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", RAGGED)
 def test_room_behind_a_row_changes_nothing(policy, dtype):
     """A row as it stands, without an axis B, and in a batch with room behind it; also in 16 bits."""
-    case = {name: array.astype(dtype) for name, array in ragged(policy).items()}
-    batch = jax.device_get(baselines.replay(POLICIES[policy], case, lengths=LENGTHS))
-    length = LENGTHS[3]
-    cut = lambda name, x: x[3, :, :length] if name in ("k_pre", "k_post", "v", "q", "k") else x[3]
-    alone = jax.device_get(baselines.replay(POLICIES[policy], {name: cut(name, x) for name, x in case.items()}))
+    settings, case, lengths = ragged(policy)
+    case = {name: array.astype(dtype) for name, array in case.items()}
+    batch = jax.device_get(baselines.replay(settings, case, lengths=lengths))
+    one = {name: array[3][:, : lengths[3]] if name in PROMPT else array[3] for name, array in case.items()}
+    alone = jax.device_get(baselines.replay(settings, one))
     assert alone.out.dtype == dtype and alone.scores.dtype == np.float32
-    np.testing.assert_array_equal(batch.ids[3], alone.ids)
-    np.testing.assert_array_equal(batch.new_ids[3], alone.new_ids)
-    atol = 2e-6 if dtype == np.float32 else 2e-2
+    np.testing.assert_array_equal(np.sort(batch.ids[3]), np.sort(alone.ids))
+    np.testing.assert_array_equal(np.sort(batch.new_ids[3]), np.sort(alone.new_ids))
+    atol = 5e-6 if dtype == np.float32 else 2e-2
     np.testing.assert_allclose(batch.out[3].astype(np.float32), alone.out.astype(np.float32), rtol=0, atol=atol)
 
 
-def replayed(policy=None, lengths=None, **changes):
-    policy = policy or POLICIES["ShadowKV"]
-    case = {name: array[0] for name, array in ragged(type(policy).__name__).items()}
-    case = {name: array for name, array in (case | changes).items() if array is not None}
-    return lambda: baselines.replay(policy, case, lengths=lengths)
+SMALL = baselines.ShadowKV(chunk=8, rank=12, budget=24, local_chunks=2, outlier_chunks=2)
+SHAPES = {
+    **dict.fromkeys(("k_pre", "k_post", "v"), (2, 150, 16)),
+    **dict.fromkeys(("dec_k_post", "dec_v"), (20, 2, 16)),
+    "q_last_post": (6, 16),
+    "dec_q_post": (20, 6, 16),
+}
+ZEROS = {name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()}
+
+
+def replayed(policy=SMALL, **changes):
+    case = {name: array for name, array in (ZEROS | changes).items() if array is not None}
+    return lambda: baselines.replay(policy, case)
 
 
 def batch_of(lengths):
-    return lambda: baselines.replay(POLICIES["ShadowKV"], ragged("ShadowKV"), lengths=lengths)
+    return lambda: baselines.replay(SMALL, {name: array[None] for name, array in ZEROS.items()}, lengths=lengths)
 
 
 # name: (call, what the message must say: argument, rule, value, remedy)
@@ -228,12 +241,12 @@ BAD = {
     "more representatives than tokens": (lambda: baselines.InfLLM(rep=129), "rep", "block = 128", "129", "rep=128"),
     "small cache": (lambda: baselines.InfLLM(max_cached=31), "max_cached", "topk = 32", "31", "max_cached=32"),
     "no policy": (lambda: baselines.replay("shadowkv", {}), "policy", "one of ShadowKV", "'shadowkv'", "Pass"),
-    "no case": (lambda: baselines.replay(POLICIES["InfLLM"], []), "case", "mapping", "list", "Pass a dict"),
+    "no case": (lambda: baselines.replay(baselines.InfLLM(), []), "case", "mapping", "list", "Pass a dict"),
     "an array is missing": (replayed(k_pre=None), "case", "must hold k_pre", "dec_v", "Add ['k_pre']"),
     "integers": (replayed(v=np.zeros((2, 150, 16), int)), "case['v']", "floats", "int", "Cast it"),
     "another head dim": (replayed(v=np.zeros((2, 150, 8), np.float32)), "case['v']", "[K, T, D]", "[2, 150, 8]", "it."),
     "heads that do not divide": (
-        replayed(q_last_post=np.zeros((5, 16), np.float32), dec_q_post=np.zeros((STEPS, 5, 16), np.float32)),
+        replayed(q_last_post=np.zeros((5, 16), np.float32), dec_q_post=np.zeros((20, 5, 16), np.float32)),
         "case", "multiple of K", "5 query heads and 2", "Change"
     ),
     "rank beyond the keys": (replayed(baselines.ShadowKV()), "ShadowKV.rank", "K * D = 32", "40", "rank=32"),
@@ -241,8 +254,8 @@ BAD = {
         replayed(**{name: np.zeros((2, 0, 16), np.float32) for name in ("k_pre", "k_post", "v")}),
         "case", "must not be empty", "['T']", "at least one token"
     ),
-    "lengths of another batch": (batch_of([3]), "lengths", "must have shape", "[1]", "Reshape"),
-    "a length beyond T": (batch_of([151] * 8), "lengths", "[1, T = 150]", "151", "Change them"),
+    "lengths of another batch": (batch_of([3, 4]), "lengths", "must have shape", "[2]", "Reshape"),
+    "a length beyond T": (batch_of([151]), "lengths", "[1, T = 150]", "151", "Change them"),
 }  # fmt: skip
 
 
@@ -257,9 +270,6 @@ def test_bad_arguments_are_refused(name):
 
 
 def test_ties_go_to_the_lower_chunk():
-    landmarks = shadowkv.Landmarks(
-        jnp.zeros((1, 1, 5, 8)), jnp.array([[[1, 3, 4, 7, -1]]]), jnp.array([[[0, 2]]]), jnp.zeros((1, 1, 7))
-    )
-    scores = shadowkv.score(landmarks, jnp.ones((1, 2, 8)))
-    np.testing.assert_allclose(scores[0, 0], [0.25] * 4 + [0.0])
-    np.testing.assert_array_equal(shadowkv.select(POLICIES["ShadowKV"], landmarks, scores)[0, 0], [1, 3, 4])
+    landmarks = shadowkv.Landmarks(None, jnp.array([[[1, 3, 4, 7, -1]]]), None, None)
+    ids = shadowkv.select(SMALL, landmarks, jnp.array([[[0.2, 0.3, 0.2, 0.2, 0.0]]]))
+    np.testing.assert_array_equal(ids[0, 0], [3, 1, 4])

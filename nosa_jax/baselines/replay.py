@@ -20,7 +20,15 @@ from nosa_jax.baselines.arkvale import ArkVale
 from nosa_jax.baselines.infllm import InfLLM
 from nosa_jax.baselines.shadowkv import ShadowKV
 from nosa_jax.config import RopeConfig
-from pallas_kernels.checks import as_integers, bad_type, bad_value, is_concrete, require_floats, require_shape
+from pallas_kernels.checks import (
+    IntegersLike,
+    as_integers,
+    bad_type,
+    bad_value,
+    is_concrete,
+    require_floats,
+    require_shape,
+)
 
 # The inputs of a case by policy, with their letters: T prompt tokens, N query heads, K KV heads, `steps` decode steps.
 _AFTER_ROPE = {
@@ -66,7 +74,7 @@ def replay(
     policy: ShadowKV | ArkVale | InfLLM,
     case: Mapping[str, ArrayLike],
     *,
-    lengths: ArrayLike | None = None,
+    lengths: IntegersLike | None = None,
     rope_config: RopeConfig | None = None,
 ) -> Trace:
     """Runs a policy over the queries, keys and values of one layer: a prompt, then a token per step.
