@@ -17,6 +17,7 @@ from nosa_jax import rope
 from nosa_jax._pytree import pytree_dataclass
 from nosa_jax.baselines import arkvale, common, infllm, shadowkv
 from nosa_jax.baselines.arkvale import ArkVale
+from nosa_jax.baselines.common import Rotations
 from nosa_jax.baselines.infllm import InfLLM
 from nosa_jax.baselines.shadowkv import ShadowKV
 from nosa_jax.config import RopeConfig
@@ -29,6 +30,8 @@ from pallas_kernels.checks import (
     require_floats,
     require_shape,
 )
+
+AnyArray = Array | np.ndarray
 
 # The inputs of a case by policy, with their letters: T prompt tokens, N query heads, K KV heads, `steps` decode steps.
 _AFTER_ROPE = {
@@ -95,24 +98,32 @@ def replay(
         known = ", ".join(kind.__name__ for kind in _INPUTS)
         raise bad_type("policy", f"must be one of {known}", f"{policy!r:.60}", "Pass ShadowKV(), for example.")
     arrays, batched = _checked(policy, case)
-    rows, _, tokens, dim = arrays["v"].shape
-    steps = arrays["dec_v"].shape[1]
-    sizes = _checked_lengths(lengths, rows, tokens)
-    positions = jnp.arange(tokens + steps + getattr(policy, "n_local", 0) + 1, dtype=jnp.int32)[None]
-    cos, sin = rope.cos_sin(positions, rope_config or RopeConfig(), dim, positions.shape[1])
-    trace = _RUNS[type(policy)](policy, arrays, sizes, common.Rotations(cos[0], sin[0]))
+    sizes = _checked_lengths(lengths, arrays["v"].shape[0], arrays["v"].shape[2])
+    trace: Trace = _run(policy, arrays, sizes, rope_config or RopeConfig())
     # There is room for the most that any row might attend to; what none filled at any step is not shown.
-    attended = common.compact(trace.attended, trace.attended >= 0)
-    widest = int((attended >= 0).sum(-1).max()) if attended.size else 0
-    trace = dataclasses.replace(trace, attended=attended[..., :widest])
+    widest = int((np.asarray(trace.attended) >= 0).sum(-1).max(initial=0))
+    trace = dataclasses.replace(trace, attended=trace.attended[..., :widest])
     if batched:
         return trace
-    states = {"prompt": trace.prompt, "last": trace.last}
-    first = jax.tree.map(lambda x: x[0], dataclasses.replace(trace, prompt=None, last=None))
-    return dataclasses.replace(first, **states)
+    shown = _first_row(dataclasses.replace(trace, prompt=None, last=None))
+    return dataclasses.replace(shown, prompt=trace.prompt, last=trace.last)
 
 
-def _checked(policy: Any, case: Any) -> tuple[dict[str, jax.Array], bool]:
+@functools.partial(jax.jit, static_argnames=("policy", "rope_config"))
+def _run(policy: Any, arrays: dict[str, Array], lengths: Array, rope_config: RopeConfig) -> Trace:
+    tokens, dim = arrays["v"].shape[2:]
+    room = tokens + arrays["dec_v"].shape[1] + getattr(policy, "n_local", 0)  # of positions, also in InfLLM's windows
+    cos, sin = rope.cos_sin(jnp.arange(room, dtype=jnp.int32)[None], rope_config, dim, room)
+    trace = _RUNS[type(policy)](policy, arrays, lengths, Rotations(cos[0], sin[0]))
+    return dataclasses.replace(trace, attended=common.compact(trace.attended, trace.attended >= 0))
+
+
+@jax.jit
+def _first_row(trace: Trace) -> Trace:
+    return jax.tree.map(lambda x: x[0], trace)
+
+
+def _checked(policy: Any, case: Any) -> tuple[dict[str, AnyArray], bool]:
     """The arrays that the policy reads, with an axis B, and whether they had one."""
     if not isinstance(case, Mapping):
         raise bad_type("case", "must be a mapping of arrays by name", type(case).__name__, "Pass a dict.")
@@ -121,7 +132,7 @@ def _checked(policy: Any, case: Any) -> tuple[dict[str, jax.Array], bool]:
         raise bad_value(
             "case", f"must hold {', '.join(needed)} for {type(policy).__name__}", sorted(case), f"Add {missing}."
         )
-    arrays = {name: jnp.asarray(case[name]) for name in needed}
+    arrays = {name: x if isinstance(x := case[name], jax.Array) else np.asarray(x) for name in needed}
     require_floats(**{f"case[{name!r}]": array for name, array in arrays.items()})
     batched = arrays["v"].ndim == 4
     sizes: dict[str, int] = {}
@@ -142,9 +153,9 @@ def _checked(policy: Any, case: Any) -> tuple[dict[str, jax.Array], bool]:
     return (arrays if batched else {name: array[None] for name, array in arrays.items()}), batched
 
 
-def _checked_lengths(lengths: Any, rows: int, tokens: int) -> jax.Array:
+def _checked_lengths(lengths: Any, rows: int, tokens: int) -> AnyArray:
     if lengths is None:
-        return jnp.full((rows,), tokens, jnp.int32)
+        return np.full((rows,), tokens, np.int32)
     sizes = as_integers("lengths", lengths)
     require_shape("lengths", sizes, (rows,), "[B]")
     if is_concrete(sizes) and ((np.asarray(sizes) < 1) | (np.asarray(sizes) > tokens)).any():
@@ -152,7 +163,7 @@ def _checked_lengths(lengths: Any, rows: int, tokens: int) -> jax.Array:
     return sizes
 
 
-def _over_steps(decode: Any, prompt: Any, inputs: tuple[jax.Array, ...], lengths: jax.Array) -> tuple[Any, Any]:
+def _over_steps(decode: Any, prompt: Any, inputs: tuple[Array, ...], lengths: Array) -> tuple[Any, Any]:
     """Scans `decode(state, positions, *inputs of the step)`: (last state, what it gave, [B, steps, ...])."""
     positions = lengths + jnp.arange(inputs[0].shape[1], dtype=jnp.int32)[:, None]
     xs = (positions, *(jnp.moveaxis(x, 1, 0) for x in inputs))
@@ -160,8 +171,7 @@ def _over_steps(decode: Any, prompt: Any, inputs: tuple[jax.Array, ...], lengths
     return last, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), steps)
 
 
-@functools.partial(jax.jit, static_argnames="policy")
-def _run_shadowkv(policy: ShadowKV, a: dict[str, Array], lengths: Array, rotations: common.Rotations) -> Trace:
+def _run_shadowkv(policy: ShadowKV, a: dict[str, Array], lengths: Array, rotations: Rotations) -> Trace:
     inputs = (a["dec_q_post"], a["dec_k_post"], a["dec_v"])
     prompt = shadowkv.read_prompt(
         policy, a["k_pre"], a["k_post"], a["v"], a["q_last_post"], lengths, max_new=a["dec_v"].shape[1]
@@ -171,8 +181,7 @@ def _run_shadowkv(policy: ShadowKV, a: dict[str, Array], lengths: Array, rotatio
     return Trace(steps.ids, steps.new_ids, steps.attended, steps.out, steps.scores, None, prompt, last)
 
 
-@functools.partial(jax.jit, static_argnames="policy")
-def _run_arkvale(policy: ArkVale, a: dict[str, Array], lengths: Array, rotations: common.Rotations) -> Trace:
+def _run_arkvale(policy: ArkVale, a: dict[str, Array], lengths: Array, rotations: Rotations) -> Trace:
     inputs = (a["dec_q_post"], a["dec_k_post"], a["dec_v"])
     prompt = arkvale.read_prompt(policy, a["k_post"], a["v"], a["q_last_post"], lengths, max_new=a["dec_v"].shape[1])
     last, steps = _over_steps(functools.partial(arkvale.decode, policy), prompt, inputs, lengths)
@@ -181,8 +190,7 @@ def _run_arkvale(policy: ArkVale, a: dict[str, Array], lengths: Array, rotations
     return Trace(*lists, steps.out, one(steps.scores), None, prompt, last)
 
 
-@functools.partial(jax.jit, static_argnames="policy")
-def _run_infllm(policy: InfLLM, a: dict[str, Array], lengths: Array, rotations: common.Rotations) -> Trace:
+def _run_infllm(policy: InfLLM, a: dict[str, Array], lengths: Array, rotations: Rotations) -> Trace:
     tokens, size = a["v"].shape[2], policy.exc
     pieces = -(-tokens // size)
 
