@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING
 
-from nosa_jax import locality, ops, presets
+from nosa_jax import baselines, locality, ops, presets
 from nosa_jax.cache.memory import set_host_memory_limit
 from nosa_jax.cache.plan import CacheTooLargeError, Plan, plan
 from nosa_jax.cache.state import DecodeState
@@ -55,6 +55,7 @@ __all__ = [
     "Sampling",
     "Selections",
     "Step",
+    "baselines",
     "cast",
     "decode_step",
     "evals",

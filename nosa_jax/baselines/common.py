@@ -1,0 +1,118 @@
+"""What the three policies do alike: lists of ids, tokens of units, and attention over the tokens of a list.
+
+Shapes: B rows, K KV heads, N = K * G query heads (head n reads KV head n // G), D head dim, S tokens of a store, A of a
+list. Ids and positions are int32, -1 for nothing. All sums are float32.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Int32
+
+from pallas_kernels.formulas import rotate
+
+
+class Rotations(NamedTuple):
+    """cos, sin: float32 [S, D/2] of every position, as `nosa_jax.rope.cos_sin` makes them."""
+
+    cos: Float[Array, "S half"]
+    sin: Float[Array, "S half"]
+
+    def turn(self, x: Float[Array, "*rows D"], positions: Int32[Array, "*#rows"]) -> Float[Array, "*rows D"]:
+        """Rotates each x at its position; positions beyond the tables count as their ends."""
+        at = jnp.clip(positions, 0, self.cos.shape[0] - 1)
+        cos, sin = (jnp.broadcast_to(table[at], (*x.shape[:-1], table.shape[1])) for table in self)
+        return rotate(x[..., None, :], cos, sin)[..., 0, :]
+
+
+def rows_of(x: Array) -> Int32[Array, " B"]:
+    """0 .. B-1, to index one place of each row."""
+    return jnp.arange(x.shape[0], dtype=jnp.int32)
+
+
+def unit_tokens(ids: Int32[Array, "*rows n"], size: int, first: int = 0) -> Int32[Array, "*rows tokens"]:
+    """Positions of the tokens of units of `size` tokens, unit 0 beginning at `first`; -1 for those of id -1."""
+    tokens = first + ids[..., None] * size + jnp.arange(size, dtype=jnp.int32)
+    return jnp.where(ids[..., None] >= 0, tokens, -1).reshape(*ids.shape[:-1], ids.shape[-1] * size)
+
+
+def compact(ids: Int32[Array, "*rows n"], keep: Bool[Array, "*rows n"]) -> Int32[Array, "*rows n"]:
+    """The ids to keep, in their order, then -1."""
+    order = jnp.argsort(~keep, axis=-1, stable=True)
+    return jnp.take_along_axis(jnp.where(keep, ids, -1), order, axis=-1)
+
+
+def ascending(ids: Int32[Array, "*rows n"]) -> Int32[Array, "*rows n"]:
+    """The ids sorted, -1 at the end."""
+    last = jnp.iinfo(jnp.int32).max
+    ids = jnp.sort(jnp.where(ids < 0, last, ids), axis=-1)
+    return jnp.where(ids == last, -1, ids)
+
+
+def among(ids: Int32[Array, "*rows n"], others: Int32[Array, "*rows m"]) -> Bool[Array, "*rows n"]:
+    """Which ids, -1 apart, are in the other list of the same row."""
+    return (ids >= 0) & (ids[..., :, None] == others[..., None, :]).any(-1)
+
+
+def best(scores: Float[Array, "*rows n"], allowed: Bool[Array, "*rows n"], count: int) -> Int32[Array, "*rows count"]:
+    """Places of the `count` best allowed scores, descending, ties to the lower place; -1 where there are no more."""
+    values, places = jax.lax.top_k(jnp.where(allowed, scores, -jnp.inf), count)
+    return jnp.where(values > -jnp.inf, places, -1).astype(jnp.int32)
+
+
+def take_tokens(store: Float[Array, "B K S D"], positions: Int32[Array, "B #K A"]) -> Float[Array, "B K A D"]:
+    """The vectors at the positions; that of token 0 for -1."""
+    return jnp.take_along_axis(store, jnp.clip(positions, 0, store.shape[2] - 1)[..., None], axis=2)
+
+
+def put_tokens(
+    store: Float[Array, "B K S D"], tokens: Float[Array, "B K Q D"], positions: Int32[Array, "B Q"]
+) -> Float[Array, "B K S D"]:
+    """The store with tokens written at their positions; those of a position outside of it are dropped."""
+    places = jnp.where(positions < 0, store.shape[2], positions)
+    tokens = jnp.moveaxis(tokens, 1, 2).astype(store.dtype)
+    return store.at[rows_of(store)[:, None], :, places].set(tokens, mode="drop")
+
+
+def head_logits(q: Float[Array, "B N Q D"], keys: Float[Array, "B K A D"]) -> Float[Array, "B N Q A"]:
+    """q . k / sqrt(D), each query head with the keys of its KV head."""
+    batch, heads, queries, dim = q.shape
+    q = q.reshape(batch, keys.shape[1], -1, queries, dim).astype(jnp.float32)
+    logits = jnp.einsum("bkgqd,bkad->bkgqa", q, keys.astype(jnp.float32), precision="highest")
+    return logits.reshape(batch, heads, queries, -1) / jnp.sqrt(jnp.float32(dim))
+
+
+def softmax(logits: Float[Array, "*rows A"], mask: Bool[Array, "*#rows A"]) -> Float[Array, "*rows A"]:
+    """Over what `mask` allows, 0 elsewhere; all 0 where it allows nothing."""
+    logits = jnp.where(mask, logits, -jnp.inf)
+    top = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+    weights = jnp.where(mask, jnp.exp(logits - jnp.where(jnp.isfinite(top), top, 0)), 0)
+    return weights / jnp.maximum(weights.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+
+
+def weighted_sum(weights: Float[Array, "B N Q A"], values: Float[Array, "B K A D"]) -> Float[Array, "B N Q D"]:
+    """float32; each query head reads the values of its KV head, which must be finite."""
+    batch, heads, queries, tokens = weights.shape
+    weights = weights.reshape(batch, values.shape[1], -1, queries, tokens)
+    out = jnp.einsum("bkgqa,bkad->bkgqd", weights, values.astype(jnp.float32), precision="highest")
+    return out.reshape(batch, heads, queries, -1)
+
+
+def attend(
+    q: Float[Array, "B N D"],
+    keys: Float[Array, "B K A D"],
+    values: Float[Array, "B K A D"],
+    mask: Bool[Array, "B #K A"],
+) -> Float[Array, "B N D"]:
+    """softmax(q . k / sqrt(D)) v over the tokens that `mask` allows; what lies in others may be anything, NaN too."""
+    values = jnp.where(mask[..., None], values, 0)
+    by_head = jnp.repeat(mask, q.shape[1] // mask.shape[1], axis=1)[:, :, None]
+    return weighted_sum(softmax(head_logits(q[:, :, None], keys), by_head), values)[:, :, 0].astype(q.dtype)
+
+
+def num_units(tokens: Int[Array, " B"], size: int) -> Int[Array, " B"]:
+    """Units of `size` tokens that hold so many tokens, the last one perhaps in part."""
+    return -(-tokens // size)
