@@ -162,7 +162,7 @@ CASES = {
     "a broken chunk": (generate(OK, chunk=1.5), "chunk", "must be an int >= 1 or None", "1.5"),
     # running
     "max_length below the prompt": (prefill(OK, max_length=19), "max_length", ">= tokens.shape[1] = 20", "19"),
-    "limits of another batch": (prefill(OK, max_length=[24]), "max_length", "one per row, [B] = [2]", "got 1"),
+    "limits of another batch": (prefill(OK, max_length=[24]), "max_length", "one per row, [B] = [2]", "got 1 of them"),
     "limits of two axes": (prefill(OK, max_length=np.full((2, 1), 24)), "max_length", "one per row", "(2, 1)"),
     "a limit below the prompt": (
         prefill(OK, max_length=[24, 19]), "max_length", "row's prompt", "19 for row 1 of 20 tokens"

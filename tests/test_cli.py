@@ -302,7 +302,7 @@ def test_doctor_names_every_op_and_why(capsys):
 def test_extras_are_those_of_the_package():
     with open(ROOT / "pyproject.toml", "rb") as file:
         declared = tomllib.load(file)["project"]["optional-dependencies"]
-    assert set(EXTRAS) == set(declared) - {"all", "test", "lint", "dev"}
+    assert set(EXTRAS) == set(declared) - {"all", "notebooks", "test", "lint", "dev"}
 
 
 # --- mistakes -----------------------------------------------------------------------------------------------------

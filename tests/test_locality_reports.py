@@ -109,6 +109,15 @@ def test_costs_are_those_of_a_plan_at_the_measured_misses(reports):
     assert lines[2].split()[:2] == ["nosa", "6"] and lines[2].split()[3] == f"{missed:.2f}"
 
 
+def test_pools_are_checked_before_anything_runs(monkeypatch, without_type_checker):
+    monkeypatch.setattr("nosa_jax.locality.report.gamma", None)
+    with pytest.raises(TypeError, match=r"^slots: must be a sequence of pool sizes, got 8\. Pass \(4,\)"):
+        TEXTS[0].report(slots=8)
+    for wrong in ([3], [8, -1]):
+        with pytest.raises(ValueError, match=r"^slots: must be ints >= J = 4, as a selection must fit, got"):
+            TEXTS[0].report(slots=wrong)
+
+
 def test_costs_need_the_attention_and_the_optimum_that_were_measured(reports):
     with pytest.raises(ValueError, match="config: must have the attention that the report measured"):
         locality.pool_costs(reports[0], CONFIG.with_attention(variant="dma"), batch=1, max_length=99)

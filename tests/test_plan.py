@@ -125,6 +125,9 @@ def test_host_store_and_pool_share_a_laptops_memory(monkeypatch):
     plan.require_memory(allocated=("weights",))
     with pytest.raises(nosa_jax.CacheTooLargeError, match=r"Lower batch \(4\)"):
         plan.require_memory(allocated=("weights",), devices=2)
+    monkeypatch.setattr(memory, "_physical_memory", lambda: plan.host_bytes - 1)
+    with pytest.raises(nosa_jax.CacheTooLargeError, match=r"Lower batch \(2\) or max_length [^.]*\.$"):
+        plan.require_memory()  # neither slots nor a working set change the store
 
 
 _SET_LIMIT = """

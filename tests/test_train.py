@@ -266,11 +266,12 @@ def interrupt_at(step):
 def test_an_interrupted_run_resumes_to_the_bit(tmp_path, capsys):
     straight = train(CONFIG, CORPUS, progress=False)
     before = signal.getsignal(signal.SIGINT)
-    first = train(CONFIG, CORPUS, tmp_path, on_record=interrupt_at(3))
+    first = train(CONFIG, CORPUS, tmp_path, resume=True, on_record=interrupt_at(3))
     assert first.interrupted and first.step == 3
     assert first.directory == tmp_path
-    said = f"Interrupted after step 3: saved {tmp_path}/checkpoints/3; resume=True (--resume) continues"
-    assert said in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"There is no checkpoint in {tmp_path}: from the start.\n" in out
+    assert f"Interrupted after step 3: saved {tmp_path}/checkpoints/3; resume=True (--resume) continues" in out
     assert signal.getsignal(signal.SIGINT) is before
 
     second = train(CONFIG, make_corpus(), tmp_path, resume=True, progress=False)

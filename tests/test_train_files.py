@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nosa_jax.train import find_files, load_corpus, read_text
+from nosa_jax.train import find_files, load_corpus, read_text, text
 
 
 def write(path: Path, size: int, seed: int = 0) -> Path:
@@ -44,6 +44,11 @@ def test_a_file_is_split_at_the_end_of_a_line(tmp_path):
     text = (tmp_path / "a.txt").read_bytes()
     assert corpus.train.tobytes() + corpus.heldout.tobytes() == text
     assert corpus.train[-1] == ord("\n") and len(corpus.heldout) <= 1000
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"^files: must exist, got '.*nope'\. Check the path"):
+        text([tmp_path / "nope"], progress=False)
 
 
 def test_a_file_of_many_names_is_read_once(tmp_path, monkeypatch):

@@ -30,10 +30,10 @@ def planted():
     return model
 
 
-def source(length=256, count=24, size=256, **options):
+def source(length=256, count=24, size=256, block_size=SMALL.block_size, **options):
     ids = random_tokens(count * size, seed=3)
     starts = size * np.arange(count)
-    cut = Cut(length, True, SMALL.block_size)
+    cut = Cut(length, True, block_size)
     spans = np.stack([starts, starts + size], axis=1)
     return cut.source(Tokens([ids]), spans, **{"bytes_per_token": 1.0, "vocab_size": 128} | options)
 
@@ -118,9 +118,17 @@ def test_the_fit_makes_selection_follow_the_mass():
         ({"ridge": 0.0}, ValueError, "ridge: must be >= 1e-12"),
         ({"source": source(64)}, ValueError, "source: must have rows of at least 80 tokens, .*, got 64"),
         ({"source": source(size=64)}, ValueError, "source: must give fitted batches with tokens that are far"),
+        ({"source": source(block_size=8)}, ValueError, "source: documents must start on blocks of the model, .* of 16"),
         ({"source": source(vocab_size=129)}, ValueError, "source: must hold token ids below vocab_size = 128"),
     ],
 )
 def test_wrong_arguments_are_refused(options, error, message, without_type_checker):
     with pytest.raises(error, match=message):
         train.fit_importance(planted(), **{"source": source(), "batches": 2} | options)
+
+
+def test_a_model_that_computes_nan_is_refused():
+    broken = nosa_jax.cast(planted(), jnp.float32)
+    broken.embed[...] = broken.embed[...].at[5].set(jnp.nan)
+    with pytest.raises(FloatingPointError, match=r"^model: must compute finite values .*fitted batches"):
+        train.fit_importance(broken, source(), batches=2, batch_size=2, chunk=100)

@@ -45,8 +45,8 @@ def as_row_limits(max_length: Any, batch: int) -> np.ndarray | None:
         raise bad_type("max_length", "one per row must be known where jax.jit traces", "a traced array", remedy)
     given = np.asarray(max_length) if is_array else max_length
     if len(given) != batch or (is_array and given.ndim > 1):
-        shape = tuple(given.shape) if is_array else len(given)
-        raise bad_value("max_length", f"must be an int, or one per row, [B] = [{batch}]", shape, "Pass one per row.")
+        got = f"shape {tuple(given.shape)}" if is_array else f"{len(given)} of them"
+        raise bad_value("max_length", f"must be an int, or one per row, [B] = [{batch}]", got, "Pass one per row.")
     return np.array([require_size(f"max_length[{row}]", limit, 1) for row, limit in enumerate(given)], np.int32)
 
 

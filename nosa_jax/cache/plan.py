@@ -96,17 +96,17 @@ class Plan:
         """
         rows = f"batch ({devices * self.batch})"
         tokens = f"max_length ({self.max_length}, prompt and new tokens with their padding)"
-        remedy = f"Lower {rows}, {tokens} or slots ({self.slots})"
-        if self.slots is None:
-            remedy = f"Lower {rows} or {tokens}, or offload the cache"
-        remedy += ", or lower working_set" if self.reading.rows > 1 or self.reading.chunk is None else ""
         host = memory.host_limit()
         needed = devices * self.host_bytes
         if needed > host.size:
             raise CacheTooLargeError(
                 f"cache: the host store must fit in host memory, got {needed / GB:.2f} GB needed and "
-                f"{host.size / GB:.2f} GB available ({host.source}). {remedy}."
+                f"{host.size / GB:.2f} GB available ({host.source}). Lower {rows} or {tokens}."
             )
+        remedy = f"Lower {rows}, {tokens} or slots ({self.slots})"
+        if self.slots is None:
+            remedy = f"Lower {rows} or {tokens}, or offload the cache"
+        remedy += ", or lower working_set" if self.reading.rows > 1 or self.reading.chunk is None else ""
         device = memory.device_limit()
         parts = {part: size for part, size in self.device.items() if not (device.is_free and part in allocated)}
         available, source = device.size, device.source

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ from nosa_jax.locality.measures import (
     new_blocks,
 )
 from nosa_jax.locality.replay import belady_misses, replay_misses
-from pallas_kernels.checks import bad_value, require_bool, require_shape
+from pallas_kernels.checks import bad_type, bad_value, require_bool, require_int, require_shape
 
 WINDOWS = (16, 64)  # steps of the working sets that a report has unless told otherwise
 _LEGEND = (
@@ -180,6 +180,14 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and np.isnan(value) else value
 
 
+def _pool_sizes(slots: Any, width: int) -> list[int]:
+    """`slots` as ints. Raises TypeError or ValueError unless it is a sequence of ints >= J, before anything runs."""
+    if isinstance(slots, str) or not isinstance(slots, Iterable):
+        raise bad_type("slots", "must be a sequence of pool sizes", repr(slots), f"Pass ({width},), for example.")
+    rule = f"must be ints >= J = {width}, as a selection must fit"
+    return [require_int("slots", size, width, rule) for size in slots]
+
+
 def locality_report(
     block_ids: Int[AnyArray, "L B K T J"],
     positions: Int[AnyArray, "B T"],
@@ -196,11 +204,12 @@ def locality_report(
     positions: int32 [B, T], the query's position at every step.   bytes_per_block: see `block_bytes`.
     slots: pool sizes to replay; None means J, 5/4 J, 3/2 J and 2 J.   label: None means the variant's name.
     windows: steps of the working sets.   belady: whether the offline optimum is replayed, too, which takes longest.
-    Raises ValueError when no two steps follow each other.
+    Raises ValueError when no two steps follow each other, and for pools smaller than a selection.
     """
     require_shape("block_ids", block_ids, (None,) * 5, "[L, B, K, T, J]")
     require_shape("positions", positions, (block_ids.shape[1], block_ids.shape[3]), "[B, T]")
     ids, width = checked_ids(block_ids), block_ids.shape[-1]
+    sizes = (width, width + width // 4, width + width // 2, 2 * width) if slots is None else _pool_sizes(slots, width)
     rows = checked_positions(positions[:, None], ids.shape[:-1])
     counted = np.asarray(counted_steps(ids))
     if not counted.any():
@@ -222,7 +231,6 @@ def locality_report(
     unforced = np.asarray((ids >= 0) & ~is_forced(ids, rows, attention)) & counted[..., None]
     # Steps with a whole window behind them: all of its steps have a selection.
     whole = np.cumsum(np.asarray((ids >= 0).any(-1)), axis=-1)
-    sizes = (width, width + width // 4, width + width // 2, 2 * width) if slots is None else slots
     sizes = sorted(set(sizes))
     return LocalityReport(
         label=attention.variant if label is None else label,

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nosa_jax import parallel
 from nosa_jax.train.config import TrainConfig
-from nosa_jax.train.data import Batch, Corpus, Source, check_vocabulary
+from nosa_jax.train.data import Batch, Corpus, Source, check_blocks, check_vocabulary
 from nosa_jax.train.flops import count_documents
 from pallas_kernels.checks import bad_type, bad_value
 
@@ -87,14 +87,7 @@ def as_source(config: TrainConfig, source: Any) -> Source:
             "TrainConfig.length", f"must be that of the source, {source.length}", config.length, "Change one of them."
         )
     check_vocabulary(source, config.model.vocab_size)
-    block, packed = config.model.attention.block_size, getattr(source, "block_size", None)
-    if packed is not None and packed % block:
-        raise bad_value(
-            "source",
-            f"documents must start on blocks of the model, multiples of {block} tokens",
-            f"block_size={packed}",
-            f"Make it with block_size={block}.",
-        )
+    check_blocks(source, config.model.attention.block_size)
     return source
 
 

@@ -19,7 +19,7 @@ from nosa_jax.attention.importance import Importance
 from nosa_jax.attention.layout import Layout, packed_layout, row_layout
 from nosa_jax.config import AttentionConfig
 from nosa_jax.model import Layers, NosaLM, with_attention
-from nosa_jax.train.data import Source, check_vocabulary
+from nosa_jax.train.data import Source, check_blocks, check_vocabulary
 from pallas_kernels.checks import bad_value, require_int, require_number, require_size, require_type
 from pallas_kernels.promotion import usual_promotion
 
@@ -79,7 +79,8 @@ def fit_importance(
 
     Returns a new model, of the variant "nosa" where the given one is without importance, that shares all other
     parameters with it; the given one is left as it is. Raises TypeError or ValueError for arguments out of range, a
-    model on a mesh, ids out of the vocabulary, and rows in which no query is far.
+    model on a mesh, ids out of the vocabulary, documents packed for other blocks, and rows in which no query is far;
+    FloatingPointError where the model computes NaN or infinities.
     """
     require_type("model", model, NosaLM, "See nosa_jax.from_pretrained and train.load_model.")
     require_type("source", source, Source, "Make one with train.text, tokens, jsonl or chat.")
@@ -91,6 +92,7 @@ def fit_importance(
         raise bad_value("model", "must lie on one device", "one on a mesh", remedy)
     check_vocabulary(source, model.config.vocab_size)
     attention = model.config.attention
+    check_blocks(source, attention.block_size)
     _require_far_queries(attention, source.length)
 
     dense = with_attention(model, variant="full")
@@ -100,6 +102,11 @@ def fit_importance(
     whole = merged(fitted)
     kv_heads, dim = model.config.num_kv_heads, model.config.head_dim
     for name, moments in (("fitted", whole), ("checked", checked)):
+        if not all(np.isfinite(part).all() for part in moments):
+            raise FloatingPointError(
+                f"model: must compute finite values and attention, got others in the {name} batches. "
+                "Look for NaN in its weights."
+            )
         if moments.count[0] < 2:
             remedy = "Take longer documents, more batches, or a smaller num_local_blocks."
             raise bad_value("source", f"must give {name} batches with tokens that are far from queries", "none", remedy)

@@ -180,6 +180,8 @@ def train(
         options = {"optimizer": optimizer or config.optimizer, "loss": loss}
         run = Run(config, source, state, feed, checkpoints, log, bar, tell, profiler, options, evaluation)
         run.start(root)
+        if resume and root is not None and checkpoints is not None and run.step == 0:
+            run.say(f"There is no checkpoint in {root}: from the start.")
         run.peers.settle(False)  # what fails so early does so before anything is compiled
         run.advance(stop)
         run.finish()

@@ -86,7 +86,7 @@ class Run:
         with self.peers.holding():
             self.logged = self.log.read()
         if self.step >= self.config.steps:
-            self._say(f"All {self.config.steps} steps were done before, and there are none to take.")
+            self.say(f"All {self.config.steps} steps were done before, and there are none to take.")
 
     def advance(self, stop: threading.Event) -> None:
         """Steps until the end of the run or until `stop` is set in any process.
@@ -142,7 +142,8 @@ class Run:
             self.ended = stop.is_set()
         return self.ended
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """Tells the user a line."""
         with self.peers.holding():
             self.bar.say(text)
 
@@ -155,7 +156,7 @@ class Run:
         if self.ended and self.step < self.config.steps:
             goes_on = f"saved {saved}; resume=True (--resume) continues"
             where = "nothing was saved (no directory)" if saved is None else goes_on
-            self._say(f"Interrupted after step {self.step}: {where}.")
+            self.say(f"Interrupted after step {self.step}: {where}.")
         else:
             self._evaluate()
 
@@ -246,7 +247,7 @@ class Run:
             self.evaluations.append(self.record("eval", **fields, seconds=seconds))
         if result is not None:
             bits = f"{result.bits_per_byte:.4f} bits per byte"
-            self._say(f"step {self.step}: held-out {result.loss:.4f} nats, {bits}")
+            self.say(f"step {self.step}: held-out {result.loss:.4f} nats, {bits}")
 
 
 def _own_numbers(found: Any) -> dict[str, float]:

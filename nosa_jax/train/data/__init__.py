@@ -10,7 +10,15 @@
 `Source` is one. A `Corpus` is text that is in memory, split; its windows come from `Corpus.source`.
 """
 
-from nosa_jax.train.data.batch import Batch, Batches, OtherOrderError, Source, check_vocabulary, heldout_bytes_per_token
+from nosa_jax.train.data.batch import (
+    Batch,
+    Batches,
+    OtherOrderError,
+    Source,
+    check_blocks,
+    check_vocabulary,
+    heldout_bytes_per_token,
+)
 from nosa_jax.train.data.chats import chat
 from nosa_jax.train.data.corpus import Corpus, load_corpus
 from nosa_jax.train.data.files import find_files, is_binary, read_text, stdlib_files
@@ -24,6 +32,7 @@ __all__ = [
     "OtherOrderError",
     "Source",
     "chat",
+    "check_blocks",
     "check_vocabulary",
     "find_files",
     "heldout_bytes_per_token",

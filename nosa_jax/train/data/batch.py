@@ -140,6 +140,14 @@ def heldout_bytes_per_token(source: Source) -> float:
     return float(getattr(source, "heldout_bytes_per_token", source.bytes_per_token))
 
 
+def check_blocks(source: Source, block_size: int) -> None:
+    """Raises ValueError unless packed documents begin on blocks of the model's attention."""
+    packed = getattr(source, "block_size", None)
+    if packed is not None and packed % block_size:
+        rule = f"documents must start on blocks of the model, multiples of {block_size} tokens"
+        raise bad_value("source", rule, f"block_size={packed}", f"Make it with block_size={block_size}.")
+
+
 def check_vocabulary(source: Source, vocab_size: int) -> None:
     """Raises ValueError unless all token ids that `source` may give are below the model's `vocab_size`."""
     if source.vocab_size > vocab_size:

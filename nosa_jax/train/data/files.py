@@ -134,13 +134,17 @@ def is_binary(content: np.ndarray) -> bool:
 
 
 def unique_files(files: Iterable[str | os.PathLike[str]]) -> list[Path]:
-    """`files` as paths, sorted, each file once. Raises TypeError for a single path, ValueError where there is none."""
+    """`files` as paths, sorted, each file once. Raises TypeError for a single path, ValueError where there is none, and
+    FileNotFoundError for one that is not there."""
     if isinstance(files, str | os.PathLike):
         raise bad_type("files", "must be a sequence of paths", repr(files), "Pass [path], or find_files(path).")
-    paths = _once({user_path("files", file) for file in files})
+    paths = {user_path("files", file) for file in files}
     if not paths:
         raise bad_value("files", "must name at least one file", "none", "Check the paths; see find_files.")
-    return paths
+    for path in sorted(paths):
+        if not path.exists():
+            raise FileNotFoundError(f"files: must exist, got {str(path)!r}. Check the path; find_files takes globs.")
+    return _once(paths)
 
 
 def read_bytes(path: Path) -> np.ndarray:
