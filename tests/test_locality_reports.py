@@ -111,10 +111,10 @@ def test_costs_are_those_of_a_plan_at_the_measured_misses(reports):
 
 def test_pools_are_checked_before_anything_runs(monkeypatch, without_type_checker):
     monkeypatch.setattr("nosa_jax.locality.report.gamma", None)
-    with pytest.raises(TypeError, match=r"^slots: must be a sequence of pool sizes, got 8\. Pass \(4,\)"):
+    with pytest.raises(TypeError, match=r"^slots: must be a sequence of pool sizes, got 8\. Pass \(5,\)"):
         TEXTS[0].report(slots=8)
     for wrong in ([3], [8, -1]):
-        with pytest.raises(ValueError, match=r"^slots: must be ints >= J = 4, as a selection must fit, got"):
+        with pytest.raises(ValueError, match=r"^slots: must be ints >= J = 5, as a selection must fit, got"):
             TEXTS[0].report(slots=wrong)
 
 
