@@ -113,7 +113,7 @@ def test_prompt_with_the_reference_selections():
     close(out.logits[:, -1], arrays["prefill_last_logits"])
 
 
-@pytest.mark.parametrize(("shortest", "longest"), [(16, 321), (511, 1089)])
+@pytest.mark.parametrize(("shortest", "longest"), [(16, 321), pytest.param(511, 1089, marks=pytest.mark.slow)])
 def test_lengths_around_every_boundary(shortest, longest):
     """All lengths as rows of one padded batch, so that this also shows that a row is what it would be alone."""
     arrays, model = read("edge_nosa_reduced"), load("tiny_g4", "nosa")

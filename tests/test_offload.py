@@ -49,7 +49,7 @@ def poisoned(monkeypatch):
     assert calls  # or a program compiled without the poison was found
 
 
-@pytest.mark.parametrize("slots", but_slow((J, J + 1, M), J + 1))  # test_bits takes 9, too
+@pytest.mark.parametrize("slots", but_slow((J, J + 1, M), J + 1, M))  # test_bits takes more
 def test_bit_identical_for_any_number_of_slots(model, tokens, on_device, poisoned, slots):
     cache = CacheConfig(offload=True, slots=slots)
     gen = nosa_jax.generate(model, tokens, LENGTHS, max_new_tokens=NEW, cache=cache, record=True)

@@ -68,7 +68,7 @@ def assert_matches(inputs, cotangents, true, **size):
             "k1_g16_spans", "k2_g1_packed", "k2_g4_ragged", "k2_g8_chunk", "k2_g16_rows", "k4_g4_blocks_of_64",
             "k1_g8_packed", "dense_packed", "dense_chunk", "dense_without_bias",
         ),
-        "k2_g16_rows", "k4_g4_blocks_of_64", "k1_g8_packed", "dense_packed", "dense_without_bias",
+        "k2_g8_chunk", "k2_g16_rows", "k4_g4_blocks_of_64", "k1_g8_packed", "dense_packed", "dense_without_bias",
     ),
 )  # fmt: skip
 def test_matches_the_reference(name):

@@ -179,7 +179,10 @@ def offloaded(name):
 
 @pytest.mark.parametrize(
     "name",
-    but_slow(("k1_g16", "k2_g4_ragged", "k2_g8_no_bias", "runs_of_two_and_three"), "k1_g16", "k2_g8_no_bias"),
+    but_slow(
+        ("k1_g16", "k2_g4_ragged", "k2_g8_no_bias", "runs_of_two_and_three"),
+        "k1_g16", "k2_g8_no_bias", "runs_of_two_and_three",
+    ),
 )  # fmt: skip
 def test_one_step_of_the_cache_gives_the_bits_of_its_parts(name):
     given, resident = offloaded(name)
