@@ -109,7 +109,14 @@ def test_unions(name, tile):
         assert before == (size * (wanted + 1) <= real.min(initial=2**30) + 1).sum()
 
 
-@pytest.mark.parametrize("name, length", [("k2_g1_packed", 16), ("k2_g4_ragged", 1024), ("k1_g16_spans", 5)])
+@pytest.mark.parametrize(
+    "name, length",
+    [
+        pytest.param("k2_g1_packed", 16, marks=pytest.mark.slow),
+        pytest.param("k2_g4_ragged", 1024, marks=pytest.mark.slow),
+        ("k1_g16_spans", 5),
+    ],
+)
 def test_segments(name, length):
     sizes, (ids, positions, first_block), selected = selections(name)
     entries = positions.shape[1] * min(sizes["num_blocks"], ids.shape[-1])

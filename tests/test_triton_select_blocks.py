@@ -35,7 +35,7 @@ def test_matches_the_rule(name):
     assert_same_as_python(make_inputs(SMALL[name], jax.random.key(2)), **options(SMALL[name]))
 
 
-@settings(max_examples=25)  # `test_ops_select_blocks` draws more, for the rule itself
+@settings(max_examples=12)  # `test_ops_select_blocks` draws more, for the rule itself
 @given(drawn_inputs(), st.sampled_from([(5, 1, 2, 2), (4, 0, 2, 1), (10, 2, 1, 0)]))
 def test_matches_the_rule_when_scores_tie(inputs, budget):
     """Few values, -inf, inf and NaN among them; budgets beyond the 9 blocks; by query scores or importance alone."""
