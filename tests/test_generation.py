@@ -149,6 +149,7 @@ def test_forced_tokens_and_selections_replay_a_run(model, tokens, greedy):
     assert not np.allclose(narrow.logits[:, 5], greedy.logits[:, 5], atol=1e-2)
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_is_replayed_beyond_its_end(model, tokens, greedy):
     """What was not recorded after a row had stopped is selected."""
     ids = np.asarray(greedy.block_ids).copy()
