@@ -167,7 +167,8 @@ def train(
             traced = config.profile_steps if root is not None and writes else None
             profiler = watching.enter_context(Profiler((root or Path()) / PROFILE_NAME, traced))
         # Memory is spent from here on, and for one state.
-        if checkpoints is None or checkpoints.latest_step() is None:
+        is_new = checkpoints is None or checkpoints.latest_step() is None
+        if checkpoints is None or is_new:
             with processes.failing_together("making the first state"):
                 state = _first_state(config, model, mesh, optimizer)
         else:
@@ -180,7 +181,7 @@ def train(
         options = {"optimizer": optimizer or config.optimizer, "loss": loss}
         run = Run(config, source, state, feed, checkpoints, log, bar, tell, profiler, options, evaluation)
         run.start(root)
-        if resume and root is not None and checkpoints is not None and run.step == 0:
+        if resume and root is not None and is_new:
             run.say(f"There is no checkpoint in {root}: from the start.")
         run.peers.settle(False)  # what fails so early does so before anything is compiled
         run.advance(stop)
