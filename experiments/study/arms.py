@@ -15,6 +15,7 @@ from nosa_jax import NosaLM, train, with_attention
 from nosa_jax.attention.importance import Importance
 from nosa_jax.config import Variant
 from nosa_jax.train import OptimizerConfig, Source, TrainConfig
+from nosa_jax.train.importance import with_importance
 
 Start = Literal["zero", "fit"]
 Trained = Literal["everything", "importance", "all but importance"]
@@ -169,10 +170,6 @@ def with_bias(model: NosaLM, factor: float) -> NosaLM:
 
     A layer selects from the same input what it did; its input changes with the bias of those before.
     """
-    changed = with_attention(model)
     old = model.layers.attention.importance
     assert old is not None
-    drawn = Importance(*old.A[...].shape, model.config.head_dim, rngs=nnx.Rngs(0))
-    drawn.A[...], drawn.delta[...] = factor * old.A[...], old.delta[...]
-    changed.layers.attention.importance = nnx.data(drawn)
-    return changed
+    return with_importance(model, factor * old.A[...], old.delta[...])

@@ -115,13 +115,19 @@ def fit_importance(
         r2=explained(checked, weights, constant), tokens=int(whole.count[0]), checked_tokens=int(checked.count[0])
     )
     variant = attention.variant if attention.uses_importance else "nosa"
-    changed = with_attention(model, variant=variant)
     layers = model.config.num_layers
-    importance = Importance(layers, kv_heads, dim, rngs=nnx.Rngs(0))
-    importance.A[...] = jnp.full((layers, kv_heads), scale, jnp.float32)
-    importance.delta[...] = jnp.asarray(weights.reshape(layers, kv_heads, dim, kv_heads), jnp.float32)
+    A = jnp.full((layers, kv_heads), scale, jnp.float32)
+    delta = jnp.asarray(weights.reshape(layers, kv_heads, dim, kv_heads), jnp.float32)
+    return with_importance(with_attention(model, variant=variant), A, delta), report
+
+
+def with_importance(model: NosaLM, A: Float[Array, "L K"], delta: Float[Array, "L K D K"]) -> NosaLM:
+    """The model with these A and delta; all other parameters are shared with it, and it is left as it is."""
+    config, changed = model.config, with_attention(model)
+    importance = Importance(config.num_layers, config.num_kv_heads, config.head_dim, rngs=nnx.Rngs(0))
+    importance.A[...], importance.delta[...] = A, delta
     changed.layers.attention.importance = nnx.data(importance)
-    return changed, report
+    return changed
 
 
 def _require_far_queries(attention: AttentionConfig, length: int) -> None:
