@@ -1,6 +1,6 @@
 """What is compared: every arm is one way to continue the same dense model on the same data.
 
-An arm says which variant, budget, block size and start of the importance; a size says what that is in tokens and steps.
+An arm says which variant, budget, block size, start and stages; a size says what that is in tokens and steps.
 """
 
 from __future__ import annotations
@@ -47,16 +47,18 @@ class Size:
     """What the arms are made of on some machine.
 
     length: tokens of a row. block_size, stride: of blocks, and between pooled keys. budgets: by share of the blocks of
-    a row of that length. steps, batch_size, learning_rate, importance_factor: of training; the last one multiplies the
-    learning rate of A and delta. documents, measured: held out for losses, and how many of them selections are recorded
-    of, over their last `decode_steps` tokens. tasks, task_lengths, task_count: see `evals.evaluate`.
-    dtype: of everything that is measured.
+    a row of that length. dense_steps: that the dense model is trained before all arms. steps, batch_size,
+    learning_rate, importance_factor: of training; the last one multiplies the learning rate of A and delta. documents,
+    measured: held out for losses, and how many of them selections are recorded of, over the last `decode_steps` tokens
+    of the document's first tokens, as many as `read` says. tasks, task_lengths, task_count: what is asked, after
+    `tuning_steps` on like examples. dtype: of everything that is measured.
     """
 
     length: int
     block_size: int
     stride: int
     budgets: dict[str, Budget]
+    dense_steps: int
     steps: int
     batch_size: int
     learning_rate: float
@@ -64,35 +66,54 @@ class Size:
     documents: int
     measured: int
     decode_steps: int
+    read: tuple[int, ...]
     tasks: tuple[str, ...]
     task_lengths: tuple[int, ...]
     task_count: int
+    tuning_steps: int
     dtype: Any
 
 
 GPU = Size(
     length=8192, block_size=64, stride=16,
     budgets={"quarter": Budget(32, 1, 9, 8), "eighth": Budget(16, 1, 5, 4), "half": Budget(64, 1, 17, 15)},
-    steps=250, batch_size=4, learning_rate=1e-4, importance_factor=50.0,
-    documents=128, measured=8, decode_steps=192,
-    tasks=("niah_single", "niah_multikey", "mqar", "variable_tracking", "extract_records"),
-    task_lengths=(4096, 8192), task_count=20, dtype=jnp.bfloat16,
+    dense_steps=300, steps=250, batch_size=4, learning_rate=1e-4, importance_factor=50.0,
+    documents=128, measured=8, decode_steps=192, read=(4096, 8192),
+    tasks=("niah_single", "niah_multikey", "niah_multivalue", "kv_json", "mqar", "extract_records",
+           "variable_tracking"),
+    task_lengths=(4096, 8192), task_count=40, tuning_steps=80, dtype=jnp.bfloat16,
 )  # fmt: skip
 CPU = Size(
     length=512, block_size=16, stride=4,
     budgets={"quarter": Budget(8, 1, 3, 2), "eighth": Budget(4, 1, 2, 1), "half": Budget(16, 1, 5, 4)},
-    steps=60, batch_size=4, learning_rate=1e-3, importance_factor=10.0,
-    documents=48, measured=4, decode_steps=96,
-    tasks=(), task_lengths=(), task_count=0, dtype=jnp.float32,
+    dense_steps=600, steps=60, batch_size=4, learning_rate=1e-3, importance_factor=10.0,
+    documents=48, measured=4, decode_steps=96, read=(512,),
+    tasks=(), task_lengths=(), task_count=0, tuning_steps=0, dtype=jnp.float32,
 )  # fmt: skip
 SIZES = {"gpu": GPU, "cpu": CPU}
 
 
 @dataclasses.dataclass(frozen=True)
+class Stage:
+    """A share of an arm's steps, its first, that are trained in another way.
+
+    every_block: whether all blocks are selected, so that every token gets a gradient through its bias. query_share,
+    trained: as in `Arm`.
+    """
+
+    share: float
+    every_block: bool = False
+    query_share: float | None = None
+    trained: Trained = "everything"
+
+
+@dataclasses.dataclass(frozen=True)
 class Arm:
-    """name: in tables. budget: a name in `Size.budgets`. query_share: of J, picked by the query; None as the budget has
-    it. halves: blocks of half the size and twice as many of them. start: A = 0 as the paper has it, or
-    `train.fit_importance`. trained: what is. seeds: that the arm is run with."""
+    """name: in tables. budget: a name in `Size.budgets`. query_share: of J, picked by the query, or all that sink and
+    window leave; None as the budget has it. halves: blocks of half the size and twice as many of them. start: A = 0 as
+    the paper has it, or `train.fit_importance`. stages: how its first steps are trained. trained: what is, in the other
+    steps. rate, importance_rate: multiply the learning rate, and that of A and delta once more. seeds: that the arm is
+    run with."""
 
     name: str
     variant: Variant
@@ -100,13 +121,17 @@ class Arm:
     query_share: float | None = None
     halves: bool = False
     start: Start = "zero"
+    stages: tuple[Stage, ...] = ()
     trained: Trained = "everything"
+    rate: float = 1.0
+    importance_rate: float = 1.0
     seeds: tuple[int, ...] = (0,)
 
     def attention(self, size: Size) -> dict[str, Any]:
         """Fields of AttentionConfig."""
         budget, times = size.budgets[self.budget], 2 if self.halves else 1
         query = budget.query if self.query_share is None else round(self.query_share * budget.selected)
+        query = min(query, budget.selected - budget.sink - budget.local)
         return {
             "variant": self.variant,
             "block_size": size.block_size // times,
@@ -118,10 +143,20 @@ class Arm:
             "num_query_blocks": times * query,
         }
 
+    def attention_of(self, stage: Stage, size: Size) -> dict[str, Any]:
+        """Fields of AttentionConfig in a stage."""
+        fields = dataclasses.replace(self, query_share=stage.query_share or self.query_share).attention(size)
+        return fields | ({"num_selected_blocks": size.length // fields["block_size"]} if stage.every_block else {})
+
 
 THREE = (0, 1, 2)
 VARIANTS = tuple(Arm(name, name, seeds=THREE) for name in ("full", "infllmv2", "nosa", "dma"))
-FITTED = (Arm("nosa, fitted start", "nosa", start="fit", seeds=THREE),)
+STARTS = (
+    Arm("nosa, fitted start", "nosa", start="fit"),
+    # The first of these stages leaves nothing for importance to pick, and so selects as InfLLMv2 does.
+    Arm("nosa, query share annealed", "nosa", stages=(Stage(0.25, query_share=1.0), Stage(0.25, query_share=0.5))),
+    Arm("nosa, importance first", "nosa", stages=(Stage(0.25, every_block=True, trained="importance"),)),
+)
 BUDGETS = tuple(
     Arm(f"{variant}, {budget}", variant, budget) for budget in ("eighth", "half") for variant in ("infllmv2", "nosa")
 )
@@ -132,7 +167,11 @@ ABLATIONS = (
     Arm("nosa, fitted start, importance fixed, no bias", "nosa", start="fit", trained="all but importance"),
     *(Arm(f"{variant}, half blocks", variant, halves=True) for variant in ("infllmv2", "nosa")),
 )
-ARMS = (*VARIANTS, *FITTED, *BUDGETS, *ABLATIONS)
+RATES = (
+    *(Arm(f"{variant}, rate x {x:g}", variant, rate=x) for x in (3.0, 0.3) for variant in ("nosa", "infllmv2", "full")),
+    *(Arm(f"nosa, importance rate x {x:g}", "nosa", importance_rate=x) for x in (0.2, 4.0)),
+)
+ARMS = (*VARIANTS, *STARTS, *BUDGETS, *ABLATIONS, *RATES)
 
 
 def started(dense: NosaLM, arm: Arm, size: Size, source: Source, seed: int) -> NosaLM:
@@ -149,18 +188,22 @@ def started(dense: NosaLM, arm: Arm, size: Size, source: Source, seed: int) -> N
     return model
 
 
-def training(arm: Arm, size: Size, model: NosaLM, seed: int) -> TrainConfig:
-    """The run of an arm; `seed` draws the order of the data, the same for all arms."""
-    rates = FIT_RATES if arm.start == "fit" else (("*importance*", size.importance_factor),)
-    if not model.config.attention.uses_importance or arm.trained == "all but importance":
-        rates = ()
+def training(
+    arm: Arm, size: Size, model: NosaLM, seed: int, *, steps: int, trained: Trained = "everything"
+) -> TrainConfig:
+    """A run of an arm; `seed` draws the order of the data, the same for all arms."""
+    rates: tuple[tuple[str, float], ...] = ()
+    if model.config.attention.uses_importance and trained != "all but importance":
+        factor = size.importance_factor * arm.importance_rate
+        rates = FIT_RATES if arm.start == "fit" else (("*importance*", factor),)
+    peak = size.learning_rate * arm.rate
     optimizer = OptimizerConfig(
-        learning_rate=size.learning_rate, final_learning_rate=size.learning_rate / 10, schedule="cosine",
-        weight_decay=0.0, learning_rate_multipliers=rates,
+        learning_rate=peak, final_learning_rate=peak / 10, schedule="cosine", weight_decay=0.0,
+        learning_rate_multipliers=rates,
     )  # fmt: skip
     return TrainConfig(
-        model.config, optimizer, steps=size.steps, batch_size=size.batch_size, length=size.length, seed=seed,
-        trainable=TRAINED[arm.trained], log_every=10, eval_every=0, eval_batches=1, eval_selection=False,
+        model.config, optimizer, steps=steps, batch_size=size.batch_size, length=size.length, seed=seed,
+        trainable=TRAINED[trained], log_every=10, eval_every=0, eval_batches=1, eval_selection=False,
         checkpoint_every=0,
     )  # fmt: skip
 

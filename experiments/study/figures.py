@@ -57,6 +57,7 @@ def position(above: Mapping[str, Float64[np.ndarray, "documents parts"]], path: 
         axes.fill_between(place, mean - 2 * error, mean + 2 * error, color=color, alpha=0.15, lw=0)
     axes.axhline(0, color="gray", lw=1, ls=":")
     axes.set(xlabel="position, as a share of the document", ylabel="loss above dense attention, nats")
-    axes.legend()
+    if axes.lines[1:]:
+        axes.legend()
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -1,4 +1,4 @@
-"""What is measured of a model: losses by position, answers to tasks, and the locality of its selections."""
+"""What is measured of a model: losses by position, and the locality of its selections."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from jaxtyping import Array, Float64, Int32
 import nosa_jax
 from experiments.study.arms import Size, with_bias
 from nosa_jax import NosaLM, Selections, evals
-from nosa_jax.evals.examples import Tokenizer
 from nosa_jax.locality.report import LocalityReport
 
 PARTS = 16  # of a document, whose losses are kept apart
@@ -64,30 +63,19 @@ def locality_numbers(report: LocalityReport) -> dict[str, Any]:
     }
 
 
-def answers(model: NosaLM, tokenizer: Tokenizer, size: Size) -> list[dict[str, Any]]:
-    """By task and length: how many answers are what greedy decoding would give to the letter, and how likely they are.
-
-    Greedy decoding gives an answer just if every token of it is the likeliest after the right ones before.
-    """
-    if not size.tasks:
-        return []
-    table = evals.evaluate(
-        model, tokenizer, tasks=size.tasks, lengths=size.task_lengths, count=size.task_count, generation=False,
-        progress=False,
-    )  # fmt: skip
-    return table.rows
-
-
 def quality_and_locality(
     model: NosaLM, documents: Int32[np.ndarray, "N T"], size: Size, label: str
 ) -> tuple[dict[str, Any], Selections | None]:
-    """Losses of all documents, and what some of them select, with its numbers."""
+    """Losses of all documents, and what some of them select, with its numbers: "locality" at their ends, "locality
+    after N" where less of them is read. The selections are those at the ends."""
     found: dict[str, Any] = {"losses": as_list(losses(model, documents))}
+    recorded = None
     if not model.config.attention.is_sparse:
-        return found, None
+        return found, recorded
     chosen = np.linspace(0, len(documents) - 1, size.measured).round().astype(int)
-    recorded = selections(model, documents[chosen], size.decode_steps, label)
-    found["locality"] = locality_numbers(recorded.report())
+    for read in size.read:
+        recorded = selections(model, documents[chosen, :read], size.decode_steps, label)
+        found["locality" if read == size.length else f"locality after {read}"] = locality_numbers(recorded.report())
     return found, recorded
 
 

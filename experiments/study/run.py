@@ -1,6 +1,7 @@
 """Runs the study: the same dense model, continued with every variant on the same text, and measured before and after.
 
     python -m experiments.study.get_model --output models/smollm2-135m
+    python -m experiments.study.dense --output runs/study/dense
     python -m experiments.study.run --size gpu --output runs/study            # an hour and a half on one H100
     python -m experiments.study.run --size cpu --output runs/study-cpu        # minutes, a tiny model of its own
     python -m experiments.study.tables runs/study --output experiments/results/study_h100.json
@@ -14,7 +15,7 @@ packages installed beside this one, whole packages held out; OUTPUT/text.json na
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
+import dataclasses
 import json
 import sys
 import time
@@ -23,20 +24,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int32
 
 from experiments.environment import environment
-from experiments.study import measure, text
-from experiments.study.arms import ARMS, SIZES, Arm, Size, started, training
-from nosa_jax import NosaLM, cast, from_pretrained, presets, train
+from experiments.study import measure, tasks, text
+from experiments.study.arms import ARMS, SIZES, THREE, Arm, Size, started, training
+from experiments.study.dense import small_dense
+from experiments.study.held import describe, documents_of, study_text
+from nosa_jax import NosaLM, cast, from_pretrained, save_importance, train, with_attention
+from nosa_jax.evals.examples import Example
 from nosa_jax.hf import load_tokenizer
-from nosa_jax.train import OptimizerConfig, TrainConfig
 
-HELD_OUT = 0.25
-DOCUMENTS_PER_PACKAGE = 6
-CHARACTERS = 400_000  # of each package
 RECORDED = ("infllmv2", "nosa", "dma")  # whose selections of seed 0 are kept
 KEPT_ROWS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Materials:
+    """What all arms share. held: the text. asked, lessons: questions, and examples to learn tasks from; none and None
+    where the size asks nothing."""
+
+    dense: NosaLM
+    held: text.Text
+    asked: list[list[Example]]
+    lessons: train.Source | None
 
 
 def jobs(names: list[str] | None, shard: tuple[int, int], seeds: int = 3) -> Iterator[tuple[Arm, int]]:
@@ -55,47 +65,56 @@ def shard(written: str) -> tuple[int, int]:
     return int(index), int(count)
 
 
-def small_dense(size: Size, source: train.Source) -> NosaLM:
-    """A dense model for a CPU, trained here on the text that the arms are continued on."""
-    config = presets.tiny(variant="full")
-    optimizer = OptimizerConfig(learning_rate=3e-3, schedule="cosine", weight_decay=0.0)
-    run = TrainConfig(
-        config, optimizer, steps=10 * size.steps, batch_size=size.batch_size, length=size.length, seed=100,
-        eval_every=0, eval_batches=1, checkpoint_every=0,
-    )  # fmt: skip
-    return train.train(run, source).model
-
-
 def continued(dense: NosaLM, arm: Arm, seed: int, source: train.Source, size: Size) -> tuple[NosaLM, NosaLM, list[Any]]:
-    """The model as the arm begins, as it ends, and the log of its training."""
-    start = started(dense, arm, size, source, seed)
-    result = train.train(training(arm, size, start, seed), source, model=start, progress=sys.stderr.isatty())
+    """The model as the arm begins, as it ends, and the log of its training, stage after stage."""
+    start = model = started(dense, arm, size, source, seed)
+    log: list[Any] = []
+    left = size.steps
+    for stage in arm.stages:
+        model = with_attention(model, **arm.attention_of(stage, size))
+        steps = round(stage.share * size.steps)
+        model, of_stage = _trained(
+            training(arm, size, model, seed + left, steps=steps, trained=stage.trained), model, source
+        )
+        left, log = left - steps, log + of_stage
+    model = with_attention(model, **arm.attention(size))
+    model, last = _trained(training(arm, size, model, seed, steps=left, trained=arm.trained), model, source)
+    return start, model, log + last
+
+
+def _trained(run: train.TrainConfig, model: NosaLM, source: train.Source) -> tuple[NosaLM, list[Any]]:
+    result = train.train(run, source, model=model, progress=sys.stderr.isatty())
     if result.interrupted:  # what half a training gives must not count as the arm
         raise KeyboardInterrupt
-    return start, result.model, [[record["step"], round(record["loss"], 5)] for record in result.history]
+    return result.model, [[record["step"], round(record["loss"], 5)] for record in result.history]
 
 
-def run_arm(dense: NosaLM, arm: Arm, seed: int, held: text.Text, tokenizer: Any, size: Size, output: Path) -> None:
+def run_arm(shared: Materials, arm: Arm, seed: int, size: Size, output: Path) -> None:
     """Writes the file of one arm and seed."""
     begin = time.perf_counter()
-    start, model, log = continued(dense, arm, seed, held.source, size)
+    start, trained, log = continued(shared.dense, arm, seed, shared.held.source, size)
     found: dict[str, Any] = {
         "arm": arm.name, "seed": seed, "attention": arm.attention(size), "training": log,
         "train_seconds": round(time.perf_counter() - begin, 1), "environment": environment(),
     }  # fmt: skip
-    documents = documents_of(held, size)
-    if seed == 0:
+    documents = documents_of(shared.held, size)
+    if seed == 0 and not arm.stages:
         found["before"], _ = measure.quality_and_locality(cast(start, size.dtype), documents, size, arm.name)
-    model = cast(model, size.dtype)
+    model = cast(trained, size.dtype)
     found["after"], recorded = measure.quality_and_locality(model, documents, size, arm.name)
     if arm.name == "nosa":
         found["other_bias"] = measure.without_exact_bias(model, documents)
     if seed == 0 and arm.name in RECORDED and recorded is not None:
         measure.first_rows(recorded, KEPT_ROWS).save(output / f"selections-{arm.name}.npz")
+    if seed == 0 and model.config.attention.uses_importance:
+        save_importance(trained, arm_file(output, arm, seed).with_suffix(".safetensors"))
     found["seconds"] = round(time.perf_counter() - begin, 1)
     write_json(arm_file(output, arm, seed), found)
-    if seed == 0:
-        found["tasks"] = measure.answers(model, tokenizer, size)
+    if shared.lessons is not None and arm.seeds == THREE:
+        found["tasks_before"] = tasks.answers(model, shared.asked) if seed == 0 else None
+        tuned = tasks.tuned(trained, arm, seed, shared.lessons, size)
+        found["tasks"] = tasks.answers(cast(tuned, size.dtype), shared.asked)
+        found["seconds_with_tasks"] = round(time.perf_counter() - begin, 1)
         write_json(arm_file(output, arm, seed), found)
     print(f"{arm.name}, seed {seed}: loss {np.mean(found['after']['losses']):.4f}, {found['seconds']} s", flush=True)
 
@@ -111,57 +130,35 @@ def write_json(file: Path, content: Any) -> None:
     partial.replace(file)
 
 
-def documents_of(held: text.Text, size: Size) -> Int32[np.ndarray, "N T"]:
-    """Held-out documents, as many as the size asks for, spread over all there are."""
-    rows = held.source.heldout_rows()
-    chosen = np.linspace(0, len(rows) - 1, min(size.documents, len(rows))).round().astype(int)
-    return np.stack([np.asarray(rows[int(n)].tokens, np.int32) for n in chosen])
-
-
-def study_text(size: Size, tokenizer: Any) -> text.Text:
-    return text.packages_source(
-        text.packages(), tokenizer, size.length, block_size=size.block_size, heldout_fraction=HELD_OUT,
-        documents_per_package=DOCUMENTS_PER_PACKAGE, most_characters=CHARACTERS,
-    )  # fmt: skip
-
-
-def describe(held: text.Text, size: Size) -> dict[str, Any]:
-    """Which text it was."""
-    versions = {}
-    owners = importlib.metadata.packages_distributions()
-    for name in text.packages():
-        dists = sorted(set(owners.get(name, [])))  # which name one twice that was installed in two ways
-        versions[name] = [f"{dist} {importlib.metadata.version(dist)}" for dist in dists]
-    return {
-        "packages": versions, "fingerprint": held.source.fingerprint(), "train_tokens": held.source.train_tokens,
-        "documents": len(documents_of(held, size)), "of": len(held.heldout), "heldout": sorted(set(held.heldout)),
-        "overlap_mean": float(np.mean(held.overlap)), "overlap_max": float(np.max(held.overlap)),
-        "dropped": held.dropped,
-    }  # fmt: skip
+def materials(size: Size, folder: Path | None, output: Path) -> Materials:
+    """What the arms need. folder: of the dense model; None for one that is trained here."""
+    if folder is None:
+        held = study_text(size, None)
+        return Materials(small_dense(size, held.source), held, [], None)
+    dense = from_pretrained(folder, variant="full")
+    tokenizer = load_tokenizer(folder, dense.config.vocab_size)
+    held = study_text(size, tokenizer, output / "text.pickle")
+    lessons = tasks.lessons(tokenizer, folder, size, output / "lessons.jsonl")
+    return Materials(dense, held, tasks.questions(tokenizer, size), lessons)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=tuple(SIZES), default="gpu")
-    parser.add_argument(
-        "--model", type=Path, default=Path("models/smollm2-135m"), help="folder of the dense model (gpu)"
-    )
+    parser.add_argument("--model", type=Path, help="folder of the dense model (gpu); OUTPUT/dense unless given")
     parser.add_argument("--arms", nargs="+", choices=[arm.name for arm in ARMS], help="instead of all")
     parser.add_argument("--seeds", type=int, default=3, help="of an arm, at most")
     parser.add_argument("--shard", type=shard, default=(0, 1), help="which part of the work, INDEX/COUNT")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args(arguments)
-    size, real = SIZES[args.size], args.size == "gpu"
+    size = SIZES[args.size]
     (args.output / "arms").mkdir(parents=True, exist_ok=True)
-    dense = from_pretrained(args.model, variant="full") if real else None
-    tokenizer = None if dense is None else load_tokenizer(args.model, dense.config.vocab_size)
-    held = study_text(size, tokenizer)
+    shared = materials(size, (args.model or args.output / "dense") if args.size == "gpu" else None, args.output)
     if args.shard[0] == 0:
-        write_json(args.output / "text.json", describe(held, size))
-    dense = small_dense(size, held.source) if dense is None else dense
+        write_json(args.output / "text.json", describe(shared.held, size))
     for arm, seed in jobs(args.arms, args.shard, args.seeds):
         if not arm_file(args.output, arm, seed).exists():
-            run_arm(dense, arm, seed, held, tokenizer, size, args.output)
+            run_arm(shared, arm, seed, size, args.output)
 
 
 if __name__ == "__main__":
