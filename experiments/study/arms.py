@@ -112,8 +112,8 @@ class Arm:
     """name: in tables. budget: a name in `Size.budgets`. query_share: of J, picked by the query, or all that sink and
     window leave; None as the budget has it. halves: blocks of half the size and twice as many of them. start: A = 0 as
     the paper has it, or `train.fit_importance`. stages: how its first steps are trained. trained: what is, in the other
-    steps. rate, importance_rate: multiply the learning rate, and that of A and delta once more. seeds: that the arm is
-    run with."""
+    steps. rate, importance_rate: multiply the learning rate, and that of A and delta once more. asked: whether it is
+    asked tasks. seeds: that the arm is run with."""
 
     name: str
     variant: Variant
@@ -125,6 +125,7 @@ class Arm:
     trained: Trained = "everything"
     rate: float = 1.0
     importance_rate: float = 1.0
+    asked: bool = False
     seeds: tuple[int, ...] = (0,)
 
     def attention(self, size: Size) -> dict[str, Any]:
@@ -150,26 +151,33 @@ class Arm:
 
 
 THREE = (0, 1, 2)
-VARIANTS = tuple(Arm(name, name, seeds=THREE) for name in ("full", "infllmv2", "nosa", "dma"))
+VARIANTS = tuple(Arm(name, name, asked=True, seeds=THREE) for name in ("full", "infllmv2", "nosa", "dma"))
 STARTS = (
-    Arm("nosa, fitted start", "nosa", start="fit"),
+    Arm("nosa, fitted start", "nosa", start="fit", asked=True),
     # The first of these stages leaves nothing for importance to pick, and so selects as InfLLMv2 does.
-    Arm("nosa, query share annealed", "nosa", stages=(Stage(0.25, query_share=1.0), Stage(0.25, query_share=0.5))),
-    Arm("nosa, importance first", "nosa", stages=(Stage(0.25, every_block=True, trained="importance"),)),
+    Arm(
+        "nosa, query share annealed",
+        "nosa",
+        stages=(Stage(0.25, query_share=1.0), Stage(0.25, query_share=0.5)),
+        asked=True,
+    ),
+    Arm("nosa, importance first", "nosa", stages=(Stage(0.25, every_block=True, trained="importance"),), asked=True),
 )
 BUDGETS = tuple(
-    Arm(f"{variant}, {budget}", variant, budget) for budget in ("eighth", "half") for variant in ("infllmv2", "nosa")
+    Arm(f"{variant}, {budget}", variant, budget, asked=True)
+    for budget in ("eighth", "half")
+    for variant in ("infllmv2", "nosa")
 )
 ABLATIONS = (
-    *(Arm(f"nosa, query share {share}", "nosa", query_share=share) for share in (0.125, 0.375, 0.5)),
+    *(Arm(f"nosa, query share {share}", "nosa", query_share=share, asked=True) for share in (0.125, 0.375, 0.5)),
+    *(Arm(f"{variant}, half blocks", variant, halves=True) for variant in ("infllmv2", "nosa")),
     Arm("nosa, importance alone", "nosa", trained="importance"),
     Arm("nosa, fitted start, importance alone", "nosa", start="fit", trained="importance"),
     Arm("nosa, fitted start, importance fixed, no bias", "nosa", start="fit", trained="all but importance"),
-    *(Arm(f"{variant}, half blocks", variant, halves=True) for variant in ("infllmv2", "nosa")),
 )
 RATES = (
-    *(Arm(f"{variant}, rate x {x:g}", variant, rate=x) for x in (3.0, 0.3) for variant in ("nosa", "infllmv2", "full")),
     *(Arm(f"nosa, importance rate x {x:g}", "nosa", importance_rate=x) for x in (0.2, 4.0)),
+    *(Arm(f"{variant}, rate x {x:g}", variant, rate=x) for x in (3.0, 0.3) for variant in ("nosa", "infllmv2", "full")),
 )
 ARMS = (*VARIANTS, *STARTS, *BUDGETS, *ABLATIONS, *RATES)
 

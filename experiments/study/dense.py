@@ -9,12 +9,15 @@ another one. Arms that all began with it would first repair that, each in its ow
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
+import jax
+
 from experiments.study.arms import SIZES, Size
 from experiments.study.held import study_text
-from nosa_jax import ModelConfig, NosaLM, from_pretrained, presets, save_pretrained, train
+from nosa_jax import ModelConfig, NosaLM, from_pretrained, parallel, presets, save_pretrained, train
 from nosa_jax.hf import load_tokenizer
 from nosa_jax.train import OptimizerConfig, TrainConfig
 
@@ -28,13 +31,16 @@ def small_dense(size: Size, source: train.Source) -> NosaLM:
 
 
 def trained_on(model: NosaLM, size: Size, source: train.Source) -> NosaLM:
-    """The model after the dense stage. Raises KeyboardInterrupt where that was ended."""
+    """The model after the dense stage, on all devices that share the batch evenly. Raises KeyboardInterrupt where that
+    was ended."""
     optimizer = OptimizerConfig(
         learning_rate=size.learning_rate, final_learning_rate=size.learning_rate / 10, schedule="cosine",
         weight_decay=0.0,
     )  # fmt: skip
     run = _run(model.config, optimizer, size)
-    result = train.train(run, source, model=model, progress=sys.stderr.isatty())
+    devices = math.gcd(size.batch_size, jax.device_count())
+    mesh = parallel.make_mesh(data=devices, devices=jax.devices()[:devices]) if devices > 1 else None
+    result = train.train(run, source, model=model, mesh=mesh, progress=sys.stderr.isatty())
     if result.interrupted:
         raise KeyboardInterrupt
     return result.model

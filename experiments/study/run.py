@@ -27,7 +27,7 @@ import numpy as np
 
 from experiments.environment import environment
 from experiments.study import measure, tasks, text
-from experiments.study.arms import ARMS, SIZES, THREE, Arm, Size, started, training
+from experiments.study.arms import ARMS, SIZES, VARIANTS, Arm, Size, started, training
 from experiments.study.dense import small_dense
 from experiments.study.held import describe, documents_of, study_text
 from nosa_jax import NosaLM, cast, from_pretrained, save_importance, train, with_attention
@@ -98,7 +98,7 @@ def run_arm(shared: Materials, arm: Arm, seed: int, size: Size, output: Path) ->
         "train_seconds": round(time.perf_counter() - begin, 1), "environment": environment(),
     }  # fmt: skip
     documents = documents_of(shared.held, size)
-    if seed == 0 and not arm.stages:
+    if seed == 0 and (arm in VARIANTS or arm.start == "fit"):
         found["before"], _ = measure.quality_and_locality(cast(start, size.dtype), documents, size, arm.name)
     model = cast(trained, size.dtype)
     found["after"], recorded = measure.quality_and_locality(model, documents, size, arm.name)
@@ -110,8 +110,8 @@ def run_arm(shared: Materials, arm: Arm, seed: int, size: Size, output: Path) ->
         save_importance(trained, arm_file(output, arm, seed).with_suffix(".safetensors"))
     found["seconds"] = round(time.perf_counter() - begin, 1)
     write_json(arm_file(output, arm, seed), found)
-    if shared.lessons is not None and arm.seeds == THREE:
-        found["tasks_before"] = tasks.answers(model, shared.asked) if seed == 0 else None
+    if shared.lessons is not None and arm.asked:
+        found["tasks_before"] = tasks.answers(model, shared.asked) if seed == 0 and arm in VARIANTS else None
         tuned = tasks.tuned(trained, arm, seed, shared.lessons, size)
         found["tasks"] = tasks.answers(cast(tuned, size.dtype), shared.asked)
         found["seconds_with_tasks"] = round(time.perf_counter() - begin, 1)

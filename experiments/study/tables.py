@@ -92,6 +92,15 @@ def over_seeds(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def answers(seeds: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """What the models of several seeds said to the same questions: mean and spread."""
+    return [
+        {name: rows[0][name] for name in ("task", "length", "count")}
+        | {name: spread([row[name] for row in rows]) for name in ("exact", "tokens", "log_likelihood")}
+        for rows in zip(*seeds, strict=True)
+    ]
+
+
 def other_of(name: str, arms: Mapping[str, Any]) -> str:
     """InfLLMv2 with the same budget, where that was run."""
     _, _, rest = name.partition(", ")
@@ -117,13 +126,9 @@ def summary(arms: Mapping[str, Mapping[int, Any]]) -> dict[str, Any]:
                 kind: {part: spread([by_range(np.array(one[kind]))[part] for one in biases]) for part in RANGES}
                 for kind in biases[0]
             }
-        tasks = [one["tasks"] for one in by_seed.values() if one.get("tasks")]
-        if tasks:
-            entry["tasks"] = [
-                {"task": row["task"], "length": row["length"], "count": row["count"], "exact": row["forced_exact"],
-                 "log_likelihood_per_token": row["log_likelihood_per_token"]}
-                for row in tasks[0]
-            ]  # fmt: skip
+        for key in ("tasks_before", "tasks"):
+            if asked := [one[key] for one in by_seed.values() if one.get(key)]:
+                entry[key] = answers(asked)
         found[name] = entry
     return found
 
