@@ -21,6 +21,7 @@ from nosa_jax.baselines.common import Rotations
 from nosa_jax.baselines.infllm import InfLLM
 from nosa_jax.baselines.shadowkv import ShadowKV
 from nosa_jax.config import RopeConfig
+from nosa_jax.policy import Policy, Sizes, Store
 from pallas_kernels.checks import (
     IntegersLike,
     as_integers,
@@ -171,14 +172,22 @@ def _over_steps(decode: Any, prompt: Any, inputs: tuple[Array, ...], lengths: Ar
     return last, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), steps)
 
 
-def _run_shadowkv(policy: ShadowKV, a: dict[str, Array], lengths: Array, rotations: Rotations) -> Trace:
-    inputs = (a["dec_q_post"], a["dec_k_post"], a["dec_v"])
-    prompt = shadowkv.read_prompt(
-        policy, a["k_pre"], a["k_post"], a["v"], a["q_last_post"], lengths, max_new=a["dec_v"].shape[1]
-    )
-    decode = lambda state, positions, q, k, v: shadowkv.decode(policy, state, rotations, positions, q, k, v)
-    last, steps = _over_steps(decode, prompt, inputs, lengths)
-    return Trace(steps.ids, steps.new_ids, steps.attended, steps.out, steps.scores, None, prompt, last)
+def _run_shadowkv(policy: Policy, a: dict[str, Array], lengths: Array, rotations: Rotations) -> Trace:
+    """Of an engine of one layer, all of whose units are on the device."""
+    batch, heads, tokens, dim = a["v"].shape
+    new = a["dec_v"].shape[1]
+    sizes = Sizes(1, batch, heads, dim, tokens, new, tokens + new)
+    prompt = policy.read_prompt(a["k_pre"], a["k_post"], a["v"], a["q_last_post"], lengths, sizes)
+    first = (jax.tree.map(lambda x: x[None], prompt.kept), prompt.units[None])
+
+    def decode(state: Any, positions: Array, *token: Array) -> tuple[Any, Any]:
+        kept, pool = state
+        step = policy.decode(kept, Store(pool, None, None), rotations, token, positions, jnp.int32(0))
+        return (step.kept, step.pool), step._replace(kept=None, pool=None)
+
+    (last, _), steps = _over_steps(decode, first, (a["dec_q_post"], a["dec_k_post"], a["dec_v"]), lengths)
+    last = jax.tree.map(lambda x: x[0], last)
+    return Trace(steps.ids, steps.new_ids, steps.attended, steps.out, steps.scores, None, prompt.kept, last)
 
 
 def _run_arkvale(policy: ArkVale, a: dict[str, Array], lengths: Array, rotations: Rotations) -> Trace:

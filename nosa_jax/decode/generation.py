@@ -269,7 +269,7 @@ def _start(model: NosaLM, request: Request, options: Options) -> tuple[Loop, Ste
     token, block_ids = request.forced(0)
     state, out = read_prompt(
         model, prompt, block_ids,
-        max_length=max_length_of(prompt, options), cache=options.cache, limits=options.limits,
+        max_length=max_length_of(prompt, options), cache=options.cache, limits=options.limits, new=options.new,
     )  # fmt: skip
     nothing = jnp.zeros(prompt.lengths.shape, jnp.int32)
     return _draw(request, Loop(state, nothing, nothing > 0, nothing, nothing > 0), out, options, token)
