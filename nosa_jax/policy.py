@@ -4,8 +4,8 @@ The engine knows no policy: it holds what one keeps without looking into it, mov
 on the device, and asks. Every method works on arrays of all layers and a `layer`, as the ops do: a slice of a large
 stack would be a copy.
 
-Shapes: L layers, B rows, K KV heads, N query heads, D head dim, T prompt tokens, U units of a row in the store, J wanted
-units of a step, `parts` 1 where values alone are stored and 2 with keys (index 0).
+Shapes: L layers, B rows, K KV heads, N query heads, D head dim, T prompt tokens, U units of a row in the store, J
+wanted units of a step, `parts` 1 where values alone are stored and 2 with keys (index 0).
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Sizes(NamedTuple):
 
 
 class Store(NamedTuple):
-    """Where units are: pool, the slots on the device; host, pages of every unit in `pinned_host` memory, None where the
-    pool holds all of them and slot = unit; page_table, the page of each row's units, None without `host`; transport, see
-    `CacheConfig`."""
+    """Where units are: pool, the slots on the device; host, pages of every unit in `pinned_host` memory, None where
+    the pool holds all of them and slot = unit; page_table, the page of each row's units, None without `host`;
+    transport, see `CacheConfig`."""
 
     pool: Float[Array, "L B K slots parts unit D"]
     host: Any
@@ -58,8 +58,8 @@ class Stepped(NamedTuple):
     """What a step did in one layer.
 
     kept: of all layers. pool: see `Store`. out: of attention. ids: the wanted units, -1 for none. fetched: units that
-    were not on the device. scores and attended, [B, K or 1, ...], say why and what was attended to: positions of tokens,
-    -1 for none. What nobody reads of these costs nothing.
+    were not on the device. scores and attended, [B, K or 1, ...], say why and what was attended to: positions of
+    tokens, -1 for none. What nobody reads of these costs nothing.
     """
 
     kept: Any
@@ -119,7 +119,7 @@ class Policy:
 
     def read_prompt(
         self,
-        k_pre: Float[Array, "B K T D"],
+        k_pre: Any,
         k_post: Float[Array, "B K T D"],
         v: Float[Array, "B K T D"],
         q_last: Float[Array, "B N D"],
@@ -129,7 +129,7 @@ class Policy:
         """Of one layer of prompts, whose attention is dense.
 
         k_pre, k_post: keys before and after RoPE; what lies behind a row's length counts for nothing. q_last: after
-        RoPE, of each row's last token.
+        RoPE, of each row's last token. A policy that does not look at k_pre may be given None.
         """
         raise NotImplementedError
 

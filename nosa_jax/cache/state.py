@@ -376,14 +376,15 @@ def _fitting_policy_state(state: DecodeState, config: ModelConfig, dtype: Any) -
     assert state.policy is not None
     own = state.policy.sizes_of(state.kept)
     sizes = policy_sizes(config, state.lengths.shape[0], state.max_length, own.get("prompt", 0), own.get("new", 0))
-    cache = CacheConfig(offload=state.host is not None, transport=state.transport, policy=state.policy)
+    cache = CacheConfig(offload=state.host is not None, policy=state.policy)
     return _policy_shapes(sizes, cache, dtype)
 
 
 @functools.lru_cache(maxsize=32)
 def _policy_shapes(sizes: Sizes, cache: CacheConfig, dtype: Any) -> dict[str, Any]:
-    assert cache.policy is not None
-    return _fields(jax.eval_shape(lambda: _empty_by_policy(cache.policy, sizes, cache, dtype, None)))
+    policy = cache.policy
+    assert policy is not None
+    return _fields(jax.eval_shape(lambda: _empty_by_policy(policy, sizes, cache, dtype, None)))
 
 
 def table_at(state: DecodeState, layer: Array) -> SlotTable:

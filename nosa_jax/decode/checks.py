@@ -69,13 +69,15 @@ def check_cache(
     devices: int = 1,
     records: int = 0,
     new: int | None = None,
-) -> tuple[int, np.ndarray | None]:
-    """`max_length` as an int, and one per row [B] where that was given, of which the int is the largest.
+    padded: bool = True,
+) -> tuple[int, np.ndarray | None, int | None]:
+    """`max_length` as an int, and one per row [B] where that was given, of which the int is the largest; and the room
+    for generated tokens of any row that a policy keeps, None without one.
 
     Raises unless the prompt fits into rows of so many tokens, and their cache into memory.
 
     devices: how many share the rows. records: bytes per row that are recorded beside the cache. new: tokens that any
-    row generates, at most, where that is known.
+    row generates, at most; None for what limits and lengths say. padded: whether any row may be shorter than others.
     Raises TypeError, ValueError, or CacheTooLargeError with what is needed.
     """
     require_type("cache", cache, CacheConfig, "Pass CacheConfig(...).")
@@ -88,7 +90,7 @@ def check_cache(
         max_length = int(row_limits.max())
     read = {"prompt": min(prompt.width, max_length), "chunk": limits.chunk, "working_set": limits.working_set}
     if cache.policy is not None:
-        read["new"] = new_room(prompt, max_length, row_limits) if new is None else new
+        read["new"] = new = new_room(prompt, max_length, row_limits, padded=padded) if new is None else new
     one_device = plan(model.config, rows, max_length, cache, dtype=model.embed.dtype, **read)
     if row_limits is not None and cache.policy is None:
         counts = blocks_of(row_limits, model.config.attention.block_size)
@@ -96,14 +98,18 @@ def check_cache(
     if records:
         one_device = dataclasses.replace(one_device, device=one_device.device | {"records": rows * records})
     one_device.require_memory(allocated=("weights",), devices=devices)
-    return max_length, row_limits
+    return max_length, row_limits, new
 
 
-def new_room(prompt: Prompt, max_length: int, row_limits: np.ndarray | None) -> int:
-    """Room for generated tokens of any row, as a policy keeps it: the most that one may get, where lengths are known."""
-    lengths = prompt.lengths
-    least = np.asarray(jax.device_get(lengths)) if is_concrete(lengths) else 1
-    return rounded_room(int(np.max((max_length if row_limits is None else row_limits) - least)))
+def new_room(prompt: Prompt, max_length: int, row_limits: np.ndarray | None, *, padded: bool) -> int:
+    """The most tokens that any row may generate, as far as lengths are known, and a little more.
+
+    padded: whether any row may be shorter than the longest.
+    """
+    lengths: Any = 1 if padded else prompt.width
+    if is_concrete(prompt.lengths):
+        lengths = np.asarray(jax.device_get(prompt.lengths))
+    return rounded_room(int(np.max((max_length if row_limits is None else row_limits) - lengths)))
 
 
 def _check_row_limits(prompt: Prompt, row_limits: np.ndarray) -> None:

@@ -65,14 +65,15 @@ def prefill(
     prompt = checks.as_prompt(model, tokens, lengths)
     limits = as_limits(chunk, working_set, dense)
     devices = checks.row_devices(prompt.batch, model, prompt)
-    max_length, row_limits = checks.check_cache(model, prompt, max_length, cache, limits, devices)
+    max_length, row_limits, new = checks.check_cache(
+        model, prompt, max_length, cache, limits, devices, padded=lengths is not None
+    )
     rooms, pages = None, None
     if row_limits is not None:
         rooms, pages = rooms_of(row_limits, model.config.attention.block_size, devices)
     if not is_tracing():
         prompt = padded_prompt(prompt)
     model, prompt = checks.untransformed((model, prompt))
-    new = None if cache.policy is None else checks.new_room(prompt, max_length, row_limits)
     state, out = read_prompt(
         model, prompt, rooms=rooms, max_length=max_length, pages=pages, cache=cache, limits=limits, new=new
     )

@@ -232,7 +232,7 @@ def _attend(
     attention: Attention,
     x: Float[Array, "B n H"],
     state: DecodeState,
-    staged: Float[Array, "B K m 2 P D"],
+    staged: Any,
     place: Int32[Array, "B n"],
     positions: Int32[Array, "B n"],
     forced_block_ids: Int32[Array, "B K J"] | None,
@@ -246,7 +246,7 @@ def _attend(
     attention: of this layer.
     x: input of the layer's attention.
     state: of all layers, before the tokens.
-    staged: this layer's blocks on the device, before the tokens.
+    staged: [B, K, m, 2, P, D], this layer's blocks on the device, before the tokens.
     place: positions of the tokens, padding counted on.
     positions: the same, -1 for padding.
     forced_block_ids: replace the selection of each row's last token.

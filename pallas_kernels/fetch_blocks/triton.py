@@ -102,24 +102,24 @@ def unsupported(target: Array, source: Array, *lists: Any) -> str | None:
 
 
 def fetch_blocks(
-    pool: Float[Array, "layers B K slots 2 P D"],
-    host: Float[Array, "L pages K 2 P D"],
+    pool: Float[Array, "layers B K slots parts P D"],
+    host: Float[Array, "L pages K parts P D"],
     page_table: Int32[Array, "B M"],
     block_ids: Int32[Array, "B heads X"],
     slots: Int32[Array, "B heads X"],
     layer: Int32[Array, ""],
-) -> Float[Array, "layers B K slots 2 P D"]:
+) -> Float[Array, "layers B K slots parts P D"]:
     return _call(host, pool, (page_table, block_ids, slots), layer, fetch=True)
 
 
 def write_back_blocks(
-    host: Float[Array, "L pages K 2 P D"],
-    pool: Float[Array, "layers B K slots 2 P D"],
+    host: Float[Array, "L pages K parts P D"],
+    pool: Float[Array, "layers B K slots parts P D"],
     page_table: Int32[Array, "B M"],
     block_ids: Int32[Array, "*L B heads X"],
     slots: Int32[Array, "*L B heads X"],
     layer: Int32[Array, ""] | None,
-) -> Float[Array, "L pages K 2 P D"]:
+) -> Float[Array, "L pages K parts P D"]:
     moved = _call(host, pool, (page_table, block_ids, slots), layer, fetch=False)
     # Moves nothing: it gives the result back the type of an array in host memory.
     return jax.device_put(moved, jax.memory.Space.Host)
