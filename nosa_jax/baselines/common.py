@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int32
 
 from pallas_kernels.formulas import rotate
@@ -131,7 +132,8 @@ def settle(
     """
     same = (ids[..., :, None] == held[..., None, :]) & (ids >= 0)[..., None]
     missing, free = (ids >= 0) & ~same.any(-1), ~same.any(-2)
-    rank = lambda x: jnp.cumsum(x, axis=-1, dtype=jnp.int32)
+    # How many came up to each: a comparison of all pairs, as above, is one launch where a cumulative sum is several.
+    rank = lambda x: (x[..., None, :] & np.tri(x.shape[-1], dtype=bool)).sum(-1, dtype=jnp.int32)
     takes = (rank(missing)[..., :, None] == rank(free)[..., None, :]) & missing[..., :, None] & free[..., None, :]
     at = same | takes
     slots = jnp.where(at.any(-1), jnp.argmax(at, axis=-1).astype(jnp.int32), -1)

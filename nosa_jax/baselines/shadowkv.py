@@ -30,6 +30,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
@@ -250,8 +251,8 @@ def read_prompt(
 
 def _prompt_room(policy: ShadowKV) -> int:
     """Exact tokens of a prompt: of the local part and the outliers."""
-    # A row has at most one chunk less a token more than its local chunks.
-    return (policy.local_chunks + 1 + policy.outlier_chunks) * policy.chunk - 1
+    # A row has at most one chunk less a token more than its local chunks; a whole one keeps widths even.
+    return (policy.local_chunks + 1 + policy.outlier_chunks) * policy.chunk
 
 
 def exact_positions(
@@ -266,7 +267,7 @@ def exact_positions(
     listed = lambda first, count, end: jnp.where(
         (tokens := first[:, None] + jnp.arange(count, dtype=jnp.int32)) < end[:, None], tokens, -1
     )
-    local_room = (policy.local_chunks + 1) * policy.chunk - 1
+    local_room = (policy.local_chunks + 1) * policy.chunk
     local = listed(num_chunks(policy, prompt_lengths) * policy.chunk, local_room, prompt_lengths)
     generated = listed(prompt_lengths, new, positions + 1)
     by_head = lambda x: jnp.broadcast_to(x[:, None], (*outlier_ids.shape[:2], x.shape[1]))
@@ -317,7 +318,8 @@ def decode(
     exact_keys = common.put_token(state.exact_keys, k, places, layer)
     exact_values = common.put_token(state.exact_values, v, places, layer)
 
-    scores = score(landmarks, q)
+    # Behind a barrier, or XLA copies landmarks and exact keys into one operand, since the same queries meet both.
+    scores = score(landmarks, jax.lax.optimization_barrier(q))
     ids = jnp.where(is_there, select(policy, landmarks, scores), -1)
     pool, (settled, slots, missing) = store.pool, common.settle(held, ids)
     if store.host is None:
