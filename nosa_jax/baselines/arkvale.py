@@ -222,8 +222,9 @@ def score(
     """
     batch, heads, dim = q.shape
     q = q.reshape(batch, centers.shape[1], -1, dim).astype(jnp.float32)
-    of_boxes = lambda x, boxes: common.dot("bkd,bkpd->bp", x.sum(2), boxes)
-    return (of_boxes(q, centers) + of_boxes(jnp.abs(q), radii)) / heads
+    # Not as matrix products, for which XLA would turn the digests of all layers around.
+    sums, sizes = (x.sum(2)[:, :, None] for x in (q, jnp.abs(q)))
+    return (sums * centers + sizes * radii).sum((1, 3)) / heads
 
 
 def select(policy: ArkVale, scores: Float[Array, "B P"], positions: Int32[Array, " B"]) -> Int32[Array, "B k"]:
