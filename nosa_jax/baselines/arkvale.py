@@ -222,9 +222,9 @@ def score(
     """
     batch, heads, dim = q.shape
     q = q.reshape(batch, centers.shape[1], -1, dim).astype(jnp.float32)
-    # Not as matrix products, for which XLA would turn the digests of all layers around.
+    # Channels first, then KV heads, as no one sum: for that XLA would turn the digests of all layers around.
     sums, sizes = (x.sum(2)[:, :, None] for x in (q, jnp.abs(q)))
-    return (sums * centers + sizes * radii).sum((1, 3)) / heads
+    return ((sums * centers + sizes * radii).sum(3) / heads).sum(1)
 
 
 def select(policy: ArkVale, scores: Float[Array, "B P"], positions: Int32[Array, " B"]) -> Int32[Array, "B k"]:

@@ -119,7 +119,9 @@ def put_token(
 ) -> Float[Array, "L B K S D"]:
     """The stack with a token of each row written at its place; one outside of it is dropped. Writes these alone."""
     places = jnp.where(places < 0, store.shape[3], places)
-    put = store.at[layer, rows_of(token), :, places]
+    # Every axis but the last by index: of a slice in between XLA would turn the whole stack around.
+    heads = jnp.arange(token.shape[1], dtype=jnp.int32)
+    put = store.at[layer, rows_of(token)[:, None], heads, places[:, None]]
     return put.set(token.astype(store.dtype), mode="drop", unique_indices=True)
 
 
