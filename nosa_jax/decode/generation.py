@@ -49,7 +49,9 @@ class Generation:
     Recorded on request, else None: logits [B, new, V] float32 that each token was drawn from; block_ids
     [L, B, K, new, J], the selection behind those logits; fetched [L, B, K, new], blocks that crossed from the host for
     it. Entry 0 of each belongs to the last prompt position, whose blocks are placed by the prefill: it fetches none.
-    After a row stopped its logits and fetches are 0 and its ids -1. `full` attention has no block_ids and no fetches.
+    After a row stopped its logits and fetches are 0 and its ids -1. `full` attention has no block_ids and no fetches;
+    with a policy they are its J wanted units, chunks by score (ShadowKV) or pages ascending, alike for all KV heads
+    (ArkVale, which wants none after the prompt and while all pages fit), and those of them that crossed.
     """
 
     tokens: Any

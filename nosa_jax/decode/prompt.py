@@ -47,7 +47,9 @@ def prefill(
     max_length: what a row may grow to, prompt included: an int, or one per row [B]. Then the host store has only the
         pages that the limits need, ceil(limit / P) per row, and a program is compiled for each number of pages. Under
         `jax.jit` they must be known, as NumPy arrays and lists are.
-    cache: where the KV cache lives.
+    cache: where the KV cache lives. With a policy prompts are read whole, with dense attention, and leave behind what
+        it keeps: `chunk` must be None, and the host store has pages for all units of every row. On the device there is
+        room for the tokens that the row furthest from its limit may generate, so tell `lengths` outside of `jax.jit`.
     chunk: tokens of a row read at once, each chunk over the cache of those before it; None reads rows whole where they
         fit `working_set`, and else in chunks that do.
     working_set: bytes of device memory to hold meanwhile, beside weights and cache; None for 2 GiB. Rows are read in
@@ -101,6 +103,9 @@ def extend(
     64, 512 or 4096, so that turns of any lengths share a few programs. Under jit, where values cannot be checked,
     tokens beyond a row's limit are dropped. What a layer holds of the rows that grow is staged on the device, one layer
     at a time, in groups of rows that fit `working_set` (see `prefill`).
+
+    With a policy further tokens are what generated ones are to it, whoever wrote them, and are read one by one, each in
+    a decode step: ShadowKV keeps all of them on the device, and ArkVale has them in its pages.
 
     Raises TypeError or ValueError for a state of another model, wrong shapes and, outside jit, wrong values, and
     CacheTooLargeError where the working set does not fit.
