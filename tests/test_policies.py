@@ -18,7 +18,7 @@ from nosa_jax.cache.state import device_bytes, with_pages
 
 LENGTHS = np.array([150, 93, 20])  # the last row attends to everything
 TOKENS = random_tokens(3, 150, seed=2)
-NEW = 20  # tokens that are generated, more than two pages
+NEW = 60  # tokens that are generated, so many that pages of them leave the window and come back
 POLICIES = {
     "ShadowKV": baselines.ShadowKV(chunk=8, rank=24, budget=48, local_chunks=2, outlier_chunks=2),
     "ArkVale": baselines.ArkVale(page=8, budget=10, page_topks=7, sink=1, window=3),

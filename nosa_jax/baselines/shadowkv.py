@@ -77,9 +77,21 @@ class ShadowKV(Policy):
         """Selected chunks, s."""
         return self.budget // self.chunk
 
-    unit = property(lambda self: self.chunk)
-    parts = property(lambda self: 1)
-    num_slots = num_wanted = num_selected
+    @property
+    def unit(self) -> int:
+        return self.chunk
+
+    @property
+    def parts(self) -> int:
+        return 1
+
+    @property
+    def num_slots(self) -> int:
+        return self.num_selected
+
+    @property
+    def num_wanted(self) -> int:
+        return self.num_selected
 
     def num_units(self, sizes: Sizes) -> int:
         # Room for all outliers and one selection even where the text is short, so that no width depends on it.
