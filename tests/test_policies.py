@@ -19,6 +19,7 @@ from nosa_jax.cache.state import device_bytes, with_pages
 LENGTHS = np.array([150, 93, 20])  # the last row attends to everything
 TOKENS = random_tokens(3, 150, seed=2)
 NEW = 60  # tokens that are generated, so many that pages of them leave the window and come back
+TWO_ROWS = 2_500_000  # bytes of a working set for two of the three: the last group reads a row again
 POLICIES = {
     "ShadowKV": baselines.ShadowKV(chunk=8, rank=24, budget=48, local_chunks=2, outlier_chunks=2),
     "ArkVale": baselines.ArkVale(page=8, budget=10, page_topks=7, sink=1, window=3),
@@ -144,7 +145,9 @@ def test_steps_and_turns_are_a_generation(model, policy):
     """Prompts in groups of rows, decode steps one by one, then what is left as a turn of another length per row."""
     whole, cache = generated(policy, True), CacheConfig(policy=POLICIES[policy])
     limits = LENGTHS + NEW
-    state, logits = nosa_jax.prefill(model, TOKENS, LENGTHS, max_length=limits, cache=cache, working_set=2**21)
+    plan = functools.partial(nosa_jax.plan, model.config, 3, 210, cache, dtype=jnp.float32, prompt=150, new=NEW)
+    assert plan(working_set=TWO_ROWS).reading.rows == 2
+    state, logits = nosa_jax.prefill(model, TOKENS, LENGTHS, max_length=limits, cache=cache, working_set=TWO_ROWS)
     np.testing.assert_allclose(logits, whole.logits[:, 0], rtol=0, atol=2e-5)
     for step in range(3):
         state, logits = nosa_jax.jit_decode_step(model, state, whole.tokens[:, step])

@@ -335,7 +335,7 @@ def decode(
     ids = jnp.where(is_there, select(policy, landmarks, scores), -1)
     pool, (settled, slots, missing) = store.pool, common.settle(held, ids)
     if store.host is None:
-        settled, slots = jnp.where(is_there, ids, held), ids
+        slots = ids
     else:
         loads = jnp.where(missing, ids, -1)
         pool = fetch_blocks(pool, store.host, store.page_table, loads, slots, layer, transport=store.transport)

@@ -75,6 +75,7 @@ def as_options(
     max_new_tokens: int, cache: Any, record: Any, chunk: Any, working_set: Any, dense: Any = False
 ) -> Options:
     """The checked options of `generate` and `stream`; see there. max_new_tokens: checked."""
+    require_type("cache", cache, CacheConfig, "Pass CacheConfig(...).")
     room = max_new_tokens if is_tracing() else rounded(max_new_tokens)
     return Options(room, cache, _record_names(record), as_limits(chunk, working_set, dense))
 
