@@ -130,7 +130,10 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         derived = ("device_bytes", "seconds_per_step", "tokens_per_second")
-        parts = dataclasses.asdict(self) | {"reading": self.reading._asdict()}
+        parts = dataclasses.asdict(self) | {
+            "reading": self.reading._asdict(),
+            "policy": self.policy and repr(self.policy),
+        }
         return parts | {name: getattr(self, name) for name in derived}
 
     def __str__(self) -> str:

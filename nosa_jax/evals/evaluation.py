@@ -120,7 +120,7 @@ def evaluate(
         "chat": chat,
         "prefill": prefill,
         "variant": model.config.attention.variant,
-        "cache": dataclasses.asdict(cache) | {"policy": cache.policy and repr(cache.policy)},
+        "cache": dataclasses.asdict(cache) | {"policy": None if cache.policy is None else repr(cache.policy)},
         "difficulty": options,
     }
     return Table(model.config.attention.variant if label is None else label, rows, examples, settings)
