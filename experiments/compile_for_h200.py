@@ -23,8 +23,8 @@ from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from nosa_jax import CacheConfig, ModelConfig, NosaLM, decode, presets
-from nosa_jax.cache.state import empty_state
+from nosa_jax import CacheConfig, ModelConfig, NosaLM, baselines, decode, presets
+from nosa_jax.cache.state import empty_state, policy_sizes
 from pallas_kernels import block_attention, select_blocks
 from pallas_kernels.block_scores import block_scores
 
@@ -73,13 +73,14 @@ def selection(group: int, dim: int, dtype: Any, num_blocks: int) -> Iterator[Pro
     yield f"selection M={num_blocks}", select, (*both, shape(tokens, kind=jnp.int32))
 
 
-def decode_step(config: ModelConfig, batch: int, max_length: int, slots: int) -> Iterator[Program]:
+def decode_step(config: ModelConfig, batch: int, max_length: int, cache: CacheConfig) -> Iterator[Program]:
     """Sixteen steps of a loop over the whole model; its temporaries hold the pool, but no layer's weights."""
+    sizes = None if cache.policy is None else policy_sizes(config, batch, max_length, max_length - 64, 64)
     model = jax.eval_shape(lambda: NosaLM(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
     rows = jax.ShapeDtypeStruct((batch,), jnp.int32)
 
     def steps(model: NosaLM, tokens: Any, lengths: Any) -> Any:
-        state = empty_state(config, batch, max_length, CacheConfig(slots=slots), jnp.bfloat16)
+        state = empty_state(config, batch, max_length, cache, jnp.bfloat16, sizes=sizes)
         state = dataclasses.replace(state, lengths=lengths)
 
         def body(_: Any, carry: Any) -> Any:
@@ -89,7 +90,8 @@ def decode_step(config: ModelConfig, batch: int, max_length: int, slots: int) ->
 
         return jax.lax.fori_loop(0, 16, body, (state, tokens))[1]
 
-    yield f"decode, {batch} rows of {max_length}, {slots} slots", steps, (model, rows, rows)
+    how = f"{cache.slots} slots" if cache.policy is None else type(cache.policy).__name__
+    yield f"decode, {batch} rows of {max_length}, {how}", steps, (model, rows, rows)
 
 
 def programs() -> Iterator[Program]:
@@ -107,7 +109,9 @@ def programs() -> Iterator[Program]:
         yield from selection(group, dim, dtype, num_blocks)
     few_layers = dataclasses.replace(presets.nosa_8b(), num_layers=4)
     for batch, max_length, slots in ((16, 16384, 80), (128, 16384, 64), (8, 98304, 128)):
-        yield from decode_step(few_layers, batch, max_length, slots)
+        yield from decode_step(few_layers, batch, max_length, CacheConfig(slots=slots))
+    for policy in (baselines.ShadowKV(), baselines.ArkVale()):
+        yield from decode_step(few_layers.with_attention(variant="full"), 16, 16384, CacheConfig(policy=policy))
 
 
 def main() -> None:

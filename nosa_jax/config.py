@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal, get_args
 
+from nosa_jax.policy import Policy
 from pallas_kernels.blocks import MAX_SIZE, MAX_STRIDE
 from pallas_kernels.checks import (
     bad_type,
@@ -294,11 +295,16 @@ class CacheConfig:
     slots: size of the device pool in blocks; None means J + J/4; more than the number of blocks is clamped.
         More slots than J change no output, only how many blocks must be fetched.
     transport: how blocks cross to the device: "auto" or "device_put" (portable).
+    policy: how a `full` model decodes instead of attending to everything: `baselines.ShadowKV(...)` or
+        `baselines.ArkVale(...)`, which say what lies where. Its pool has the size that its settings give, so that
+        `slots` has no meaning; with offload=False all that it would keep in host memory is on the device, and every
+        output has the same bits.
     """
 
     offload: bool = True
     slots: int | None = None
     transport: Literal["auto", "device_put"] = "auto"
+    policy: Policy | None = None
 
     def __post_init__(self) -> None:
         _set(self, offload=require_bool("CacheConfig.offload", self.offload))
@@ -312,6 +318,11 @@ class CacheConfig:
                 )
             _set(self, slots=require_int("CacheConfig.slots", self.slots, 1))
         require_one_of("CacheConfig.transport", self.transport, ("auto", "device_put"), "Use transport='auto'.")
+        if self.policy is not None:
+            require_type("CacheConfig.policy", self.policy, Policy, "Pass baselines.ShadowKV(), for example.")
+            if self.slots is not None:
+                rule = "has no meaning with a policy, whose settings say how much is on the device"
+                raise bad_value("CacheConfig.slots", rule, self.slots, "Use slots=None.")
 
     def resolve_slots(self, attention: AttentionConfig, num_blocks: int) -> int | None:
         """Blocks in the device pool, or None where the whole cache is on the device.

@@ -14,7 +14,7 @@ from parallel_steps import CONFIG, made_model
 from support import random_tokens
 
 import nosa_jax
-from nosa_jax import CacheConfig, Sampling, parallel
+from nosa_jax import CacheConfig, Sampling, baselines, parallel
 from nosa_jax._pytree import by_name
 from nosa_jax.cache.state import page_range, with_pages
 
@@ -44,6 +44,8 @@ class Case:
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
+SHADOWKV = CacheConfig(policy=baselines.ShadowKV(chunk=8, rank=16, budget=48, local_chunks=2, outlier_chunks=2))
+ARKVALE = CacheConfig(policy=baselines.ArkVale(page=8, budget=10, page_topks=7, sink=1, window=3))
 ALL = {"data": 2, "tensor": 2, "context": 2}
 REST = {"fsdp": 2, "tensor": 2, "context": 2}
 FORWARD = {
@@ -70,6 +72,7 @@ DECODING = {
     "full, explicit": Case({"fsdp": 4}, "full", explicit=True, cache=CacheConfig(offload=False)),
     "three rows": Case({"data": 4}, rows=3),
     "three rows, explicit": Case({"data": 4}, rows=3, explicit=True),
+    "ArkVale": Case({"data": 2, "fsdp": 2}, "full", explicit=True, tokens="rows", ragged=True, cache=ARKVALE),
     "limits": Case({"data": 4}, whole=True, limits=True),
     "limits, explicit": Case({"data": 2, "fsdp": 2}, explicit=True, tokens="rows", ragged=True, limits=True),
 }
@@ -78,6 +81,7 @@ GENERATION = {
     "explicit": Case({"data": 2, "fsdp": 2}, explicit=True, tokens="rows"),
     "whole": Case({"data": 4}, whole=True, tokens="one device"),
     "whole, explicit": Case({"data": 8}, whole=True, explicit=True, ragged=True),
+    "ShadowKV": Case({"data": 2, "fsdp": 2}, "full", explicit=True, tokens="rows", ragged=True, cache=SHADOWKV),
 }
 
 
@@ -121,7 +125,8 @@ def decoding_of(case: Case, mesh: Any) -> dict[str, Any]:
     next_tokens = np.asarray(tokens)[:, 5:13]
     options |= {"max_length": np.linspace(185, 256, case.rows).astype(int) if case.limits else 256, "cache": case.cache}
     state, first = nosa_jax.prefill(model, tokens, **options)
-    _, same = nosa_jax.prefill(model, tokens, **options, chunk=64)
+    parts: dict[str, Any] = {"chunk": 64} if case.cache.policy is None else {"working_set": 2**22}
+    _, same = nosa_jax.prefill(model, tokens, **options, **parts)
     found = {"prefill": first, "in chunks": same}
     state, found["decode_step"] = nosa_jax.decode_step(model, state, next_tokens[:, 0])
     for n in range(1, 3):

@@ -21,7 +21,7 @@ FLOORS: list[set[str]] = [
     {"pallas_kernels"},
     {"nosa_jax._extras", "nosa_jax._json", "nosa_jax._paths", "nosa_jax._pytree"},
     {"nosa_jax._drawing", "nosa_jax._figure"},
-    {"nosa_jax.config", "nosa_jax.environment", "nosa_jax.origin", "nosa_jax.presets"},
+    {"nosa_jax.config", "nosa_jax.environment", "nosa_jax.origin", "nosa_jax.policy", "nosa_jax.presets"},
     {"nosa_jax.processes"},
     {"nosa_jax.parallel"},
     {"nosa_jax.attention", "nosa_jax.rope"},

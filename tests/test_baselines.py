@@ -67,8 +67,10 @@ def test_shadowkv_is_the_original():
     prompt = trace.prompt
     np.testing.assert_array_equal(prompt.landmarks.outlier_ids[0], theirs["outlier_ids"])
     np.testing.assert_array_equal(prompt.landmarks.ids[0], theirs["landmark_ids"])
-    np.testing.assert_allclose(prompt.landmarks.agreement[0], theirs["cosmin"], rtol=0, atol=1e-6)
-    np.testing.assert_array_equal(prompt.selected[0], theirs["first_ids"])
+    np.testing.assert_array_equal(prompt.held[0], theirs["first_ids"])
+    policy, length = golden_input("shadowkv_c64_long")[0], jnp.array([1100])
+    _, cosines = shadowkv.agreement(policy, jnp.asarray(case["k_post"])[None], length, theirs["cosmin"].shape[1])
+    np.testing.assert_allclose(cosines[0], theirs["cosmin"], rtol=0, atol=1e-6)
     np.testing.assert_array_equal(trace.ids, theirs["sel_ids"])
     np.testing.assert_array_equal(trace.new_ids, theirs["new_ids"])
     np.testing.assert_array_equal(trace.attended, theirs["attended"])
@@ -78,7 +80,8 @@ def test_shadowkv_is_the_original():
     keys = np.moveaxis(case["k_pre"], 0, 1).reshape(1100, -1).astype(np.float64)
     u, s, v = np.linalg.svd(keys, full_matrices=False)
     wanted = (u[:, :22] * s[:22]) @ v[:22]
-    ours = np.einsum("tr,krd->tkd", prompt.token_factors[0], prompt.head_factors[0]).reshape(1100, -1)
+    left, right = shadowkv.factor_keys(policy, jnp.asarray(case["k_pre"])[None], length)
+    ours = np.einsum("tr,krd->tkd", left[0], right[0]).reshape(1100, -1)
     np.testing.assert_allclose(ours, wanted, rtol=0, atol=1e-4)
 
 
@@ -272,6 +275,6 @@ def test_bad_arguments_are_refused(name):
 
 
 def test_ties_go_to_the_lower_chunk():
-    landmarks = shadowkv.Landmarks(None, jnp.array([[[1, 3, 4, 7, -1]]]), None, None)
+    landmarks = shadowkv.Landmarks(None, jnp.array([[[1, 3, 4, 7, -1]]]), None)
     ids = shadowkv.select(SMALL, landmarks, jnp.array([[[0.2, 0.3, 0.2, 0.2, 0.0]]]))
     np.testing.assert_array_equal(ids[0, 0], [3, 1, 4])

@@ -288,6 +288,16 @@ def test_plan_prints_the_table_of_the_library(capsys):
     assert printed["device_bytes"] == expected.device_bytes and printed["preset"] == "nosa_8b"
 
 
+def test_plan_takes_a_policy(capsys):
+    arguments = ["plan", "--batch", "16", "--max-length", "16384", "--policy", "shadowkv", "--json"]
+    assert main([*arguments, "--policy-settings", "budget=1536", "local_chunks=16"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    policy = nosa_jax.baselines.ShadowKV(budget=1536, local_chunks=16)
+    config, cache = nosa_jax.presets.nosa_8b(variant="full"), nosa_jax.CacheConfig(policy=policy)
+    assert printed["device_bytes"] == nosa_jax.plan(config, 16, 16384, cache).device_bytes
+    assert (printed["variant"], printed["policy"]) == ("full", repr(policy))
+
+
 def test_doctor_names_every_op_and_why(capsys):
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out
@@ -322,6 +332,11 @@ def test_extras_are_those_of_the_package():
         (["eval", "nowhere", "--count", "0"], "--count: must be >= 1"),
         (["eval", "nowhere", "--no-offload", "--slots", "9"], "--slots: has a meaning only with --offload, got"),
         (["plan", "--slots", "3"], "--slots: must hold one selection"),
+        (["plan", "--policy", "arkvale", "--slots", "80"], "--slots: has no meaning with a policy"),
+        (["plan", "--policy", "arkvale", "--variant", "nosa"], "--policy: must go with a model of variant 'full'"),
+        (["plan", "--policy", "arkvale", "--policy-settings", "chunk=8"], "--policy-settings: must be whole numbers"),
+        (["plan", "--policy-settings", "chunk=8"], "--policy-settings: must go with --policy"),
+        (["plan", "--policy", "shadowkv", "--policy-settings", "chunk=0"], "ShadowKV.chunk: must be"),
         (["plan", "--batch", "0"], "--batch: must be a whole number >= 1"),
         (["train", "--files", "nowhere/*.txt"], "--files: must each find a file"),
         (["train", "--learning-rate", "3"], "--learning-rate: must lie between"),

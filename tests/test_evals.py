@@ -14,7 +14,7 @@ import pytest
 from support import OFFLOADED, lively_model, small_config
 
 import nosa_jax
-from nosa_jax import evals
+from nosa_jax import CacheConfig, baselines, evals
 from nosa_jax.evals.batches import like_lengths, stacked
 from nosa_jax.evals.evaluation import judge
 from nosa_jax.evals.examples import SLACK, largest
@@ -23,6 +23,7 @@ from nosa_jax.evals.scoring import Forced
 from nosa_jax.hf import ByteTokenizer, FileTokenizer
 
 BYTES = ByteTokenizer()
+POLICY = CacheConfig(policy=baselines.ArkVale())
 TEXT = "\n".join(f"Line {n} of a text about the {n * 7 % 11}th of many things, as long as any." for n in range(150))
 
 
@@ -364,6 +365,7 @@ def test_refusals_of_make(options, message, without_type_checker):
         ({"generation": False, "teacher_forcing": False}, "generation: or teacher_forcing must be True"),
         ({"prefill": "full"}, "prefill: must be 'sparse' or 'dense'"),
         ({"prefill": "dense", "teacher_forcing": True}, "teacher_forcing: must be False with prefill="),
+        ({"cache": POLICY, "teacher_forcing": True}, "teacher_forcing: must be False with a policy"),
         ({"prefill": "dense", "generation": False}, "generation: or teacher_forcing must be True"),
         ({"difficulty": {"kv_json": {}}}, "difficulty: must be by tasks that are asked for"),
         ({"difficulty": {"mqar": {"keys": 1}}}, "difficulty: must name options of mqar"),

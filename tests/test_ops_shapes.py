@@ -35,7 +35,7 @@ WRONG_SHAPES = [
     ("decode_attention", "slots", ints(B, K, J + 1), "[B, K, J]"),
     ("decode_attention", "block_ids", ints(B, J), "[B, K, J]"),
     ("decode_attention", "positions", ints(B, 1), "[B]"),
-    ("fetch_blocks", "host", floats(L, B * M, K, 2, P, D + 1), "[L, pages, K, 2, P, D]"),
+    ("fetch_blocks", "host", floats(L, B * M, K, 2, P, D + 1), "[L, pages, K, parts, P, D]"),
     ("fetch_blocks", "page_table", ints(B + 1, M), "[B, M]"),
     ("fetch_blocks", "block_ids", ints(B, K), "[B, K, X]"),
     ("write_back_blocks", "slots", ints(L, B, K, X + 1), "[L, B, K, X]"),

@@ -10,8 +10,10 @@
     trace = baselines.replay(policy, {name: array.astype(np.float32) for name, array in case.items()})
     print("pages fetched per step:", (trace.new_ids >= 0).sum(-1).mean())
 
-A policy is a frozen dataclass; each module says what its policy does, step by step, and where the original's code
-differs from itself. All are checked against numbers that the original code gave.
+With `CacheConfig(policy=policy)` a `full` model decodes by ShadowKV or ArkVale, by the same functions, which
+`nosa_jax.policy` names; InfLLM runs here alone. A policy is a frozen dataclass; each module says what its policy does,
+step by step, and where the original's code differs from itself. All are checked against numbers that the original code
+gave.
 """
 
 from nosa_jax.baselines.arkvale import ArkVale

@@ -5,12 +5,12 @@ those are attended to. One selection serves all heads of a row.
 
 1. A prompt leaves behind (`read_prompt`): all pages, a digest of each but the last, and which pages are resident: the
    first ones, the last ones, and between them the best for the prompt's last query.
-2. A token is appended (`open_page`, `append`). Where it opens a page, the page before gets its digest, and the oldest
-   page of the window leaves the device if that is full.
+2. A token is appended. Where it opens a page (`open_page`), the page before gets its digest, and the oldest page of the
+   window leaves the device if that is full.
 3. Queries score the digests (`score`): the largest dot product with a point of the box around a page's keys, the mean
    over all heads. `select` wants the best `num_wanted` pages between sinks and window, as soon as not all pages fit.
 4. Wanted pages that are not resident come; as many residents leave, those of the lowest score (`exchange`).
-5. Attended are all residents (`attended_tokens`), not only those that were wanted.
+5. Attended are all residents, not only those that were wanted. A page that a token fills goes to host memory.
 
 The box is a cuboid around the middle of the keys, (max + min) / 2 of each channel, its half width the mean distance of
 the page's keys from it. Unlike the original: K KV heads as the model has them (the published comparison repeats keys
@@ -19,7 +19,7 @@ original's kernel rotates generated tokens at the next position); scores stay fl
 heads to float16 before their mean); rows of their own lengths. Its setting of several groups of heads with selections
 of their own is not here.
 
-Shapes: B rows, T prompt tokens, S = P * page room for tokens, P for pages, K KV heads, N query heads, D head dim,
+Shapes: L layers, B rows, T prompt tokens, P room for pages, p tokens of a page, K KV heads, N query heads, D head dim,
 C pages on the device, k wanted pages.
 """
 
@@ -33,11 +33,14 @@ from jaxtyping import Array, Float, Int32
 
 from nosa_jax._pytree import pytree_dataclass
 from nosa_jax.baselines import common
+from nosa_jax.policy import Policy, Prompted, Sizes, Stepped, Store
+from pallas_kernels import Residence, Token, update_and_attend
+from pallas_kernels import Store as KernelStore
 from pallas_kernels.checks import bad_value, require_size
 
 
 @dataclasses.dataclass(frozen=True)
-class ArkVale:
+class ArkVale(Policy):
     """Which pages ArkVale keeps and wants (NeurIPS 2024); the defaults are those of the NOSA paper's comparison.
 
     page: tokens per page.
@@ -67,46 +70,59 @@ class ArkVale:
             raise bad_value("ArkVale.budget", rule, self.budget, f"Use budget={least} or more.")
 
     @property
+    def prompt_sink(self) -> int:
+        """First pages that a prompt keeps, two even where there are fewer sinks (as the original has it)."""
+        return max(2, self.sink)
+
+    @property
     def num_wanted(self) -> int:
         """Pages that a step wants between sinks and window, k."""
         return self.page_topks - self.sink - (self.window - 1)
 
     @property
-    def prompt_sink(self) -> int:
-        """First pages that a prompt keeps, two even where there are fewer sinks (as the original has it)."""
-        return max(2, self.sink)
+    def unit(self) -> int:
+        return self.page
+
+    @property
+    def parts(self) -> int:
+        return 2
+
+    @property
+    def num_slots(self) -> int:
+        return self.budget
+
+    def num_units(self, sizes: Sizes) -> int:
+        return max(-(-sizes.max_length // self.page), self.budget)
+
+    def empty(self, sizes: Sizes, dtype: Any) -> ArkValeState:
+        shape = (sizes.layers, sizes.rows, sizes.kv_heads, self.num_units(sizes), sizes.dim)
+        resident = jnp.full((sizes.layers, sizes.rows, self.budget), -1, jnp.int32)
+        return ArkValeState(jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32), resident)
+
+    def read_prompt(self, *args: Any) -> Prompted:
+        return read_prompt(self, *args)
+
+    def decode(self, *args: Any) -> Stepped:
+        return decode(self, *args)
+
+    def filled(self, kept: ArkValeState, positions: Int32[Array, " B"]) -> tuple[Array, Array]:
+        done = positions % self.page == self.page - 1  # of -1, which has no page, too
+        page = jnp.where(done & (positions >= 0), positions // self.page, -1)
+        slots = jnp.argmax(kept.resident == page[:, None], axis=-1).astype(jnp.int32)
+        return jnp.broadcast_to(page[:, None, None], (*slots.shape, 1, 1)), slots[..., None, None]
 
 
 @pytree_dataclass
 class ArkValeState:
-    """What one layer remembers while it decodes.
+    """What is remembered while decoding; in an engine with an axis L before all others.
 
-    keys, values [B, K, S, D]: every token; in an engine all pages are in host memory, the residents on the device.
     centers, radii float32 [B, K, P, D]: the digests, middle and half width of the boxes; 0 for pages without one.
     resident [B, C]: the page in each slot of the device, -1 for none.
     """
 
-    keys: Any
-    values: Any
     centers: Any
     radii: Any
     resident: Any
-
-
-@pytree_dataclass
-class ArkValeStep:
-    """What a step did, ids ascending, -1 behind: ids [B, k] of the wanted pages, none where all pages fit; new_ids
-    [B, k] those of them that came over the link and left_ids [B, k] the pages that made room for them; rolled_out [B]
-    the page that left the window and with it the device, or -1; scores [B, P]; attended [B, A] positions in the order
-    of slots, -1 where nothing is; out [B, N, D]."""
-
-    ids: Any
-    new_ids: Any
-    left_ids: Any
-    rolled_out: Any
-    scores: Any
-    attended: Any
-    out: Any
 
 
 def digest(keys: Float[Array, "*rows page D"]) -> tuple[Float[Array, "*rows D"], Float[Array, "*rows D"]]:
@@ -118,27 +134,33 @@ def digest(keys: Float[Array, "*rows page D"]) -> tuple[Float[Array, "*rows D"],
 
 def read_prompt(
     policy: ArkVale,
+    k_pre: Any,
     k_post: Float[Array, "B K T D"],
     v: Float[Array, "B K T D"],
     q_last: Float[Array, "B N D"],
     lengths: Int32[Array, " B"],
-    max_new: int,
-) -> ArkValeState:
-    """What prompts leave behind, whose attention is dense.
+    sizes: Sizes,
+) -> Prompted:
+    """What prompts leave behind, whose attention is dense; see `Policy.read_prompt`. k_pre: not looked at.
 
-    k_post: keys after RoPE; what lies behind a row's length counts for nothing. q_last: after RoPE, of each row's last
-    token. max_new: room for generated tokens.
+    The last query selects nothing: which pages are resident has a rule of its own.
     """
     batch, heads, tokens, dim = k_post.shape
-    pages = max(-(-(tokens + max_new) // policy.page), policy.budget)
-    wider = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, pages * policy.page - tokens), (0, 0)))
-    keys, values = wider(k_post), wider(v)
-    boxes = digest(keys.reshape(batch, heads, pages, policy.page, dim))
+    pages = policy.num_units(sizes)
+    room = pages * policy.page
+    wider = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, max(0, room - tokens)), (0, 0)))[:, :, :room]
+    units = jnp.stack([wider(x).reshape(batch, heads, pages, policy.page, dim) for x in (k_post, v)], axis=3)
     # The last page is open, even where it is exactly full.
     closed = jnp.arange(pages) < common.num_units(lengths, policy.page)[:, None] - 1
-    centers, radii = (jnp.where(closed[:, None, :, None], box, 0) for box in boxes)
-    state = ArkValeState(keys, values, centers, radii, jnp.zeros((batch, policy.budget), jnp.int32))
-    return dataclasses.replace(state, resident=_prompt_residents(policy, score(state, q_last), lengths))
+    centers, radii = (jnp.where(closed[:, None, :, None], box, 0) for box in digest(units[:, :, :, 0]))
+    resident = _prompt_residents(policy, score(centers, radii, q_last), lengths)
+    nothing = jnp.full((batch, heads, policy.num_wanted), -1, jnp.int32)
+    kept = ArkValeState(centers, radii, resident)
+    return Prompted(kept, units, lengths // policy.page, _by_head(resident, heads), nothing)
+
+
+def _by_head(x: Int32[Array, "B n"], heads: int) -> Int32[Array, "B K n"]:
+    return jnp.broadcast_to(x[:, None], (x.shape[0], heads, x.shape[1]))
 
 
 def _prompt_residents(policy: ArkVale, scores: Float[Array, "B P"], lengths: Int32[Array, " B"]) -> Int32[Array, "B C"]:
@@ -153,52 +175,56 @@ def _prompt_residents(policy: ArkVale, scores: Float[Array, "B P"], lengths: Int
     return jnp.where(pages > policy.budget, chosen, jnp.where(every < pages, every, -1))
 
 
-def open_page(
-    policy: ArkVale, state: ArkValeState, positions: Int32[Array, " B"]
-) -> tuple[ArkValeState, Int32[Array, " B"]]:
-    """Makes room for the tokens at `positions`, which may be the first of their pages; says who left, -1 for nobody.
+def open_page(policy: ArkVale, resident: Int32[Array, "B C"], positions: Int32[Array, " B"]) -> Int32[Array, "B C"]:
+    """Makes room for the tokens at `positions`, which may be the first of their pages.
 
-    The page before gets its digest (in an engine it goes to the host now). A slot that is free is taken; else that of
-    the oldest page of the window.
+    A slot that is free is taken; else that of the oldest page of the window.
     """
     page = positions // policy.page
-    opens = positions % policy.page == 0
-    done = common.unit_tokens(jnp.maximum(page - 1, 0)[:, None, None], policy.page)
-    center, radius = digest(common.take_tokens(state.keys, done))
-    place = jnp.where(opens, page - 1, state.centers.shape[2])
-    write = lambda boxes, box: boxes.at[common.rows_of(place), :, place].set(box, mode="drop")
-
-    held = (state.resident >= 0).sum(1)
-    full = held >= policy.budget
-    oldest = page - policy.window
-    slot = jnp.where(full, jnp.argmax(state.resident == oldest[:, None], axis=1), held)
+    opens = (positions >= 0) & (positions % policy.page == 0)
+    held = (resident >= 0).sum(1)
+    oldest = jnp.argmax(resident == (page - policy.window)[:, None], axis=1)
+    slot = jnp.where(held >= policy.budget, oldest, held)
     takes = opens[:, None] & (jnp.arange(policy.budget) == slot[:, None])
-    state = dataclasses.replace(
-        state,
-        centers=write(state.centers, center),
-        radii=write(state.radii, radius),
-        resident=jnp.where(takes, page[:, None], state.resident),
+    return jnp.where(takes, page[:, None], resident)
+
+
+def close_page(
+    policy: ArkVale,
+    state: ArkValeState,
+    store: Store,
+    resident: Int32[Array, "B C"],
+    positions: Int32[Array, " B"],
+    layer: Int32[Array, ""],
+) -> tuple[Float[Array, "L B K P D"], Float[Array, "L B K P D"]]:
+    """Digests of all layers, with that of the page before where the tokens at `positions` open one.
+
+    resident: of this layer, the new pages among them. The page before is in the window, so it is resident.
+    """
+    before = positions // policy.page - 1
+    row = common.rows_of(positions)
+    slot = jnp.maximum(before, 0) if store.host is None else jnp.argmax(resident == before[:, None], axis=1)
+    box = digest(store.pool.at[layer, row, :, slot, 0].get(mode="clip"))
+    place = jnp.where((positions >= 0) & (positions % policy.page == 0), before, -1)
+    centers, radii = (
+        common.put_token(boxes, part, place, layer)
+        for boxes, part in zip((state.centers, state.radii), box, strict=True)
     )
-    return state, jnp.where(opens & full, oldest, -1)
+    return centers, radii
 
 
-def append(
-    state: ArkValeState, k_post: Float[Array, "B K D"], v: Float[Array, "B K D"], positions: Int32[Array, " B"]
-) -> ArkValeState:
-    """A token per row, into a page that `open_page` made room for; one beyond the room is dropped."""
-    put = lambda store, token: common.put_tokens(store, token[:, :, None], positions[:, None])
-    return dataclasses.replace(state, keys=put(state.keys, k_post), values=put(state.values, v))
-
-
-def score(state: ArkValeState, q: Float[Array, "B N D"]) -> Float[Array, "B P"]:
+def score(
+    centers: Float[Array, "B K P D"], radii: Float[Array, "B K P D"], q: Float[Array, "B N D"]
+) -> Float[Array, "B P"]:
     """float32: the mean over all heads of the largest q . x, x in the box of a page; no scale, no softmax.
 
     The largest is q . center + |q| . radius, so that the heads of a KV head may be summed first.
     """
     batch, heads, dim = q.shape
-    q = q.reshape(batch, state.centers.shape[1], -1, dim).astype(jnp.float32)
-    dot = lambda x, boxes: jnp.einsum("bkd,bkpd->bp", x.sum(2), boxes, precision="highest")
-    return (dot(q, state.centers) + dot(jnp.abs(q), state.radii)) / heads
+    q = q.reshape(batch, centers.shape[1], -1, dim).astype(jnp.float32)
+    # Channels first, then KV heads, as no one sum: for that XLA would turn the digests of all layers around.
+    sums, sizes = (x.sum(2)[:, :, None] for x in (q, jnp.abs(q)))
+    return ((sums * centers + sizes * radii).sum(3) / heads).sum(1)
 
 
 def select(policy: ArkVale, scores: Float[Array, "B P"], positions: Int32[Array, " B"]) -> Int32[Array, "B k"]:
@@ -234,31 +260,41 @@ def exchange(
     return resident, came, left
 
 
-def attended_tokens(
-    policy: ArkVale, resident: Int32[Array, "B C"], positions: Int32[Array, " B"]
-) -> Int32[Array, "B A"]:
-    """Positions in the order of slots, up to the row's own; -1 where nothing is."""
-    tokens = common.unit_tokens(resident, policy.page)
-    return jnp.where(tokens <= positions[:, None], tokens, -1)
-
-
 def decode(
     policy: ArkVale,
     state: ArkValeState,
+    store: Store,
+    rotations: Any,
+    token: tuple[Float[Array, "B N D"], Float[Array, "B K D"], Float[Array, "B K D"]],
     positions: Int32[Array, " B"],
-    q: Float[Array, "B N D"],
-    k_post: Float[Array, "B K D"],
-    v: Float[Array, "B K D"],
-) -> tuple[ArkValeState, ArkValeStep]:
-    """One token per row at `positions`, its query and key after RoPE; it sees itself."""
-    state, rolled_out = open_page(policy, state, positions)
-    state = append(state, k_post, v, positions)
-    scores = score(state, q)
+    layer: Int32[Array, ""],
+) -> Stepped:
+    """One layer of a token per row; see `Policy.decode`. state, store: of all layers. rotations: not looked at."""
+    heads = store.pool.shape[2]
+    resident = open_page(policy, common.at_layer(state.resident, layer), positions)
+    centers, radii = close_page(policy, state, store, resident, positions, layer)
+    own_centers, own_radii = common.at_layer((centers, radii), layer)
+    scores = score(own_centers, own_radii, token[0])
     ids = select(policy, scores, positions)
-    resident, came, left = exchange(policy, state.resident, ids, scores, positions)
-    attended = attended_tokens(policy, resident, positions)
-    at = attended[:, None]
-    out = common.attend(q, common.take_tokens(state.keys, at), common.take_tokens(state.values, at), at >= 0)
-    state = dataclasses.replace(state, resident=resident)
-    step = ArkValeStep(ids, came, common.ascending(left), rolled_out, scores, attended, out)
-    return state, step
+    after, came, _ = exchange(policy, resident, ids, scores, positions)
+
+    # In the order of pages, in which they are attended to wherever they lie.
+    slots = jnp.argsort(jnp.where(after >= 0, after, jnp.iinfo(jnp.int32).max), axis=1).astype(jnp.int32)
+    pages = jnp.take_along_axis(after, slots, axis=1)
+    loads: Array | None = jnp.where(pages != jnp.take_along_axis(resident, slots, axis=1), pages, -1)
+    if store.host is None:
+        slots, loads = pages, None
+    out, pool = update_and_attend(
+        Token(*token),
+        KernelStore(store.pool, store.host, store.page_table, None),
+        Residence(_by_head(pages, heads), _by_head(slots, heads), None if loads is None else _by_head(loads, heads)),
+        positions,
+        layer,
+        transport=store.transport,
+    )
+    kept = ArkValeState(centers, radii, common.put_layer(state.resident, after, layer))
+    tokens = common.unit_tokens(pages, policy.page)
+    attended = jnp.where(tokens <= positions[:, None], tokens, -1)
+    fetched = jnp.broadcast_to((came >= 0).sum(1, dtype=jnp.int32)[:, None], (len(ids), heads))
+    wanted, new_ids = _by_head(ids, heads), _by_head(came, heads)
+    return Stepped(kept, pool, out, wanted, new_ids, fetched, scores[:, None], attended[:, None])

@@ -6,10 +6,12 @@ list. Ids and positions are int32, -1 for nothing. All sums are float32.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int32
 
 from pallas_kernels.formulas import rotate
@@ -75,6 +77,70 @@ def put_tokens(
     places = jnp.where(positions < 0, store.shape[2], positions)
     tokens = jnp.moveaxis(tokens, 1, 2).astype(store.dtype)
     return store.at[rows_of(store)[:, None], :, places].set(tokens, mode="drop")
+
+
+def dot(spec: str, x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
+    """An einsum summed in float32: float32 operands in full precision, 16-bit ones as they are, whose products fit."""
+    return jnp.einsum(spec, x, y, precision="highest", preferred_element_type=jnp.float32)
+
+
+def attend_parts(
+    q: Float[Array, "B N D"],
+    *parts: tuple[Float[Array, "B K _ D"], Float[Array, "B K _ D"], Bool[Array, "B #K _"]],
+) -> Float[Array, "B N D"]:
+    """`attend` over keys, values and masks in several parts, which need not be put side by side; values are finite."""
+    batch, heads, dim = q.shape
+    kv_heads = parts[0][0].shape[1]
+    q = q.reshape(batch, kv_heads, -1, dim)
+    scale = jnp.sqrt(jnp.float32(dim))
+    logits = [jnp.where(mask[:, :, None], dot("bkgd,bkad->bkga", q, keys) / scale, -jnp.inf) for keys, _, mask in parts]
+    top = functools.reduce(jnp.maximum, (x.max(-1, keepdims=True) for x in logits))
+    weights = [jnp.exp(x - jnp.where(jnp.isfinite(top), top, 0)) for x in logits]
+    total = sum(x.sum(-1, keepdims=True) for x in weights)
+    out = sum(
+        dot("bkga,bkad->bkgd", x.astype(values.dtype), values) for x, (_, values, _) in zip(weights, parts, strict=True)
+    )
+    out = out / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
+    return out.reshape(batch, heads, dim).astype(q.dtype)
+
+
+def at_layer(tree: Any, layer: Int32[Array, ""]) -> Any:
+    """One layer of stacked arrays."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False), tree)
+
+
+def put_layer(whole: Array, part: Array, layer: Int32[Array, ""]) -> Array:
+    """The stack with one layer replaced, in place where it may be."""
+    return jax.lax.dynamic_update_index_in_dim(whole, part, layer, 0)
+
+
+def put_token(
+    store: Float[Array, "L B K S D"], token: Float[Array, "B K D"], places: Int32[Array, " B"], layer: Int32[Array, ""]
+) -> Float[Array, "L B K S D"]:
+    """The stack with a token of each row written at its place; one outside of it is dropped. Writes these alone."""
+    places = jnp.where(places < 0, store.shape[3], places)
+    # Every axis but the last by index: of a slice in between XLA would turn the whole stack around.
+    heads = jnp.arange(token.shape[1], dtype=jnp.int32)
+    put = store.at[layer, rows_of(token)[:, None], heads, places[:, None]]
+    return put.set(token.astype(store.dtype), mode="drop", unique_indices=True)
+
+
+def settle(
+    held: Int32[Array, "*rows slots"], ids: Int32[Array, "*rows n"]
+) -> tuple[Int32[Array, "*rows slots"], Int32[Array, "*rows n"], Bool[Array, "*rows n"]]:
+    """Slots for all of `ids`, distinct, -1 for none: (what each slot holds then, the slot of each id, was it missing).
+
+    Those that were there stay where they are; the others take the slots of units that are not wanted, in their order.
+    """
+    same = (ids[..., :, None] == held[..., None, :]) & (ids >= 0)[..., None]
+    missing, free = (ids >= 0) & ~same.any(-1), ~same.any(-2)
+    # How many came up to each: a comparison of all pairs, as above, is one launch where a cumulative sum is several.
+    rank = lambda x: (x[..., None, :] & np.tri(x.shape[-1], dtype=bool)).sum(-1, dtype=jnp.int32)
+    takes = (rank(missing)[..., :, None] == rank(free)[..., None, :]) & missing[..., :, None] & free[..., None, :]
+    at = same | takes
+    slots = jnp.where(at.any(-1), jnp.argmax(at, axis=-1).astype(jnp.int32), -1)
+    held = jnp.where(takes.any(-2), jnp.where(takes, ids[..., :, None], -1).max(-2), held)
+    return held, slots, missing
 
 
 def head_logits(q: Float[Array, "B N Q D"], keys: Float[Array, "B K A D"]) -> Float[Array, "B N Q A"]:

@@ -25,7 +25,7 @@ the window, A of a list.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
@@ -33,11 +33,12 @@ from jaxtyping import Array, Bool, Float, Int32
 from nosa_jax._pytree import pytree_dataclass
 from nosa_jax.baselines import common
 from nosa_jax.baselines.common import Rotations
+from nosa_jax.policy import Policy
 from pallas_kernels.checks import bad_value, require_size
 
 
 @dataclasses.dataclass(frozen=True)
-class InfLLM:
+class InfLLM(Policy):
     """Which tokens InfLLM attends to (arXiv 2402.04617); the defaults are those of the NOSA paper's comparison.
 
     block: tokens per block. n_init: first tokens, always attended to. n_local: last tokens, always attended to.
@@ -47,6 +48,8 @@ class InfLLM:
 
     Raises TypeError or ValueError where a value makes no sense.
     """
+
+    refusal: ClassVar[str | None] = "its prefill and positions share nothing with this engine"
 
     block: int = 128
     n_init: int = 128

@@ -15,12 +15,13 @@ from jaxtyping import Array
 
 from nosa_jax import rope
 from nosa_jax._pytree import pytree_dataclass
-from nosa_jax.baselines import arkvale, common, infllm, shadowkv
+from nosa_jax.baselines import common, infllm
 from nosa_jax.baselines.arkvale import ArkVale
 from nosa_jax.baselines.common import Rotations
 from nosa_jax.baselines.infllm import InfLLM
 from nosa_jax.baselines.shadowkv import ShadowKV
 from nosa_jax.config import RopeConfig
+from nosa_jax.policy import Policy, Sizes, Store
 from pallas_kernels.checks import (
     IntegersLike,
     as_integers,
@@ -171,23 +172,24 @@ def _over_steps(decode: Any, prompt: Any, inputs: tuple[Array, ...], lengths: Ar
     return last, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), steps)
 
 
-def _run_shadowkv(policy: ShadowKV, a: dict[str, Array], lengths: Array, rotations: Rotations) -> Trace:
-    inputs = (a["dec_q_post"], a["dec_k_post"], a["dec_v"])
-    prompt = shadowkv.read_prompt(
-        policy, a["k_pre"], a["k_post"], a["v"], a["q_last_post"], lengths, max_new=a["dec_v"].shape[1]
-    )
-    decode = lambda state, positions, q, k, v: shadowkv.decode(policy, state, rotations, positions, q, k, v)
-    last, steps = _over_steps(decode, prompt, inputs, lengths)
-    return Trace(steps.ids, steps.new_ids, steps.attended, steps.out, steps.scores, None, prompt, last)
+def _run_layer(policy: Policy, a: dict[str, Array], lengths: Array, rotations: Rotations) -> Trace:
+    """Of an engine of one layer, all of whose units are on the device."""
+    batch, heads, tokens, dim = a["v"].shape
+    new = a["dec_v"].shape[1]
+    sizes = Sizes(1, batch, heads, dim, tokens, new, tokens + new)
+    prompt = policy.read_prompt(a.get("k_pre"), a["k_post"], a["v"], a["q_last_post"], lengths, sizes)
+    first = (jax.tree.map(lambda x: x[None], prompt.kept), prompt.units[None])
 
+    def decode(state: Any, positions: Array, q: Array, k: Array, v: Array) -> tuple[Any, Any]:
+        kept, pool = state
+        step = policy.decode(kept, Store(pool, None, None), rotations, (q, k, v), positions, jnp.int32(0))
+        return (step.kept, step.pool), step[2:]
 
-def _run_arkvale(policy: ArkVale, a: dict[str, Array], lengths: Array, rotations: Rotations) -> Trace:
-    inputs = (a["dec_q_post"], a["dec_k_post"], a["dec_v"])
-    prompt = arkvale.read_prompt(policy, a["k_post"], a["v"], a["q_last_post"], lengths, max_new=a["dec_v"].shape[1])
-    last, steps = _over_steps(functools.partial(arkvale.decode, policy), prompt, inputs, lengths)
-    one = lambda x: x[:, :, None]  # one selection for all heads
-    lists = (one(steps.ids), one(steps.new_ids), one(steps.attended))
-    return Trace(*lists, steps.out, one(steps.scores), None, prompt, last)
+    (last, _), steps = _over_steps(decode, first, (a["dec_q_post"], a["dec_k_post"], a["dec_v"]), lengths)
+    out, ids, new_ids, _, scores, attended = steps
+    if scores.shape[2] == 1:  # one selection for all heads
+        ids, new_ids = ids[:, :, :1], new_ids[:, :, :1]
+    return Trace(ids, new_ids, attended, out, scores, None, prompt.kept, jax.tree.map(lambda x: x[0], last))
 
 
 def _run_infllm(policy: InfLLM, a: dict[str, Array], lengths: Array, rotations: Rotations) -> Trace:
@@ -214,4 +216,4 @@ def _run_infllm(policy: InfLLM, a: dict[str, Array], lengths: Array, rotations: 
     return Trace(*lists, steps.out[:, :, :, 0], steps.scores, jnp.moveaxis(prompt_out, 1, 2), prompt, last)
 
 
-_RUNS: dict[type, Any] = {ShadowKV: _run_shadowkv, ArkVale: _run_arkvale, InfLLM: _run_infllm}
+_RUNS: dict[type, Any] = {ShadowKV: _run_layer, ArkVale: _run_layer, InfLLM: _run_infllm}

@@ -5,11 +5,11 @@ Values live in host memory. Keys are kept as a product of rank r of the keys bef
 1. A prompt leaves behind (`read_prompt`): factors of its keys; its last `local_chunks` chunks and the rest of a chunk,
    exact; of the chunks before them the `outlier_chunks` whose keys agree least with their mean, exact; of all others
    the mean key after RoPE, the landmark.
-2. A token is appended (`append`): exact, and never dropped, chunked or selected.
+2. A token is appended: exact, and never dropped, chunked or selected.
 3. Queries score landmarks (`score`): softmax over the landmarks per query head, then the largest of the heads of a KV
    head. `select` takes the best; what of them was not selected in the step before must be fetched, values alone.
-4. Attended are the local tokens, outliers, selected chunks and generated tokens (`attended_tokens`), with the keys of
-   selected chunks rebuilt at every step (`rebuild_keys`).
+4. Attended are the local tokens, outliers, selected chunks and generated tokens, with the keys of selected chunks
+   rebuilt at every step (`rebuild_keys`).
 
 Where the original disagrees with itself, this follows the class that its accuracy was measured with. So scores are
 scaled by sqrt(128), whatever the head dim is (attention by sqrt(D)), and a chunk's keys are rebuilt also when it was
@@ -18,8 +18,11 @@ any number of rows, each of its own length, a short one too; scores stay float32
 model's dtype, in which many tie); and the factors come from the Gram matrix of the keys by `eigh`, not from an SVD of
 the keys: the product is the same, its parts are X V and V^T where the SVD has U and S V^T.
 
-Shapes: B rows, T prompt tokens, K KV heads, N query heads, D head dim, r rank, s selected and o outlier chunks, L room
-for landmarks, E for exact tokens.
+On the device lie the factors, landmarks and exact tokens, and of the values the selected chunks, one per slot of a pool
+(or all of them). Where chunks leave the selection the ones that join it take their slots.
+
+Shapes: L layers, B rows, T prompt tokens, U room for chunks before the local part, c tokens of a chunk, K KV heads, N
+query heads, D head dim, r rank, s selected and o outlier chunks, M = U - o room for landmarks, E for exact tokens.
 """
 
 from __future__ import annotations
@@ -27,19 +30,22 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from nosa_jax._pytree import pytree_dataclass
 from nosa_jax.baselines import common
 from nosa_jax.baselines.common import Rotations
+from nosa_jax.policy import Policy, Prompted, Sizes, Stepped, Store
+from pallas_kernels import fetch_blocks
 from pallas_kernels.checks import bad_value, require_size
 
 _SCORE_DIM = 128  # by the root of which the original divides at any head dim
 
 
 @dataclasses.dataclass(frozen=True)
-class ShadowKV:
+class ShadowKV(Policy):
     """Which tokens ShadowKV attends to (arXiv 2410.21465); the defaults are those of the NOSA paper's comparison.
 
     chunk: tokens per chunk, 8 or 64 there.
@@ -71,55 +77,101 @@ class ShadowKV:
         """Selected chunks, s."""
         return self.budget // self.chunk
 
+    @property
+    def unit(self) -> int:
+        return self.chunk
+
+    @property
+    def parts(self) -> int:
+        return 1
+
+    @property
+    def num_slots(self) -> int:
+        return self.num_selected
+
+    @property
+    def num_wanted(self) -> int:
+        return self.num_selected
+
+    def num_units(self, sizes: Sizes) -> int:
+        # Room for all outliers and one selection even where the text is short, so that no width depends on it.
+        return max(sizes.prompt // self.chunk - self.local_chunks, self.outlier_chunks + self.num_selected)
+
+    def check(self, sizes: Sizes) -> None:
+        most = sizes.kv_heads * sizes.dim
+        if self.rank > most:
+            rule = f"must be at most K * D = {most}"
+            raise bad_value("ShadowKV.rank", rule, self.rank, f"Use rank={most} or less.")
+
+    def empty(self, sizes: Sizes, dtype: Any) -> ShadowKVState:
+        rows, heads = (sizes.layers, sizes.rows), (sizes.layers, sizes.rows, sizes.kv_heads)
+        units, dim = self.num_units(sizes), sizes.dim
+        numbers = lambda *shape: jnp.full(shape, -1, jnp.int32)
+        exact = jnp.zeros((*heads, _prompt_room(self) + sizes.new, dim), dtype)
+        return ShadowKVState(
+            jnp.zeros(rows, jnp.int32),
+            jnp.zeros((*rows, units, self.chunk, self.rank), dtype),
+            jnp.zeros((*heads, self.rank, dim), dtype),
+            Landmarks(
+                jnp.zeros((*heads, units - self.outlier_chunks, dim), dtype),
+                numbers(*heads, units - self.outlier_chunks),
+                numbers(*heads, self.outlier_chunks),
+            ),
+            exact,
+            exact,
+            numbers(*heads, self.num_selected),
+        )
+
+    def read_bytes(self, kept: ShadowKVState) -> int:
+        factors, heads = kept.token_factors, kept.landmarks.ids.shape[2]
+        unread = factors.size - factors.size // factors.shape[2] * self.num_selected * heads
+        return super().read_bytes(kept) - unread * factors.dtype.itemsize
+
+    def sizes_of(self, kept: ShadowKVState) -> dict[str, int]:
+        units = kept.token_factors.shape[2]
+        prompt = (units + self.local_chunks) * self.chunk  # or less, where the text is short
+        return {"prompt": prompt, "new": kept.exact_keys.shape[3] - _prompt_room(self)}
+
+    def read_prompt(self, *args: Any) -> Prompted:
+        return read_prompt(self, *args)
+
+    def decode(self, *args: Any) -> Stepped:
+        return decode(self, *args)
+
+    def rotated(self, kept: ShadowKVState) -> int:
+        return kept.token_factors.shape[2] * self.chunk
+
 
 @pytree_dataclass
 class Landmarks:
     """How the chunks of a prompt before its local ones are looked for; see `find_landmarks`.
 
-    keys [B, K, L, D], ids [B, K, L]: mean keys and their chunks, ascending, -1 for no more. outlier_ids [B, K, o]: by
-    agreement, least first, -1 for no more. agreement float32 [B, K, L + o]: of every chunk, the smallest cosine between
-    its mean key and one of its keys; inf where there is no such chunk.
+    keys [B, K, M, D], ids [B, K, M]: mean keys and their chunks, ascending, -1 for no more. outlier_ids [B, K, o]: by
+    agreement, least first, -1 for no more.
     """
 
     keys: Any
     ids: Any
     outlier_ids: Any
-    agreement: Any
 
 
 @pytree_dataclass
 class ShadowKVState:
-    """What one layer remembers while it decodes.
+    """What is remembered while decoding; in an engine with an axis L before all others.
 
-    prompt_lengths [B]. token_factors [B, T, r], head_factors [B, K, r, D]: keys before RoPE are their product.
-    values [B, K, T, D]: of the prompt; in an engine they are in host memory.
-    exact_keys, exact_values [B, K, E, D], exact_positions [B, K, E]: local tokens, outliers, generated tokens, each
-    with room for the most that any row may have; -1 where nothing lies.
-    selected [B, K, s]: chunks whose values the step before had on the device.
+    prompt_lengths [B]. token_factors [B, U, c, r], head_factors [B, K, r, D]: keys before RoPE are their product.
+    exact_keys, exact_values [B, K, E, D]: local tokens, outliers, generated tokens, each with room for the most that
+    any row may have; `exact_positions` says what lies where.
+    held [B, K, s]: the chunks that the step before selected, each in the place of its slot of the pool; -1 for none.
     """
 
     prompt_lengths: Any
     token_factors: Any
     head_factors: Any
     landmarks: Landmarks
-    values: Any
     exact_keys: Any
     exact_values: Any
-    exact_positions: Any
-    selected: Any
-
-
-@pytree_dataclass
-class ShadowKVStep:
-    """What a step did: ids [B, K, s] of the selected chunks by score; new_ids [B, K, s] those of them whose values
-    crossed the link, in that order, -1 behind; scores [B, K, L] of the landmarks; attended [B, K, A] positions in
-    the order of attention, -1 where nothing is; out [B, N, D]."""
-
-    ids: Any
-    new_ids: Any
-    scores: Any
-    attended: Any
-    out: Any
+    held: Any
 
 
 def num_chunks(policy: ShadowKV, lengths: Int32[Array, " B"]) -> Int32[Array, " B"]:
@@ -136,36 +188,53 @@ def factor_keys(
     side as long as the text; the factors are X V and V^T.
     """
     batch, heads, tokens, dim = k_pre.shape
-    keys = jnp.moveaxis(k_pre, 1, 2).reshape(batch, tokens, heads * dim).astype(jnp.float32)
+    keys = jnp.moveaxis(k_pre, 1, 2).reshape(batch, tokens, heads * dim)
     keys = jnp.where((jnp.arange(tokens) < lengths[:, None])[..., None], keys, 0)
-    gram = jnp.einsum("btx,bty->bxy", keys, keys, precision="highest")
+    gram = common.dot("btx,bty->bxy", keys, keys)
     _, vectors = jnp.linalg.eigh(gram)  # ascending
     vectors = vectors[..., : -policy.rank - 1 : -1]
-    left = jnp.einsum("btx,bxr->btr", keys, vectors, precision="highest")
+    left = common.dot("btx,bxr->btr", keys.astype(jnp.float32), vectors)
     right = jnp.moveaxis(vectors.reshape(batch, heads, dim, policy.rank), 2, 3)
     return left.astype(k_pre.dtype), right.astype(k_pre.dtype)
 
 
-def find_landmarks(policy: ShadowKV, k_post: Float[Array, "B K T D"], lengths: Int32[Array, " B"]) -> Landmarks:
-    """Outliers and landmarks of the chunks before the local part, from keys after RoPE."""
-    batch, heads, tokens, dim = k_post.shape
-    size, outliers = policy.chunk, policy.outlier_chunks
-    # Room for all outliers and one selection even where the text is short, so that no width depends on it.
-    room = max(tokens // size - policy.local_chunks, outliers + policy.num_selected)
-    keys = jnp.pad(k_post, ((0, 0), (0, 0), (0, max(0, room * size - tokens)), (0, 0)))[:, :, : room * size]
-    keys = keys.reshape(batch, heads, room, size, dim).astype(jnp.float32)
-    exists = jnp.arange(room, dtype=jnp.int32) < num_chunks(policy, lengths)[:, None, None]
-    keys = jnp.where(exists[..., None, None], keys, 0)
+def agreement(
+    policy: ShadowKV, k_post: Float[Array, "B K T D"], lengths: Int32[Array, " B"], units: int
+) -> tuple[Float[Array, "B K U D"], Float[Array, "B K U"]]:
+    """float32, of the chunks before the local part: the mean key after RoPE, and the smallest cosine between it and one
+    of the keys, inf where there is no such chunk."""
+    exists = _exists(policy, lengths, units)
+    keys = jnp.where(exists[..., None, None], chunks_of(policy, k_post, units).astype(jnp.float32), 0)
     means = keys.mean(3)
     norm = lambda x: jnp.maximum(jnp.linalg.norm(x, axis=-1), 1e-8)
-    dots = jnp.einsum("bkcd,bkcsd->bkcs", means, keys, precision="highest")
-    agreement = (dots / (norm(means)[..., None] * norm(keys))).min(-1)
-    exists = jnp.broadcast_to(exists, agreement.shape)
-    outlier_ids = common.best(-agreement, exists, outliers)
-    ids = jnp.broadcast_to(jnp.arange(room, dtype=jnp.int32), exists.shape)
-    ids = common.compact(ids, exists & ~common.among(ids, outlier_ids))[..., : room - outliers]
+    dots = (means[..., None, :] * keys).sum(-1)
+    cosines = (dots / (norm(means)[..., None] * norm(keys))).min(-1)
+    return means, jnp.where(exists, cosines, jnp.inf)
+
+
+def chunks_of(policy: ShadowKV, x: Float[Array, "B K T D"], units: int) -> Float[Array, "B K U c D"]:
+    """The first `units` chunks of a prompt."""
+    room = units * policy.chunk
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, max(0, room - x.shape[2])), (0, 0)))[:, :, :room]
+    return x.reshape(*x.shape[:2], units, policy.chunk, x.shape[3])
+
+
+def _exists(policy: ShadowKV, lengths: Int32[Array, " B"], units: int) -> Bool[Array, "B 1 U"]:
+    """Which chunks are there before the local part."""
+    return jnp.arange(units, dtype=jnp.int32) < num_chunks(policy, lengths)[:, None, None]
+
+
+def find_landmarks(
+    policy: ShadowKV, k_post: Float[Array, "B K T D"], lengths: Int32[Array, " B"], units: int
+) -> Landmarks:
+    """Outliers and landmarks of the chunks before the local part, from keys after RoPE."""
+    means, cosines = agreement(policy, k_post, lengths, units)
+    exists = jnp.broadcast_to(_exists(policy, lengths, units), cosines.shape)
+    outlier_ids = common.best(-cosines, exists, policy.outlier_chunks)
+    ids = jnp.broadcast_to(jnp.arange(units, dtype=jnp.int32), exists.shape)
+    ids = common.compact(ids, exists & ~common.among(ids, outlier_ids))[..., : units - policy.outlier_chunks]
     landmarks = jnp.take_along_axis(means, jnp.maximum(ids, 0)[..., None], axis=2).astype(k_post.dtype)
-    return Landmarks(landmarks, ids, outlier_ids, jnp.where(exists, agreement, jnp.inf))
+    return Landmarks(landmarks, ids, outlier_ids)
 
 
 def read_prompt(
@@ -175,113 +244,123 @@ def read_prompt(
     v: Float[Array, "B K T D"],
     q_last: Float[Array, "B N D"],
     lengths: Int32[Array, " B"],
-    max_new: int,
-) -> ShadowKVState:
-    """What prompts leave behind, whose attention is dense.
+    sizes: Sizes,
+) -> Prompted:
+    """What prompts leave behind, whose attention is dense; see `Policy.read_prompt`.
 
-    k_pre, k_post: keys before and after RoPE; what lies behind a row's length counts for nothing. q_last: after RoPE,
-    of each row's last token: what it selects counts as selected before the first step. max_new: room for generated
-    tokens.
+    What the last query selects counts as selected before the first step.
     """
-    batch, heads = k_post.shape[:2]
-    landmarks = find_landmarks(policy, k_post, lengths)
-    first = num_chunks(policy, lengths) * policy.chunk
-    # A row has at most one chunk less a token more than its local chunks.
-    local = first[:, None] + jnp.arange((policy.local_chunks + 1) * policy.chunk - 1, dtype=jnp.int32)
-    local = jnp.where(local < lengths[:, None], local, -1)
-    local = jnp.broadcast_to(local[:, None], (batch, heads, local.shape[-1]))
-    positions = jnp.concatenate([local, common.unit_tokens(landmarks.outlier_ids, policy.chunk)], -1)
-    wider = lambda x: jnp.pad(common.take_tokens(x, positions), ((0, 0), (0, 0), (0, max_new), (0, 0)))
-    scores = score(landmarks, q_last)
-    return ShadowKVState(
-        lengths,
-        *factor_keys(policy, k_pre, lengths),
-        landmarks,
-        v,
-        wider(k_post),
-        wider(v),
-        jnp.pad(positions, ((0, 0), (0, 0), (0, max_new)), constant_values=-1),
-        select(policy, landmarks, scores),
-    )
-
-
-def append(
-    policy: ShadowKV,
-    state: ShadowKVState,
-    k_post: Float[Array, "B K D"],
-    v: Float[Array, "B K D"],
-    positions: Int32[Array, " B"],
-) -> ShadowKVState:
-    """A generated token per row, kept exact; one beyond the room is dropped."""
-    places = _prompt_room(policy) + positions - state.prompt_lengths
-    put = lambda store, token: common.put_tokens(store, token[:, :, None], places[:, None])
-    at = state.exact_positions.at[common.rows_of(places), :, places].set(positions[:, None], mode="drop")
-    return dataclasses.replace(
-        state, exact_keys=put(state.exact_keys, k_post), exact_values=put(state.exact_values, v), exact_positions=at
-    )
+    units = policy.num_units(sizes)
+    landmarks = find_landmarks(policy, k_post, lengths, units)
+    positions = exact_positions(policy, lengths, landmarks.outlier_ids, lengths - 1, 0)
+    wider = lambda x: jnp.pad(common.take_tokens(x, positions), ((0, 0), (0, 0), (0, sizes.new), (0, 0)))
+    ids = select(policy, landmarks, score(landmarks, q_last))
+    left, right = factor_keys(policy, k_pre, lengths)
+    left = chunks_of(policy, left[:, None], units)[:, 0]
+    kept = ShadowKVState(lengths, left, right, landmarks, wider(k_post), wider(v), ids)
+    return Prompted(kept, chunks_of(policy, v, units)[:, :, :, None], num_chunks(policy, lengths), ids, ids)
 
 
 def _prompt_room(policy: ShadowKV) -> int:
     """Exact tokens of a prompt: of the local part and the outliers."""
-    return (policy.local_chunks + 1 + policy.outlier_chunks) * policy.chunk - 1
+    # A row has at most one chunk less a token more than its local chunks; a whole one keeps widths even.
+    return (policy.local_chunks + 1 + policy.outlier_chunks) * policy.chunk
 
 
-def score(landmarks: Landmarks, q: Float[Array, "B N D"]) -> Float[Array, "B K L"]:
+def exact_positions(
+    policy: ShadowKV,
+    prompt_lengths: Int32[Array, " B"],
+    outlier_ids: Int32[Array, "B K o"],
+    positions: Int32[Array, " B"],
+    new: int,
+) -> Int32[Array, "B K E"]:
+    """Which token lies where among the exact ones once that at `positions` does, -1 for none. new: room for generated
+    tokens."""
+    listed = lambda first, count, end: jnp.where(
+        (tokens := first[:, None] + jnp.arange(count, dtype=jnp.int32)) < end[:, None], tokens, -1
+    )
+    local_room = (policy.local_chunks + 1) * policy.chunk
+    local = listed(num_chunks(policy, prompt_lengths) * policy.chunk, local_room, prompt_lengths)
+    generated = listed(prompt_lengths, new, positions + 1)
+    by_head = lambda x: jnp.broadcast_to(x[:, None], (*outlier_ids.shape[:2], x.shape[1]))
+    outliers = common.unit_tokens(outlier_ids, policy.chunk)
+    return jnp.concatenate([by_head(local), outliers, by_head(generated)], axis=2)
+
+
+def score(landmarks: Landmarks, q: Float[Array, "B N D"]) -> Float[Array, "B K M"]:
     """float32: the largest share that a query head of the KV head gives to a landmark; 0 where there is none."""
     batch, heads, _, dim = landmarks.keys.shape
-    q = q.reshape(batch, heads, -1, dim).astype(jnp.float32)
-    logits = jnp.einsum("bkgd,bkld->bkgl", q, landmarks.keys.astype(jnp.float32), precision="highest")
+    logits = common.dot("bkgd,bkld->bkgl", q.reshape(batch, heads, -1, dim), landmarks.keys)
     return common.softmax(logits / jnp.sqrt(jnp.float32(_SCORE_DIM)), (landmarks.ids >= 0)[:, :, None]).max(2)
 
 
-def select(policy: ShadowKV, landmarks: Landmarks, scores: Float[Array, "B K L"]) -> Int32[Array, "B K s"]:
+def select(policy: ShadowKV, landmarks: Landmarks, scores: Float[Array, "B K M"]) -> Int32[Array, "B K s"]:
     """The chunks of the best landmarks, best first, ties to the lower chunk; -1 where there are no more."""
     places = common.best(scores, landmarks.ids >= 0, policy.num_selected)
     return jnp.where(places >= 0, jnp.take_along_axis(landmarks.ids, jnp.maximum(places, 0), axis=-1), -1)
 
 
 def rebuild_keys(
-    token_factors: Float[Array, "B T r"],
+    token_factors: Float[Array, "B K A r"],
     head_factors: Float[Array, "B K r D"],
     positions: Int32[Array, "B K A"],
     rotations: Rotations,
 ) -> Float[Array, "B K A D"]:
-    """Keys after RoPE of tokens of the prompt, float32, from their factors; those of token 0 for -1."""
-    factors = common.take_tokens(token_factors[:, None], positions.reshape(positions.shape[0], 1, -1))
-    factors = factors.reshape(*positions.shape, -1).astype(jnp.float32)
-    keys = jnp.einsum("bkar,bkrd->bkad", factors, head_factors.astype(jnp.float32), precision="highest")
-    return rotations.turn(keys, positions)
-
-
-def attended_tokens(policy: ShadowKV, state: ShadowKVState, ids: Int32[Array, "B K s"]) -> Int32[Array, "B K A"]:
-    """Positions in the order of attention: local tokens, outliers, selected chunks, generated tokens."""
-    return _between(policy, state.exact_positions, common.unit_tokens(ids, policy.chunk))
-
-
-def _between(policy: ShadowKV, exact: Array, selected: Array) -> Array:
-    """What belongs to selected tokens, put between the prompt's exact tokens and the generated ones."""
-    room = _prompt_room(policy)
-    return jnp.concatenate([exact[:, :, :room], selected.astype(exact.dtype), exact[:, :, room:]], axis=2)
+    """Keys after RoPE of tokens of the prompt from their factors, in the dtype of these."""
+    keys = common.dot("bkar,bkrd->bkad", token_factors, head_factors)
+    return rotations.turn(keys, positions).astype(head_factors.dtype)
 
 
 def decode(
     policy: ShadowKV,
     state: ShadowKVState,
+    store: Store,
     rotations: Rotations,
+    token: tuple[Float[Array, "B N D"], Float[Array, "B K D"], Float[Array, "B K D"]],
     positions: Int32[Array, " B"],
-    q: Float[Array, "B N D"],
-    k_post: Float[Array, "B K D"],
-    v: Float[Array, "B K D"],
-) -> tuple[ShadowKVState, ShadowKVStep]:
-    """One token per row at `positions`, its query and key after RoPE; it sees itself."""
-    state = append(policy, state, k_post, v, positions)
-    scores = score(state.landmarks, q)
-    ids = select(policy, state.landmarks, scores)
-    new_ids = common.compact(ids, (ids >= 0) & ~common.among(ids, state.selected))
+    layer: Int32[Array, ""],
+) -> Stepped:
+    """One layer of a token per row; see `Policy.decode`. state, store: of all layers."""
+    q, k, v = token
+    batch, heads, dim = k.shape
+    is_there = (positions >= 0)[:, None, None]
+    lengths, landmarks, held = common.at_layer((state.prompt_lengths, state.landmarks, state.held), layer)
+    room, new = _prompt_room(policy), state.exact_keys.shape[3] - _prompt_room(policy)
+    places = jnp.where(positions >= 0, room + positions - lengths, -1)
+    exact_keys = common.put_token(state.exact_keys, k, places, layer)
+    exact_values = common.put_token(state.exact_values, v, places, layer)
+
+    # Behind a barrier, or XLA copies landmarks and exact keys into one operand, since the same queries meet both.
+    scores = score(landmarks, jax.lax.optimization_barrier(q))
+    ids = jnp.where(is_there, select(policy, landmarks, scores), -1)
+    pool, (settled, slots, missing) = store.pool, common.settle(held, ids)
+    if store.host is None:
+        slots = ids
+    else:
+        loads = jnp.where(missing, ids, -1)
+        pool = fetch_blocks(pool, store.host, store.page_table, loads, slots, layer, transport=store.transport)
+
+    row, head = jnp.arange(batch)[:, None, None], jnp.arange(heads)[:, None]
+    values = pool.at[layer, row, head, jnp.maximum(slots, 0), 0].get(mode="clip")
+    # Where nothing is wanted there may be anything.
+    values = jnp.where((ids >= 0)[..., None, None], values, 0).reshape(batch, heads, -1, dim)
+    factors = state.token_factors.at[layer, row, jnp.maximum(ids, 0)].get(mode="clip")
     chosen = common.unit_tokens(ids, policy.chunk)
-    rebuilt = rebuild_keys(state.token_factors, state.head_factors, chosen, rotations)
-    keys = _between(policy, state.exact_keys, rebuilt)
-    values = _between(policy, state.exact_values, common.take_tokens(state.values, chosen))
-    attended = attended_tokens(policy, state, ids)
-    out = common.attend(q, keys, values, attended >= 0)
-    return dataclasses.replace(state, selected=ids), ShadowKVStep(ids, new_ids, scores, attended, out)
+    of_heads = common.at_layer(state.head_factors, layer)
+    keys = rebuild_keys(factors.reshape(*chosen.shape, -1), of_heads, chosen, rotations)
+    exact = exact_positions(policy, lengths, landmarks.outlier_ids, positions, new)
+    out = common.attend_parts(
+        q,
+        (*common.at_layer((exact_keys, exact_values), layer), exact >= 0),
+        (keys, values, chosen >= 0),
+    )
+    kept = dataclasses.replace(
+        state,
+        exact_keys=exact_keys,
+        exact_values=exact_values,
+        held=common.put_layer(state.held, settled, layer),
+    )
+    # In the order of the original: what it has of the prompt, then the selection, then what was generated.
+    attended = jnp.concatenate([exact[:, :, :room], chosen, exact[:, :, room:]], axis=2)
+    new_ids, fetched = common.compact(ids, missing), missing.sum(-1, dtype=jnp.int32)
+    return Stepped(kept, pool, out, ids, new_ids, fetched, scores, attended)

@@ -15,9 +15,11 @@ from flax import nnx
 
 from nosa_jax.cache import memory
 from nosa_jax.cache.pages import as_row_limits
-from nosa_jax.cache.working_set import Reading, as_limits, plan_reading, rounded
+from nosa_jax.cache.state import policy_bytes, policy_sizes
+from nosa_jax.cache.working_set import Limits, Reading, as_limits, plan_reading, rounded, rounded_room
 from nosa_jax.config import CacheConfig, ModelConfig
 from nosa_jax.model import NosaLM
+from nosa_jax.policy import Policy, Sizes
 from pallas_kernels import blocks
 from pallas_kernels.checks import (
     IntegersLike,
@@ -68,6 +70,7 @@ class Plan:
     hbm_bytes_per_token: float
     link_bytes_per_second: float
     hbm_bytes_per_second: float
+    policy: Policy | None = None
 
     @property
     def device_bytes(self) -> int:
@@ -104,6 +107,8 @@ class Plan:
                 f"{host.size / GB:.2f} GB available ({host.source}). Lower {rows} or {tokens}."
             )
         remedy = f"Lower {rows}, {tokens} or slots ({self.slots})"
+        if self.policy is not None and self.slots is not None:
+            remedy = f"Lower {rows}, {tokens} or the budget of {type(self.policy).__name__}"
         if self.slots is None:
             remedy = f"Lower {rows} or {tokens}, or offload the cache"
         remedy += ", or lower working_set" if self.reading.rows > 1 or self.reading.chunk is None else ""
@@ -125,11 +130,19 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         derived = ("device_bytes", "seconds_per_step", "tokens_per_second")
-        parts = dataclasses.asdict(self) | {"reading": self.reading._asdict()}
+        parts = dataclasses.asdict(self) | {
+            "reading": self.reading._asdict(),
+            "policy": self.policy and repr(self.policy),
+        }
         return parts | {name: getattr(self, name) for name in derived}
 
     def __str__(self) -> str:
-        where = "all on the device" if self.slots is None else f"{self.slots} of {self.num_blocks} blocks on the device"
+        unit_name = "blocks" if self.policy is None else "units"
+        where = (
+            "all on the device"
+            if self.slots is None
+            else f"{self.slots} of {self.num_blocks} {unit_name} on the device"
+        )
         alike = self.pages in (0, self.batch * self.num_blocks)
         unit, symbol = (GB, "GB") if self.host_bytes + self.device_bytes >= GB else (10**6, "MB")
         size = lambda count: f"{count / unit:.3f} {symbol}"
@@ -138,7 +151,7 @@ class Plan:
             ("host memory", size(self.host_bytes)),
             *((f"device: {part}", size(count)) for part, count in self.device.items()),
             ("device memory", size(self.device_bytes)),
-            ("fetched blocks", f"{self.misses_per_step:.2f} per step, layer, KV head and row (expected)"),
+            (f"fetched {unit_name}", f"{self.misses_per_step:.2f} per step, layer, KV head and row (expected)"),
             ("PCIe per token", f"{self.pcie_bytes_per_token / 2**20:.3f} MiB"),
             ("HBM per token", f"{self.hbm_bytes_per_token / 2**20:.3f} MiB"),
             ("at most", f"{self.tokens_per_second:,.0f} tokens/s"),
@@ -159,6 +172,7 @@ def plan(
     misses: float | None = None,
     link_bytes_per_second: float | None = None,
     hbm_bytes_per_second: float | None = None,
+    new: int | None = None,
 ) -> Plan:
     """Counts bytes for `batch` rows that may grow to `max_length` tokens, one number for all or one per row.
 
@@ -166,15 +180,17 @@ def plan(
     batch: rows that decode together.
     max_length: tokens that each may hold, prompt and new ones: an int, or one per row [batch]; host memory is counted
         by row, device memory by the largest.
-    cache: where the KV cache lives, and its slots.
+    cache: where the KV cache lives, and its slots. With a policy, blocks are its units: chunks or pages.
     dtype: of weights and cache; importance is float32 in any.
     prompt: tokens of the longest prompt; None for the largest `max_length`.
     chunk, working_set: how prompts are read, see `prefill`. (`generate` gives rows room for their prompt and for
         `max_new_tokens`, each padded as `nosa_jax.decode.room_for` says.)
-    misses: blocks fetched per step, layer, KV head and row; None takes published measurements by slots.
+    misses: blocks fetched per step, layer, KV head and row; None takes published measurements by slots, and with a
+        policy counts none.
     link_bytes_per_second, hbm_bytes_per_second: rates of the link and of device memory; None takes what was measured
         on the card that JAX uses, if it is a known one (H100 or H200), else on an H200. Planning alone makes JAX use
         no device, so that `set_host_memory_limit` can follow it: before the first use it is an H200's, too.
+    new: with a policy, the most tokens that any row generates; None for what the prompt leaves of `max_length`.
     Raises ValueError for sizes below 1, slots that cannot work and a working set too small for one row.
     """
     require_type("config", config, ModelConfig, "Pass presets.nosa_8b() or model.config.")
@@ -192,6 +208,12 @@ def plan(
     limits = as_limits(chunk, working_set)
     if misses is not None:
         misses = require_number("misses", misses, 0.0)
+    if cache.policy is not None:
+        width = max_length if prompt is None else rounded(require_size("prompt", prompt, 1, max_length))
+        room = rounded_room(max_length - width if new is None else require_size("new", new, 0))
+        sizes = policy_sizes(config, batch, max_length, width, room)
+        require_policy(config, cache.policy, sizes, chunk)
+        return _plan_policy(config, sizes, cache, dtype, limits, misses or 0.0, link, memory_rate)
     attention, itemsize = config.attention, jnp.dtype(dtype).itemsize
     m = blocks.num_blocks(max_length, attention.block_size)
     slots = cache.resolve_slots(attention, m)
@@ -242,6 +264,56 @@ def plan(
         hbm_bytes_per_token=(shared + batch * (moved.device - shared) // len(held)) / batch,
         link_bytes_per_second=link,
         hbm_bytes_per_second=memory_rate,
+    )
+
+
+def require_policy(config: ModelConfig, policy: Policy, sizes: Sizes, chunk: int | None) -> None:
+    """Raises ValueError unless a model of this configuration can decode by the policy."""
+    name = type(policy).__name__
+    if policy.refusal is not None:
+        remedy = "Run it over the arrays of a layer with baselines.replay, or take ShadowKV or ArkVale."
+        raise bad_value("CacheConfig.policy", "must be one that the engine runs", f"{name}: {policy.refusal}", remedy)
+    if config.attention.is_sparse:
+        rule = "must go with a model of variant 'full', whose attention it replaces"
+        remedy = "Use nosa_jax.with_attention(model, variant='full'), or policy=None."
+        raise bad_value("CacheConfig.policy", rule, f"{name} with {config.attention.variant!r}", remedy)
+    if chunk is not None:
+        remedy = "Use chunk=None; working_set says how many rows are read at once."
+        raise bad_value("chunk", "must be None with a policy, which reads whole prompts", chunk, remedy)
+    policy.check(sizes)
+
+
+def _plan_policy(
+    config: ModelConfig, sizes: Sizes, cache: CacheConfig, dtype: Any, limits: Limits, misses: float, link: float,
+    memory_rate: float,
+) -> Plan:  # fmt: skip
+    """`plan` of a cache with a policy."""
+    policy, batch = cache.policy, sizes.rows
+    assert policy is not None
+    parts, host_bytes, read = policy_bytes(sizes, cache, jnp.dtype(dtype))
+    units, weights = policy.num_units(sizes), _weights(config, jnp.dtype(dtype))
+    unit_bytes = policy.parts * policy.unit * sizes.dim * jnp.dtype(dtype).itemsize
+    reading = plan_reading(
+        config, batch, sizes.prompt, units, dtype=dtype, row_bytes=sum(parts.values()) // batch, fresh=True,
+        offloaded=cache.offload, limits=limits, whole_rows=True,
+    )  # fmt: skip
+    misses = misses if cache.offload else 0.0
+    return Plan(
+        batch=batch,
+        max_length=sizes.max_length,
+        slots=policy.num_slots if cache.offload else None,
+        num_blocks=units,
+        block_bytes=unit_bytes,
+        pages=batch * units if cache.offload else 0,
+        host_bytes=host_bytes,
+        device={"weights": weights.all, **parts, "prefill": reading.bytes},
+        reading=reading,
+        misses_per_step=misses,
+        pcie_bytes_per_token=config.num_layers * config.num_kv_heads * misses * unit_bytes,
+        hbm_bytes_per_token=(weights.read + read) / batch,
+        link_bytes_per_second=link,
+        hbm_bytes_per_second=memory_rate,
+        policy=policy,
     )
 
 

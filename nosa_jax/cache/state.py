@@ -19,6 +19,7 @@ from nosa_jax.cache import host_store
 from nosa_jax.cache.pages import Rooms, own_rooms
 from nosa_jax.cache.slots import EMPTY, SlotTable, empty_table
 from nosa_jax.config import CacheConfig, ModelConfig
+from nosa_jax.policy import Policy, Sizes
 from pallas_kernels import blocks
 from pallas_kernels.checks import as_integers, bad_value, is_concrete, require_int, require_shape, require_size
 
@@ -48,6 +49,9 @@ class DecodeState:
     lengths: int32 [B], tokens in the cache.
     limits: int32 [B], tokens that each row may grow to.
     max_length: the most that any row's limit may ever be (static): it makes M. transport: see CacheConfig (static).
+    kept: what the policy keeps beside the pool, arrays [L, B, ...] that it alone looks into; None without one.
+    policy: see CacheConfig (static). With one, pool and host hold its units: [L, B, K, slots, parts, unit, D] and
+        [L, pages, K, parts, unit, D], and M counts those of a row; there is neither table, summary nor importance.
 
     Memory that no token has reached may hold anything, NaN included.
     """
@@ -63,6 +67,8 @@ class DecodeState:
     limits: Any
     max_length: int = static_field()
     transport: str = static_field()
+    kept: Any = None
+    policy: Policy | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def block_size(self) -> int:
@@ -88,13 +94,18 @@ def empty_state(
     dtype: Any,
     rooms: Rooms | None = None,
     pages: int | None = None,
+    sizes: Sizes | None = None,
 ) -> DecodeState:
     """The state of `batch` empty rows; call it under `jax.jit`, so that the host store needs no device memory.
 
     max_length: the most that any row may ever hold.
     rooms: what each row may grow to, and its pages; None where they are the whole batch, and alike.
     pages: of the host store; None for one per block of every row.
+    sizes: of what the cache's policy keeps, see `policy_sizes`; None without one.
     """
+    if cache.policy is not None:
+        assert sizes is not None
+        return _empty_by_policy(cache.policy, sizes, cache, dtype, rooms)
     attention = config.attention
     size, stride, dim = attention.block_size, attention.pooling_stride, config.head_dim
     m = blocks.num_blocks(max_length, size)
@@ -121,6 +132,56 @@ def empty_state(
         max_length=max_length,
         transport=cache.transport,
     )
+
+
+def policy_sizes(config: ModelConfig, batch: int, max_length: int, prompt: int, new: int) -> Sizes:
+    """What decides the shapes of a policy's cache. prompt: the longest, with its padding. new: tokens to generate."""
+    return Sizes(config.num_layers, batch, config.num_kv_heads, config.head_dim, prompt, new, max_length)
+
+
+def sizes_of(state: DecodeState) -> Sizes:
+    """Those of a state with a policy."""
+    assert state.policy is not None
+    layers, rows, heads, *_, dim = state.pool.shape
+    own = {"prompt": 0, "new": 0} | state.policy.sizes_of(state.kept)
+    return Sizes(layers, rows, heads, dim, max_length=state.max_length, **own)
+
+
+def _empty_by_policy(policy: Policy, sizes: Sizes, cache: CacheConfig, dtype: Any, rooms: Rooms | None) -> DecodeState:
+    """`empty_state` with a policy: every row has a page for each of its units, whatever its limit."""
+    layers, batch, heads, dim = sizes[:4]
+    units = policy.num_units(sizes)
+    own = own_rooms(batch, units * policy.unit, policy.unit)
+    limits = own_rooms(batch, sizes.max_length, policy.unit).limits if rooms is None else rooms.limits
+    unit = (policy.parts, policy.unit, dim)
+    slots = policy.num_slots if cache.offload else units
+    return DecodeState(
+        pool=jnp.zeros((layers, batch, heads, slots, *unit), dtype),
+        host=host_store.allocate((layers, batch * units, heads, *unit), dtype) if cache.offload else None,
+        page_table=own.page_table if cache.offload else None,
+        table=None,
+        pooled_keys=None,
+        importance=None,
+        pooled_importance=None,
+        lengths=jnp.zeros((batch,), jnp.int32),
+        limits=limits,
+        max_length=sizes.max_length,
+        transport=cache.transport,
+        kept=policy.empty(sizes, dtype),
+        policy=policy,
+    )
+
+
+def policy_bytes(sizes: Sizes, cache: CacheConfig, dtype: Any) -> tuple[dict[str, int], int, int]:
+    """What a policy's cache takes on the device, by part; in host memory; and what of it a step reads."""
+    policy = cache.policy
+    assert policy is not None
+    state = _policy_shapes(sizes, cache, dtype)
+    size = lambda part: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(part))
+    kept = {name.replace("_", " "): size(part) for name, part in vars(state["kept"]).items()}
+    read = policy.read_bytes(state["kept"]) + size(state["pool"]) // state["pool"].shape[3] * policy.num_slots
+    tables = size(state["page_table"]) + size((state["lengths"], state["limits"]))
+    return {"pool": size(state["pool"]), **kept, "tables": tables}, size(state["host"]), read
 
 
 def specs(state: DecodeState) -> DecodeState:
@@ -176,8 +237,12 @@ def with_pages(state: DecodeState, row: Any, ids: Any, limit: Any) -> DecodeStat
     limit: tokens that it may grow to, at most n * P and `state.max_length`; 0 for a row that rests.
 
     It computes as a row of a fresh state does, to the bit. Nothing of the pool and of the host store is touched.
-    Raises TypeError or ValueError for what does not fit; what is traced is not looked at.
+    Raises TypeError or ValueError for what does not fit, a state with a policy included, whose rows begin with a
+    prompt; what is traced is not looked at.
     """
+    if state.policy is not None:
+        name = type(state.policy).__name__
+        raise bad_value("state", "must have no policy, as rows of one begin with a prompt", name, "Prefill anew.")
     rows, size, num_blocks = state.lengths.shape[0], state.block_size, state.num_blocks
     row = require_size("row", row, 0, rows - 1) if is_concrete(row) else row
     table = state.page_table
@@ -245,6 +310,9 @@ def require_fitting(state: DecodeState, config: ModelConfig, dtype: Any) -> None
                 "state", f"{name} must be an array of {axes} axes", f"{_names(value) or value!r:.200}", remedy
             )
     slots, offload = state.num_slots, state.host is not None
+    if state.policy is not None:
+        _require_fields(state, _fitting_policy_state(state, config, dtype), remedy)
+        return
     selected = config.attention.num_selected_blocks
     if offload and slots < min(selected, state.num_blocks):
         raise bad_value("state", f"must hold one selection of the model, {selected} blocks", f"{slots} slots", remedy)
@@ -252,7 +320,11 @@ def require_fitting(state: DecodeState, config: ModelConfig, dtype: Any) -> None
     if offload and config.attention.is_sparse:
         cache = CacheConfig(slots=max(slots, selected))  # slots of all blocks may be fewer
     pages = state.host.shape[1] if offload else None  # any number of them
-    fitting = _fitting_shapes(config, state.lengths.shape[0], max_length, cache, dtype, pages)
+    _require_fields(state, _fitting_shapes(config, state.lengths.shape[0], max_length, cache, dtype, pages), remedy)
+
+
+def _require_fields(state: DecodeState, fitting: dict[str, Any], remedy: str) -> None:
+    """Raises ValueError unless the arrays are those of `fitting`, each where it belongs."""
     for name, value in _fields(state).items():
         if _names(value) != _names(fitting[name]):
             rule = f"must go with the model, whose {name} has {_names(fitting[name])}"
@@ -280,7 +352,9 @@ def _require_at_hand(name: str, value: Any) -> None:
 
 def _fields(state: DecodeState) -> dict[str, Any]:
     """Those that hold arrays."""
-    names = (field.name for field in dataclasses.fields(state) if field.name not in ("max_length", "transport"))
+    names = (
+        field.name for field in dataclasses.fields(state) if field.name not in ("max_length", "transport", "policy")
+    )
     return {name: getattr(state, name) for name in names}
 
 
@@ -295,6 +369,22 @@ def _fitting_shapes(
     config: ModelConfig, batch: int, max_length: int, cache: CacheConfig, dtype: Any, pages: int | None
 ) -> dict[str, Any]:
     return _fields(jax.eval_shape(lambda: empty_state(config, batch, max_length, cache, dtype, pages=pages)))
+
+
+def _fitting_policy_state(state: DecodeState, config: ModelConfig, dtype: Any) -> dict[str, Any]:
+    """What a policy's state of this model has; what only the state can tell is taken from it."""
+    assert state.policy is not None
+    own = state.policy.sizes_of(state.kept)
+    sizes = policy_sizes(config, state.lengths.shape[0], state.max_length, own.get("prompt", 0), own.get("new", 0))
+    cache = CacheConfig(offload=state.host is not None, policy=state.policy)
+    return _policy_shapes(sizes, cache, dtype)
+
+
+@functools.lru_cache(maxsize=32)
+def _policy_shapes(sizes: Sizes, cache: CacheConfig, dtype: Any) -> dict[str, Any]:
+    policy = cache.policy
+    assert policy is not None
+    return _fields(jax.eval_shape(lambda: _empty_by_policy(policy, sizes, cache, dtype, None)))
 
 
 def table_at(state: DecodeState, layer: Array) -> SlotTable:

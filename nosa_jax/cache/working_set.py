@@ -14,6 +14,7 @@ DEFAULT_BYTES = 2 * 2**30
 MLP_TOKENS = 8192  # that go through the MLP at once: enough to keep a large GPU busy
 _LEAST_WIDTH = 16  # tokens
 _LEAST_CHUNK = 256  # tokens; shorter chunks would read the cache again and again
+_ROOM = 64  # of which the room for generated tokens is a multiple
 _SCORES_BYTES = 2**28  # of queries that select, or attend, at the same time
 
 
@@ -43,6 +44,11 @@ def rounded(count: int) -> int:
     return -(-count // step) * step
 
 
+def rounded_room(count: int) -> int:
+    """Room for so many generated tokens of a row, as a policy keeps it."""
+    return -(-max(1, count) // _ROOM) * _ROOM
+
+
 class Reading(NamedTuple):
     """rows: read together. chunk: tokens of each row at once; None for all. bytes: held meanwhile, beside the state."""
 
@@ -67,6 +73,7 @@ def plan_reading(
     fresh: bool,
     offloaded: bool,
     limits: Limits = Limits(),
+    whole_rows: bool = False,
 ) -> Reading:
     """The largest groups of rows that fit the working set; where not even one row does, one row in chunks of tokens.
 
@@ -77,6 +84,7 @@ def plan_reading(
     offloaded: whether the cache lives in host memory. Where rows have blocks there, the next layer is staged meanwhile.
     limits: a chunk of None leaves it open; a working set of None is DEFAULT_BYTES, or what one row needs where that is
         more.
+    whole_rows: rows are never read in chunks, and what is made of a layer's keys is held beside them, as with a policy.
     Raises ValueError where the working set is too small for one row.
     """
     chunk, budget = limits.chunk, limits.working_set
@@ -90,9 +98,11 @@ def plan_reading(
         of_group = 0 if rows == batch else 3 * rows * row_bytes // 2  # a group works on a copy of its rows
         read = width if chunk is None else chunk
         copies = 4 if offloaded and not whole else 2
+        if whole_rows:  # keys before and after RoPE, in float32 too, units in their order, and the parts of the factors
+            copies, staged = 6, blocks.num_blocks(width, config.attention.block_size)
         return of_group + _bytes(config, rows, read, staged, copies, jnp.dtype(dtype).itemsize)
 
-    if size(1, chunk) > limit and not given:
+    if size(1, chunk) > limit and not given and not whole_rows:
         tokens = width
         while tokens > _LEAST_CHUNK and (chunk is None or size(1, chunk) > limit):
             tokens = max(_LEAST_CHUNK, -(-tokens // 2))

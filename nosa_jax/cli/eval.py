@@ -6,10 +6,11 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from nosa_jax import CacheConfig, evals, train
+from nosa_jax import evals, train
 from nosa_jax._extras import require_extras
 from nosa_jax._paths import only_run
 from nosa_jax.cli.checkpoint import Dtype, load
+from nosa_jax.cli.policy import PolicyName, cache_of, variant_of
 from nosa_jax.cli.terminal import facts, heading, indented, working
 from nosa_jax.config import Variant
 from nosa_jax.evals.examples import find_task
@@ -48,6 +49,10 @@ class Eval:
     """Whether the KV cache lives in host memory, with a pool of blocks on the device."""
     slots: int | None = None
     """Size of the pool on the device, in blocks; default: 5/4 of the blocks that a query selects."""
+    policy: PolicyName | None = None
+    """Another system's way to decode with a dense model (variant full), in place of attention to everything."""
+    policy_settings: tuple[str, ...] = ()
+    """Settings of the policy, as budget=1536 local_chunks=16; default: those of the comparison in the NOSA paper."""
     batch_size: int | None = None
     """Examples that are read together; default: at most 16 and 65536 tokens."""
     chunk: int | None = None
@@ -55,7 +60,7 @@ class Eval:
     prefill: Literal["sparse", "dense"] = "sparse"
     """How prompts are read before an answer: as the variant attends, or with dense attention (no teacher forcing)."""
     variant: Variant | None = None
-    """How blocks are selected; default: what the checkpoint says."""
+    """How blocks are selected; default: what the checkpoint says, full with a policy."""
     dtype: Dtype = "auto"
     """Dtype of weights and cache; auto: float32 on a CPU, bfloat16 elsewhere."""
     output: Path = Path("evals-output")
@@ -71,11 +76,11 @@ class Eval:
         tasks = tuple(evals.TASKS) if self.tasks == ("all",) else self.tasks
         for task in tasks:
             find_task(task)
-        cache = CacheConfig(offload=self.offload, slots=self.slots)
+        cache = cache_of(self.offload, self.slots, self.policy, self.policy_settings)
         haystack = None
         if self.haystack is not None:
             haystack = train.read_text(self.haystack, argument="--haystack").tobytes().decode("utf-8", errors="replace")
-        model = load(self.path, self.variant, self.dtype)
+        model = load(self.path, variant_of(self.variant, self.policy), self.dtype)
         tokenizer = tokenizer_of(model.origin.files, model.config.vocab_size, self.path)
         with only_run("--output", self.output):
             with working(f"evaluating {self.count} examples of each task and length"):

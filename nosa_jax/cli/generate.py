@@ -15,6 +15,7 @@ import numpy as np
 import nosa_jax
 from nosa_jax import CacheConfig, NosaLM, Sampling, Step
 from nosa_jax.cli.checkpoint import Dtype, encode, load
+from nosa_jax.cli.policy import PolicyName, cache_of, variant_of
 from nosa_jax.cli.terminal import facts, show, size, working
 from nosa_jax.config import Variant
 from nosa_jax.decode import room_for
@@ -45,10 +46,14 @@ class Generate:
     """Whether the KV cache lives in host memory, with a pool of blocks on the device."""
     slots: int | None = None
     """Size of the pool on the device, in blocks; default: 5/4 of the blocks that a query selects."""
+    policy: PolicyName | None = None
+    """Another system's way to decode with a dense model (variant full), in place of attention to everything."""
+    policy_settings: tuple[str, ...] = ()
+    """Settings of the policy, as budget=1536 local_chunks=16; default: those of the comparison in the NOSA paper."""
     chunk: int | None = None
     """Tokens of the prompt read at once; default: all. Less needs less memory."""
     variant: Variant | None = None
-    """How blocks are selected; default: what the checkpoint says."""
+    """How blocks are selected; default: what the checkpoint says, full with a policy."""
     dtype: Dtype = "auto"
     """Dtype of weights and cache; auto: float32 on a CPU, bfloat16 elsewhere."""
 
@@ -56,9 +61,9 @@ class Generate:
         if self.max_new_tokens < 1:
             raise bad_value("--max-new-tokens", "must be >= 1", self.max_new_tokens, "Raise it.")
         sampling = Sampling(self.temperature, self.top_k, self.top_p)
-        cache = CacheConfig(offload=self.offload, slots=self.slots)
+        cache = cache_of(self.offload, self.slots, self.policy, self.policy_settings)
         prompt = self._read_prompt()
-        model = load(self.path, self.variant, self.dtype)
+        model = load(self.path, variant_of(self.variant, self.policy), self.dtype)
         # As the model says, not the folder, in which another model may lie by now.
         stops, tokenizer = model.stop_tokens, tokenizer_of(model.origin.files, model.config.vocab_size, self.path)
         tokens = encode(tokenizer, prompt, "the prompt")
@@ -117,11 +122,12 @@ def figures(
         rate = (len(rest) - 1) / sum(seconds for _, seconds in rest[1:])
         yield "speed", f"{rate:,.1f} tokens/s over {len(rest)} steps, after compilation"
     plan = nosa_jax.plan(model.config, 1, max_length, cache, dtype=model.embed.dtype)
+    blocks = "blocks" if cache.policy is None else "units"
     if plan.slots is None:
-        yield "cache", f"all {plan.num_blocks} blocks on the device"
+        yield "cache", f"all {plan.num_blocks} {blocks} on the device"
         return
-    yield "cache", f"in host memory, {plan.slots} of {plan.num_blocks} blocks on the device"
+    yield "cache", f"in host memory, {plan.slots} of {plan.num_blocks} {blocks} on the device"
     if rest:
         fetched = np.stack([step.fetched for step, _ in rest])  # [steps, L, 1, K]
         per_token = fetched.sum() / len(rest) * plan.block_bytes
-        yield "fetched", f"{fetched.mean():.2f} blocks per step, layer and KV head; {size(per_token)} per token"
+        yield "fetched", f"{fetched.mean():.2f} {blocks} per step, layer and KV head; {size(per_token)} per token"

@@ -6,7 +6,8 @@ import dataclasses
 import json
 from typing import Literal
 
-from nosa_jax import CacheConfig, ModelConfig, plan, presets
+from nosa_jax import ModelConfig, plan, presets
+from nosa_jax.cli.policy import PolicyName, cache_of, variant_of
 from nosa_jax.cli.terminal import show
 from nosa_jax.config import Variant
 from pallas_kernels.device import current_device
@@ -25,8 +26,8 @@ class Plan:
 
     preset: PresetName = "nosa_8b"
     """Shape of the model."""
-    variant: Variant = "nosa"
-    """How the model selects blocks."""
+    variant: Variant | None = None
+    """How the model selects blocks; default: nosa, or full with a policy."""
     batch: int = 1
     """Rows that run together."""
     max_length: int | None = None
@@ -35,6 +36,10 @@ class Plan:
     """Whether the KV cache lives in host memory, with a pool of blocks on the device."""
     slots: int | None = None
     """Size of the pool on the device, in blocks; default: 5/4 of the blocks that a query selects."""
+    policy: PolicyName | None = None
+    """Another system's way to decode with a dense model (variant full), in place of attention to everything."""
+    policy_settings: tuple[str, ...] = ()
+    """Settings of the policy, as budget=1536 local_chunks=16; default: those of the comparison in the NOSA paper."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Dtype of weights and cache."""
     misses: float | None = None
@@ -47,21 +52,22 @@ class Plan:
     """Print JSON instead of a table."""
 
     def run(self) -> int:
-        config = preset(self.preset, self.variant)
+        variant = variant_of(self.variant, self.policy) or "nosa"
+        config = preset(self.preset, variant)
         current_device()  # `plan` looks for the card at hand only where JAX has one
         result = plan(
             config,
             self.batch,
             config.max_context if self.max_length is None else self.max_length,
-            CacheConfig(offload=self.offload, slots=self.slots),
+            cache_of(self.offload, self.slots, self.policy, self.policy_settings),
             dtype=self.dtype,
             misses=self.misses,
             link_bytes_per_second=self.link_bytes_per_second,
             hbm_bytes_per_second=self.hbm_bytes_per_second,
         )
-        what = {"preset": self.preset, "variant": self.variant, "dtype": self.dtype}
+        what = {"preset": self.preset, "variant": variant, "dtype": self.dtype}
         if self.json:
             show(json.dumps(what | result.to_dict(), indent=2))
         else:
-            show(f"{'model':<24}{self.preset}, variant {self.variant}, {self.dtype}\n{result}")
+            show(f"{'model':<24}{self.preset}, variant {variant}, {self.dtype}\n{result}")
         return 0

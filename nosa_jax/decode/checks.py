@@ -18,7 +18,7 @@ from nosa_jax.cache.memory import device_limit, host_limit
 from nosa_jax.cache.pages import as_row_limits, blocks_of, pages_of_a_device
 from nosa_jax.cache.plan import GB, CacheTooLargeError, plan
 from nosa_jax.cache.state import DecodeState, device_bytes, require_fitting
-from nosa_jax.cache.working_set import Limits, plan_reading
+from nosa_jax.cache.working_set import Limits, plan_reading, rounded_room
 from nosa_jax.config import CacheConfig
 from nosa_jax.model import NosaLM, as_block_ids
 from pallas_kernels.checks import bad_type, bad_value, is_concrete, require_int, require_type
@@ -61,13 +61,23 @@ def check_model(model: Any) -> None:
 
 
 def check_cache(
-    model: NosaLM, prompt: Prompt, max_length: Any, cache: Any, limits: Limits, devices: int = 1, records: int = 0
-) -> tuple[int, np.ndarray | None]:
-    """`max_length` as an int, and one per row [B] where that was given, of which the int is the largest.
+    model: NosaLM,
+    prompt: Prompt,
+    max_length: Any,
+    cache: Any,
+    limits: Limits,
+    devices: int = 1,
+    records: int = 0,
+    new: int | None = None,
+    padded: bool = True,
+) -> tuple[int, np.ndarray | None, int | None]:
+    """`max_length` as an int, and one per row [B] where that was given, of which the int is the largest; and the room
+    for generated tokens of any row that a policy keeps, None without one.
 
     Raises unless the prompt fits into rows of so many tokens, and their cache into memory.
 
-    devices: how many share the rows. records: bytes per row that are recorded beside the cache.
+    devices: how many share the rows. records: bytes per row that are recorded beside the cache. new: tokens that any
+    row generates, at most; None for what limits and lengths say. padded: whether any row may be shorter than others.
     Raises TypeError, ValueError, or CacheTooLargeError with what is needed.
     """
     require_type("cache", cache, CacheConfig, "Pass CacheConfig(...).")
@@ -79,14 +89,27 @@ def check_cache(
         _check_row_limits(prompt, row_limits)
         max_length = int(row_limits.max())
     read = {"prompt": min(prompt.width, max_length), "chunk": limits.chunk, "working_set": limits.working_set}
+    if cache.policy is not None:
+        read["new"] = new = new_room(prompt, max_length, row_limits, padded=padded) if new is None else new
     one_device = plan(model.config, rows, max_length, cache, dtype=model.embed.dtype, **read)
-    if row_limits is not None:
+    if row_limits is not None and cache.policy is None:
         counts = blocks_of(row_limits, model.config.attention.block_size)
         one_device = one_device.with_pages(pages_of_a_device(counts, devices))
     if records:
         one_device = dataclasses.replace(one_device, device=one_device.device | {"records": rows * records})
     one_device.require_memory(allocated=("weights",), devices=devices)
-    return max_length, row_limits
+    return max_length, row_limits, new
+
+
+def new_room(prompt: Prompt, max_length: int, row_limits: np.ndarray | None, *, padded: bool) -> int:
+    """The most tokens that any row may generate, as far as lengths are known, and a little more.
+
+    padded: whether any row may be shorter than the longest.
+    """
+    lengths: Any = 1 if padded else prompt.width
+    if is_concrete(prompt.lengths):
+        lengths = np.asarray(jax.device_get(prompt.lengths))
+    return rounded_room(int(np.max((max_length if row_limits is None else row_limits) - lengths)))
 
 
 def _check_row_limits(prompt: Prompt, row_limits: np.ndarray) -> None:
@@ -115,7 +138,8 @@ def check_working_set(model: NosaLM, state: DecodeState, width: int, limits: Lim
     """
     devices = row_devices(state.lengths.shape[0], model, state)
     rows, held = state.lengths.shape[0] // devices, device_bytes(state) // devices
-    reading = plan_reading(
+    # With a policy it is a loop of decode steps, which hold next to nothing.
+    reading = None if state.policy is not None else plan_reading(
         model.config, rows, width, state.num_blocks,
         dtype=model.embed.dtype, row_bytes=held // rows, fresh=False, offloaded=state.host is not None, limits=limits,
     )  # fmt: skip
@@ -125,7 +149,7 @@ def check_working_set(model: NosaLM, state: DecodeState, width: int, limits: Lim
             f"extend: a copy of the host store must fit beside it, got {2 * state.host.nbytes / GB:.2f} GB needed and "
             f"{host.size / GB:.2f} GB available ({host.source}). Go on in place with jit_extend."
         )
-    needed, free = reading.bytes + held * copies, device_limit()
+    needed, free = (0 if reading is None else reading.bytes) + held * copies, device_limit()
     if needed > free.size:
         raise CacheTooLargeError(
             f"extend: what it holds must fit in device memory, got {needed / GB:.2f} GB needed and "

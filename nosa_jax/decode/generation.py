@@ -49,7 +49,9 @@ class Generation:
     Recorded on request, else None: logits [B, new, V] float32 that each token was drawn from; block_ids
     [L, B, K, new, J], the selection behind those logits; fetched [L, B, K, new], blocks that crossed from the host for
     it. Entry 0 of each belongs to the last prompt position, whose blocks are placed by the prefill: it fetches none.
-    After a row stopped its logits and fetches are 0 and its ids -1. `full` attention has no block_ids and no fetches.
+    After a row stopped its logits and fetches are 0 and its ids -1. `full` attention has no block_ids and no fetches;
+    with a policy they are its J wanted units, chunks by score (ShadowKV) or pages ascending, alike for all KV heads
+    (ArkVale, which wants none after the prompt and while all pages fit), and those of them that crossed.
     """
 
     tokens: Any
@@ -269,7 +271,7 @@ def _start(model: NosaLM, request: Request, options: Options) -> tuple[Loop, Ste
     token, block_ids = request.forced(0)
     state, out = read_prompt(
         model, prompt, block_ids,
-        max_length=max_length_of(prompt, options), cache=options.cache, limits=options.limits,
+        max_length=max_length_of(prompt, options), cache=options.cache, limits=options.limits, new=options.new,
     )  # fmt: skip
     nothing = jnp.zeros(prompt.lengths.shape, jnp.int32)
     return _draw(request, Loop(state, nothing, nothing > 0, nothing, nothing > 0), out, options, token)

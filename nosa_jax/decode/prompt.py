@@ -14,13 +14,13 @@ from jaxtyping import Array, Float, Int32
 from nosa_jax import parallel
 from nosa_jax.attention import layout
 from nosa_jax.cache.pages import Rooms, own_rooms, rooms_of
-from nosa_jax.cache.state import DecodeState, device_bytes, empty_state, specs
+from nosa_jax.cache.state import DecodeState, device_bytes, empty_state, policy_sizes, specs
 from nosa_jax.cache.working_set import Limits, as_limits, plan_reading, rounded
 from nosa_jax.config import CacheConfig
 from nosa_jax.decode import checks, widths
 from nosa_jax.decode.checks import Prompt
 from nosa_jax.decode.program import READING_OPTIONS, program
-from nosa_jax.decode.reading import read_groups
+from nosa_jax.decode.reading import read_by_steps, read_groups
 from nosa_jax.decode.step import StepOutput, output_specs
 from nosa_jax.model import NosaLM
 from pallas_kernels import blocks
@@ -47,7 +47,9 @@ def prefill(
     max_length: what a row may grow to, prompt included: an int, or one per row [B]. Then the host store has only the
         pages that the limits need, ceil(limit / P) per row, and a program is compiled for each number of pages. Under
         `jax.jit` they must be known, as NumPy arrays and lists are.
-    cache: where the KV cache lives.
+    cache: where the KV cache lives. With a policy prompts are read whole, with dense attention, and leave behind what
+        it keeps: `chunk` must be None, and the host store has pages for all units of every row. On the device there is
+        room for the tokens that the row furthest from its limit may generate, so tell `lengths` outside of `jax.jit`.
     chunk: tokens of a row read at once, each chunk over the cache of those before it; None reads rows whole where they
         fit `working_set`, and else in chunks that do.
     working_set: bytes of device memory to hold meanwhile, beside weights and cache; None for 2 GiB. Rows are read in
@@ -65,14 +67,18 @@ def prefill(
     prompt = checks.as_prompt(model, tokens, lengths)
     limits = as_limits(chunk, working_set, dense)
     devices = checks.row_devices(prompt.batch, model, prompt)
-    max_length, row_limits = checks.check_cache(model, prompt, max_length, cache, limits, devices)
+    max_length, row_limits, new = checks.check_cache(
+        model, prompt, max_length, cache, limits, devices, padded=lengths is not None
+    )
     rooms, pages = None, None
     if row_limits is not None:
         rooms, pages = rooms_of(row_limits, model.config.attention.block_size, devices)
     if not is_tracing():
         prompt = padded_prompt(prompt)
     model, prompt = checks.untransformed((model, prompt))
-    state, out = read_prompt(model, prompt, rooms=rooms, max_length=max_length, pages=pages, cache=cache, limits=limits)
+    state, out = read_prompt(
+        model, prompt, rooms=rooms, max_length=max_length, pages=pages, cache=cache, limits=limits, new=new
+    )
     return state, out.logits
 
 
@@ -97,6 +103,9 @@ def extend(
     64, 512 or 4096, so that turns of any lengths share a few programs. Under jit, where values cannot be checked,
     tokens beyond a row's limit are dropped. What a layer holds of the rows that grow is staged on the device, one layer
     at a time, in groups of rows that fit `working_set` (see `prefill`).
+
+    With a policy further tokens are what generated ones are to it, whoever wrote them, and are read one by one, each in
+    a decode step: ShadowKV keeps all of them on the device, and ArkVale has them in its pages.
 
     Raises TypeError or ValueError for a state of another model, wrong shapes and, outside jit, wrong values, and
     CacheTooLargeError where the working set does not fit.
@@ -162,6 +171,9 @@ def _more(
     rows, of_state = PartitionSpec(parallel.ROWS), specs(state)
 
     def body(model: NosaLM, state: DecodeState, tokens: Array, count: Array, logits: Array) -> State:
+        if state.policy is not None:
+            state, out = read_by_steps(model, state, tokens, count)
+            return state, jnp.where((count > 0)[:, None], out.logits, logits)
         reading = plan_reading(
             model.config, len(tokens), tokens.shape[1], state.num_blocks,
             dtype=model.embed.dtype, row_bytes=device_bytes(state) // len(tokens), fresh=False,
@@ -183,7 +195,7 @@ _read_more = program(READING_OPTIONS, static_argnames="limits")(_more)
 _read_more_in_place = program(READING_OPTIONS, static_argnames="limits", donate_argnames="state")(_more)
 
 
-@program(READING_OPTIONS, static_argnames=("max_length", "pages", "cache", "limits"))
+@program(READING_OPTIONS, static_argnames=("max_length", "pages", "cache", "limits", "new"))
 def read_prompt(
     model: NosaLM,
     prompt: Prompt,
@@ -194,33 +206,42 @@ def read_prompt(
     pages: int | None = None,
     cache: CacheConfig,
     limits: Limits,
+    new: int | None = None,
 ) -> tuple[DecodeState, StepOutput]:
     """`prefill` of a checked prompt.
 
     forced_block_ids: replace the selection of each row's last token, see `blocks.replace_selection`.
     rooms: of the rows; None where all may grow to `max_length`, which is the most that any may.
     pages: of the host store on each device; None for one per block of every row.
+    new: with a policy, room for generated tokens: no row's limit is further from its prompt.
     """
     config, dtype = model.config, model.embed.dtype
     num_blocks = blocks.num_blocks(max_length, config.attention.block_size)
-    make = lambda rooms: empty_state(config, len(rooms.limits), max_length, cache, dtype, rooms, pages)
+    width = prompt.width
+
+    def make(rooms: Rooms) -> DecodeState:
+        batch = len(rooms.limits)
+        sizes = None if new is None else policy_sizes(config, batch, max_length, width, new)
+        return empty_state(config, batch, max_length, cache, dtype, rooms, pages, sizes)
 
     def body(model: NosaLM, prompt: Prompt, forced: Array | None, rooms: Rooms) -> tuple[DecodeState, StepOutput]:
         state = make(rooms)
         reading = plan_reading(
             config, prompt.batch, prompt.width, num_blocks,
             dtype=dtype, row_bytes=device_bytes(state) // prompt.batch, fresh=True,
-            offloaded=state.host is not None, limits=limits,
+            offloaded=state.host is not None, limits=limits, whole_rows=cache.policy is not None,
         )  # fmt: skip
         return read_groups(model, state, prompt.tokens, prompt.lengths, forced, reading, fresh=True, dense=limits.dense)
 
     if rooms is None:
         rooms = own_rooms(prompt.batch, max_length, config.attention.block_size)
+    if new is not None:
+        rooms = rooms._replace(limits=jnp.minimum(rooms.limits, prompt.lengths + new))
     rows, of_layers = PartitionSpec(parallel.ROWS), PartitionSpec(None, parallel.ROWS)
     return parallel.by_rows(
         parallel.mesh_of(model, prompt),
         body,
         (model, prompt, forced_block_ids, rooms),
         (PartitionSpec(), rows, of_layers, rows),
-        (specs(jax.eval_shape(make, rooms)), output_specs(config)),
+        (specs(jax.eval_shape(make, rooms)), output_specs(config, cache.policy)),
     )

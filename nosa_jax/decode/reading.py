@@ -14,11 +14,11 @@ from jaxtyping import Array, Bool, Float, Int32
 from nosa_jax import rope
 from nosa_jax.attention.dense import dense_attention_in_cache
 from nosa_jax.attention.layer import Attention
-from nosa_jax.cache import staging, summaries
+from nosa_jax.cache import by_policy, staging, summaries
 from nosa_jax.cache.state import DecodeState, rows_of, with_rows
 from nosa_jax.cache.working_set import MLP_TOKENS, Reading
 from nosa_jax.config import ModelConfig
-from nosa_jax.decode.step import StepOutput
+from nosa_jax.decode.step import StepOutput, run_step
 from nosa_jax.model import Layers, NosaLM
 from pallas_kernels import block_attention, blocks
 from pallas_kernels.promotion import usual_promotion
@@ -154,7 +154,9 @@ def _read(
     # A layer's blocks cross the link while the layer before it computes, where there is something to stage.
     is_ahead = state.host is not None and not fresh
 
-    def stage(state: DecodeState, layer: Array) -> Array:
+    def stage(state: DecodeState, layer: Array) -> Array | None:
+        if state.policy is not None:  # its prompts are all there is
+            return None
         some = jnp.where(layer < config.num_layers, count, 0)  # nothing crosses after the last layer
         return staging.stage(state, some, n, layer, fresh=fresh)
 
@@ -162,8 +164,10 @@ def _read(
         x, state, staged = carry
         layer, index, forced = inputs
         staged, following = (staged, stage(state, index + 1)) if is_ahead else (stage(state, index), None)
-        attend = lambda attention, x: _attend(
-            config, attention, x, state, staged, place, positions, forced, index, fresh, dense
+        attend = lambda attention, x: (
+            _attend(config, attention, x, state, staged, place, positions, forced, index, fresh, dense)
+            if state.policy is None
+            else _attend_by_policy(config, attention, x, state, positions, index)
         )
         x, (state, last_ids) = layer.block(config, x, attend, mlp_tokens=MLP_TOKENS)
         return (x, state, following), last_ids
@@ -179,12 +183,56 @@ def _read(
     return state, StepOutput(model.logits(hidden), ids, fetched)
 
 
+def _attend_by_policy(
+    config: ModelConfig,
+    attention: Attention,
+    x: Float[Array, "B n H"],
+    state: DecodeState,
+    positions: Int32[Array, "B n"],
+    layer: Int32[Array, ""],
+) -> tuple[Float[Array, "B n H"], tuple[DecodeState, Int32[Array, "B K J"]]]:
+    """Dense attention of whole prompts, and what a policy keeps of them; arguments as in `_attend`."""
+    qkv = attention.heads(config, x)
+    cos_sin = rope.of_positions(config, jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2]))
+    q = rope.rotate(qkv[..., :-2, :].reshape(*x.shape[:2], config.num_heads, config.head_dim), *cos_sin)
+    k_pre, v = qkv[..., -2, :], qkv[..., -1, :]
+    k_post, k_pre, v = (jnp.moveaxis(part, 2, 1) for part in (rope.rotate(k_pre, *cos_sin), k_pre, v))
+    size = config.attention.block_size
+    out = dense_attention_in_cache(q, (k_post, v), (k_post, v), positions, size, fresh=True)
+    count = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
+    q_last = jnp.take_along_axis(q, jnp.maximum(count - 1, 0)[:, None, None, None], axis=1)[:, 0]
+    state, ids = by_policy.put_prompt(state, k_pre, k_post, v, q_last, count, layer)
+    return attention.merge(out), (state, ids)
+
+
+def read_by_steps(
+    model: NosaLM, state: DecodeState, tokens: Int32[Array, "B n"], count: Int32[Array, " B"]
+) -> tuple[DecodeState, StepOutput]:
+    """`read_groups` of rows that have a prompt and a policy, which take further tokens as if they were generated."""
+    room = state.limits - state.lengths
+    known = (tokens >= 0) & (tokens < model.config.vocab_size) | (jnp.arange(tokens.shape[1]) >= count[:, None])
+    usable = (count <= room) & known.all(1)
+
+    def body(index: Array, carry: tuple[DecodeState, StepOutput]) -> tuple[DecodeState, StepOutput]:
+        state, kept = carry
+        active = index < count
+        state, out = run_step(model, state, tokens[:, index], active)
+        return state, jax.tree.map(functools.partial(_where_rows, active), out, kept)
+
+    shapes = jax.eval_shape(run_step, model, state, tokens[:, 0])[1]
+    empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    # No step is taken that no row needs.
+    steps = jnp.minimum(tokens.shape[1], count.max(initial=0)).astype(jnp.int32)
+    state, out = jax.lax.fori_loop(jnp.int32(0), steps, body, (state, empty))
+    return state, dataclasses.replace(out, logits=jnp.where(usable[:, None], out.logits, jnp.nan))
+
+
 def _attend(
     config: ModelConfig,
     attention: Attention,
     x: Float[Array, "B n H"],
     state: DecodeState,
-    staged: Float[Array, "B K m 2 P D"],
+    staged: Any,
     place: Int32[Array, "B n"],
     positions: Int32[Array, "B n"],
     forced_block_ids: Int32[Array, "B K J"] | None,
@@ -198,7 +246,7 @@ def _attend(
     attention: of this layer.
     x: input of the layer's attention.
     state: of all layers, before the tokens.
-    staged: this layer's blocks on the device, before the tokens.
+    staged: [B, K, m, 2, P, D], this layer's blocks on the device, before the tokens.
     place: positions of the tokens, padding counted on.
     positions: the same, -1 for padding.
     forced_block_ids: replace the selection of each row's last token.

@@ -11,11 +11,12 @@ import numpy as np
 from jaxtyping import Array
 
 from nosa_jax._pytree import pytree_dataclass
-from nosa_jax.cache.working_set import Limits, as_limits, rounded
+from nosa_jax.cache.working_set import Limits, as_limits, rounded, rounded_room
 from nosa_jax.config import CacheConfig, ModelConfig
 from nosa_jax.decode import checks
 from nosa_jax.decode.checks import Prompt
 from nosa_jax.decode.sampling import Filter, Sampling, row_keys
+from nosa_jax.decode.step import selected_units
 from nosa_jax.model import NosaLM
 from pallas_kernels.checks import as_integers, bad_type, bad_value, is_concrete, is_tracing, require_int, require_type
 
@@ -64,11 +65,17 @@ class Options(NamedTuple):
     names: tuple[str, ...]
     limits: Limits
 
+    @property
+    def new(self) -> int | None:
+        """Room for generated tokens that a policy keeps; None without one."""
+        return None if self.cache.policy is None else rounded_room(self.room)
+
 
 def as_options(
     max_new_tokens: int, cache: Any, record: Any, chunk: Any, working_set: Any, dense: Any = False
 ) -> Options:
     """The checked options of `generate` and `stream`; see there. max_new_tokens: checked."""
+    require_type("cache", cache, CacheConfig, "Pass CacheConfig(...).")
     room = max_new_tokens if is_tracing() else rounded(max_new_tokens)
     return Options(room, cache, _record_names(record), as_limits(chunk, working_set, dense))
 
@@ -91,7 +98,7 @@ def as_request(
     require_type("sampling", sampling, Sampling, "Pass Sampling(temperature=0.8), for example.")
     checks.check_cache(
         model, prompt, max_length_of(prompt, options), options.cache, options.limits, devices,
-        _record_bytes(model.config, options),
+        _record_bytes(model.config, options), options.new,
     )  # fmt: skip
     stop = _as_stop_tokens(stop_tokens)
     pad = require_int("pad_token", pad_token, 0, f"must be an int in [0, vocab_size = {model.config.vocab_size})")
@@ -146,9 +153,9 @@ def _as_stop_tokens(stop_tokens: Any) -> np.ndarray:
 
 def _record_bytes(config: ModelConfig, options: Options) -> int:
     """Bytes per row of what is recorded, twice: as it is written, one entry per step first, and as it is returned."""
-    heads, selected = config.num_layers * config.num_kv_heads, config.attention.num_selected_blocks
-    sizes = {"logits": config.vocab_size, "block_ids": heads * selected, "fetched": heads}
-    names = options.names if config.attention.is_sparse else set(options.names) & {"logits"}
+    heads, selected = config.num_layers * config.num_kv_heads, selected_units(config, options.cache.policy)
+    sizes = {"logits": config.vocab_size, "block_ids": heads * (selected or 0), "fetched": heads}
+    names = set(options.names) & {"logits"} if selected is None else options.names
     return 2 * 4 * options.room * sum(sizes[name] for name in names)
 
 

@@ -14,12 +14,14 @@ from nosa_jax import parallel, rope
 from nosa_jax._pytree import pytree_dataclass
 from nosa_jax.attention import layout
 from nosa_jax.attention.layer import Attention
-from nosa_jax.cache import residence
+from nosa_jax.baselines.common import Rotations
+from nosa_jax.cache import by_policy, residence
 from nosa_jax.cache.state import DecodeState, specs
 from nosa_jax.config import ModelConfig
 from nosa_jax.decode import checks
 from nosa_jax.decode.program import program
 from nosa_jax.model import NosaLM
+from nosa_jax.policy import Policy
 from pallas_kernels.checks import IntegersLike
 from pallas_kernels.device import current_device
 from pallas_kernels.promotion import usual_promotion
@@ -29,18 +31,27 @@ _ROWS = 8  # of which the operands of a matrix product have a multiple
 
 @pytree_dataclass
 class StepOutput:
-    """logits [B, V] float32 after the last token; block_ids [L, B, K, J] its selection (None for `full`); fetched
-    [L, B, K] blocks that crossed from the host for it (None for `full`)."""
+    """logits [B, V] float32 after the last token; block_ids [L, B, K, J] its selection (None for `full` without a
+    policy); fetched [L, B, K] blocks that crossed from the host for it (None there, too)."""
 
     logits: Any
     block_ids: Any
     fetched: Any
 
 
-def output_specs(config: ModelConfig) -> StepOutput:
+def selected_units(config: ModelConfig, policy: Policy | None) -> int | None:
+    """J, of what a step selects; None where it reads everything."""
+    if policy is not None:
+        return policy.num_wanted
+    return config.attention.num_selected_blocks if config.attention.is_sparse else None
+
+
+def output_specs(config: ModelConfig, policy: Policy | None) -> StepOutput:
     """How a StepOutput lies on a mesh: by rows."""
     rows, of_layers = PartitionSpec(parallel.ROWS), PartitionSpec(None, parallel.ROWS)
-    return StepOutput(rows, of_layers, of_layers) if config.attention.is_sparse else StepOutput(rows, None, None)
+    return (
+        StepOutput(rows, None, None) if selected_units(config, policy) is None else StepOutput(rows, *[of_layers] * 2)
+    )
 
 
 def decode_step(model: NosaLM, state: DecodeState, tokens: IntegersLike) -> tuple[DecodeState, Float[Array, "B V"]]:
@@ -95,17 +106,26 @@ _donating_step = program(donate_argnames="state")(_step)
 class Place(NamedTuple):
     """Where the new tokens of a step stand, the same for all layers.
 
-    positions: int32 [B], -1 where a row has no token. cos_sin: float32 [B, D/2] each, see `rope.cos_sin`.
+    positions: int32 [B], -1 where a row has no token. cos_sin: float32 [B, D/2] each, see `rope.cos_sin`. rotations:
+    those of the prompt's positions that a policy needs; None without one.
     """
 
     positions: Int32[Array, " B"]
     cos_sin: tuple[Float[Array, "B half"], Float[Array, "B half"]]
+    rotations: Rotations | None = None
 
 
 def place_of(config: ModelConfig, positions: Int32[Array, " B"]) -> Place:
     """The place of tokens at `positions`."""
     cos, sin = rope.of_positions(config, jnp.maximum(positions, 0)[:, None])
     return Place(positions, (cos[:, 0], sin[:, 0]))
+
+
+def _rotations(config: ModelConfig, state: DecodeState) -> Rotations | None:
+    if state.policy is None or (rotated := state.policy.rotated(state.kept)) == 0:
+        return None
+    cos, sin = rope.of_positions(config, jnp.arange(rotated, dtype=jnp.int32)[None])
+    return Rotations(cos[0], sin[0])
 
 
 def attend_token(
@@ -123,6 +143,9 @@ def attend_token(
     `full`).
     """
     config, positions = model.config, place.positions
+    if state.policy is not None:
+        state, step = by_policy.attend_token(state, qkv, place.cos_sin, place.rotations, positions, layer)
+        return step.out, (state, (step.ids, step.fetched))
     importance = model.layers.attention.importance if config.attention.uses_importance else None
     state, token, resident, count = residence.admit_token(
         config.attention, state, qkv, place.cos_sin, importance, positions, layer, forced_block_ids
@@ -147,7 +170,7 @@ def run_step(
     config, batch = model.config, tokens.shape[0]
     room = state.lengths < state.limits
     active = room if active is None else room & active
-    place = place_of(config, jnp.where(active, state.lengths, -1))
+    place = place_of(config, jnp.where(active, state.lengths, -1))._replace(rotations=_rotations(config, state))
 
     def body(index: Array, carry: tuple[Array, DecodeState, Any]) -> tuple[Array, DecodeState, Any]:
         index = index.astype(jnp.int32)  # under x64 a loop counts in int64
@@ -162,12 +185,13 @@ def run_step(
         return x, state, jax.tree.map(lambda whole, part: whole.at[index].set(part), recorded, of_layer)
 
     recorded = None
-    if config.attention.is_sparse:
+    if (selected := selected_units(config, state.policy)) is not None:
         lead = (config.num_layers, tokens.shape[0], config.num_kv_heads)
-        recorded = jnp.zeros((*lead, config.attention.num_selected_blocks), jnp.int32), jnp.zeros(lead, jnp.int32)
+        recorded = jnp.zeros((*lead, selected), jnp.int32), jnp.zeros(lead, jnp.int32)
     x = _with_padding(model.embed[...][tokens])[:, None]
     x, state, recorded = jax.lax.fori_loop(0, config.num_layers, body, (x, state, recorded))
-    state = residence.write_back(state, place.positions)
+    of_cache = residence if state.policy is None else by_policy
+    state = of_cache.write_back(state, place.positions)
     state = dataclasses.replace(state, lengths=state.lengths + active)
     ids, fetched = (None, None) if recorded is None else recorded
     return state, StepOutput(model.logits(model.final_norm(x[:, 0]))[:batch], ids, fetched)

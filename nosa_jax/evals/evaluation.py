@@ -55,7 +55,7 @@ def evaluate(
     seed: of the examples, see `make`.
     generation: whether the model answers by greedy decoding, see `answer`.
     teacher_forcing: whether the probability of the right answer is measured, see `score_answers`; None for yes where
-        prompts are read sparse, the only way that it reads them.
+        prompts are read sparse, the only way that it reads them, and the cache has no policy, which it does without.
     prefill: how prompts are read before an answer is generated: as the variant attends, or "dense", see
         `nosa_jax.prefill`.
     cache: where the KV cache lives while decoding.
@@ -80,9 +80,10 @@ def evaluate(
     require_type("cache", cache, CacheConfig, "Pass CacheConfig(...).")
     require_one_of("prefill", prefill, ("sparse", "dense"))
     dense = prefill == "dense"
-    teacher_forcing = not dense if teacher_forcing is None else require_bool("teacher_forcing", teacher_forcing)
-    if dense and teacher_forcing:
-        raise bad_value("teacher_forcing", 'must be False with prefill="dense"', True, "Leave it out.")
+    without = 'prefill="dense"' if dense else None if cache.policy is None else "a policy"
+    teacher_forcing = without is None if teacher_forcing is None else require_bool("teacher_forcing", teacher_forcing)
+    if without and teacher_forcing:
+        raise bad_value("teacher_forcing", f"must be False with {without}", True, "Leave it out.")
     if not (require_bool("generation", generation) or teacher_forcing):
         raise bad_value("generation", "or teacher_forcing must be True", False, "Ask for one of them.")
     options = _options(difficulty, names)
@@ -119,7 +120,7 @@ def evaluate(
         "chat": chat,
         "prefill": prefill,
         "variant": model.config.attention.variant,
-        "cache": dataclasses.asdict(cache),
+        "cache": dataclasses.asdict(cache) | {"policy": None if cache.policy is None else repr(cache.policy)},
         "difficulty": options,
     }
     return Table(model.config.attention.variant if label is None else label, rows, examples, settings)

@@ -54,9 +54,9 @@ def _checked(
     require_given(pool=pool, host=host, page_table=page_table, block_ids=block_ids, slots=slots)
     (pool,), host = as_floats(pool=pool), in_host_memory("host", host)
     page_table, block_ids, slots = as_integers(page_table=page_table, block_ids=block_ids, slots=slots)
-    require_shape("pool", pool, (None,) * 7, "[L, B, K, slots, 2, P, D]")
-    layers, batch, kv_heads, _, two, size, dim = pool.shape
-    require_shape("host", host, (None, None, kv_heads, two, size, dim), "[L, pages, K, 2, P, D]")
+    require_shape("pool", pool, (None,) * 7, "[L, B, K, slots, parts, P, D]")
+    layers, batch, kv_heads, _, parts, size, dim = pool.shape
+    require_shape("host", host, (None, None, kv_heads, parts, size, dim), "[L, pages, K, parts, P, D]")
     if layers != host.shape[0] and (every_layer or layers != 1):
         rule = "must hold all layers of the store" + ("" if every_layer else ", or one")
         raise bad_value("pool", rule, f"{layers} of {host.shape[0]}", "Check the first axis.")
@@ -70,8 +70,8 @@ def _checked(
 
 
 def fetch_blocks(
-    pool: Float[ArrayLike, "layers B K slots 2 P D"],
-    host: Float[ArrayLike, "L pages K 2 P D"],
+    pool: Float[ArrayLike, "layers B K slots parts P D"],
+    host: Float[ArrayLike, "L pages K parts P D"],
     page_table: Integer[ArrayLike, "B M"],
     block_ids: Integer[ArrayLike, "B heads X"],
     slots: Integer[ArrayLike, "B heads X"],
@@ -79,7 +79,7 @@ def fetch_blocks(
     *,
     transport: str = "auto",
     implementation: str = "auto",
-) -> Float[Array, "layers B K slots 2 P D"]:
+) -> Float[Array, "layers B K slots parts P D"]:
     """pool[layer, b, k, slots[b, k, x]] = host[layer, page_table[b, block_ids[b, k, x]], k] for every valid x.
 
     pool: the slots of all layers, or [1, ...] of this layer alone.
@@ -98,8 +98,8 @@ def fetch_blocks(
 
 
 def write_back_blocks(
-    host: Float[ArrayLike, "L pages K 2 P D"],
-    pool: Float[ArrayLike, "layers B K slots 2 P D"],
+    host: Float[ArrayLike, "L pages K parts P D"],
+    pool: Float[ArrayLike, "layers B K slots parts P D"],
     page_table: Integer[ArrayLike, "B M"],
     block_ids: Integer[ArrayLike, "*L B heads X"],
     slots: Integer[ArrayLike, "*L B heads X"],
@@ -107,7 +107,7 @@ def write_back_blocks(
     *,
     transport: str = "auto",
     implementation: str = "auto",
-) -> Float[Array, "L pages K 2 P D"]:
+) -> Float[Array, "L pages K parts P D"]:
     """host[l, page_table[b, block_ids[l, b, k, x]], k] = pool[l, b, k, slots[l, b, k, x]] for every valid x.
 
     host: in `pinned_host` memory, and so is the result. Where two entries name one page, either of them is written.

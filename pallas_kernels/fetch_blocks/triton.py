@@ -11,8 +11,10 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import _backend
 
-# In all, or one per row and KV head: enough to fill the link. More take processors away from what runs beside them.
+# In all, or one per row and KV head: enough to fill the link with blocks of so many bytes, each a trip at a time. More
+# take processors away from what runs beside them; smaller blocks need more to have as many bytes under way.
 _PROGRAMS = 32
+_BYTES = 2**14
 _WARPS = 8
 
 
@@ -70,7 +72,9 @@ def _call(host: Array, pool: Array, lists: tuple[Array, ...], layer: Array | Non
     """The pool where blocks are fetched, else the store, in place where that is donated. lists: table, ids, slots."""
     page_table, *listed = lists
     lead = 1 if layer is not None else host.shape[0]
-    per_list = -(-_PROGRAMS // max(1, lead * math.prod(pool.shape[1:3])))
+    block_bytes = math.prod(pool.shape[4:]) * pool.dtype.itemsize
+    wanted = _PROGRAMS * max(1, _BYTES // max(1, block_bytes))
+    per_list = -(-wanted // max(1, lead * math.prod(pool.shape[1:3])))
     programs = _backend.next_power_of_two(min(per_list, listed[0].shape[-1]))
     block_ids, slots = (_backend.pad_to_multiple(x, x.ndim - 1, programs, -1) for x in listed)
     number = None if layer is None else jax.lax.reshape(layer, (1,))
@@ -102,24 +106,24 @@ def unsupported(target: Array, source: Array, *lists: Any) -> str | None:
 
 
 def fetch_blocks(
-    pool: Float[Array, "layers B K slots 2 P D"],
-    host: Float[Array, "L pages K 2 P D"],
+    pool: Float[Array, "layers B K slots parts P D"],
+    host: Float[Array, "L pages K parts P D"],
     page_table: Int32[Array, "B M"],
     block_ids: Int32[Array, "B heads X"],
     slots: Int32[Array, "B heads X"],
     layer: Int32[Array, ""],
-) -> Float[Array, "layers B K slots 2 P D"]:
+) -> Float[Array, "layers B K slots parts P D"]:
     return _call(host, pool, (page_table, block_ids, slots), layer, fetch=True)
 
 
 def write_back_blocks(
-    host: Float[Array, "L pages K 2 P D"],
-    pool: Float[Array, "layers B K slots 2 P D"],
+    host: Float[Array, "L pages K parts P D"],
+    pool: Float[Array, "layers B K slots parts P D"],
     page_table: Int32[Array, "B M"],
     block_ids: Int32[Array, "*L B heads X"],
     slots: Int32[Array, "*L B heads X"],
     layer: Int32[Array, ""] | None,
-) -> Float[Array, "L pages K 2 P D"]:
+) -> Float[Array, "L pages K parts P D"]:
     moved = _call(host, pool, (page_table, block_ids, slots), layer, fetch=False)
     # Moves nothing: it gives the result back the type of an array in host memory.
     return jax.device_put(moved, jax.memory.Space.Host)

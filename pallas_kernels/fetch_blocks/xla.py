@@ -14,8 +14,8 @@ Places = tuple[tuple[Array, ...], tuple[Array, ...]]
 
 
 def _for_each_move(
-    host: Float[Array, "L pages K 2 P D"],
-    pool: Float[Array, "layers B K slots 2 P D"],
+    host: Float[Array, "L pages K parts P D"],
+    pool: Float[Array, "layers B K slots parts P D"],
     page_table: Int32[Array, "B M"],
     block_ids: Int32[Array, "*L B heads X"],
     slots: Int32[Array, "*L B heads X"],
@@ -52,13 +52,13 @@ def _sizes(pool: Array, block_ids: Array) -> tuple[tuple[int, ...], tuple[int, .
 
 
 def fetch_blocks(
-    pool: Float[Array, "layers B K slots 2 P D"],
-    host: Float[Array, "L pages K 2 P D"],
+    pool: Float[Array, "layers B K slots parts P D"],
+    host: Float[Array, "L pages K parts P D"],
     page_table: Int32[Array, "B M"],
     block_ids: Int32[Array, "B heads X"],
     slots: Int32[Array, "B heads X"],
     layer: Int32[Array, ""],
-) -> Float[Array, "layers B K slots 2 P D"]:
+) -> Float[Array, "layers B K slots parts P D"]:
     in_store, in_pool = _sizes(pool, block_ids)
 
     def move(places: Places, pool: Array) -> Array:
@@ -70,13 +70,13 @@ def fetch_blocks(
 
 
 def write_back_blocks(
-    host: Float[Array, "L pages K 2 P D"],
-    pool: Float[Array, "layers B K slots 2 P D"],
+    host: Float[Array, "L pages K parts P D"],
+    pool: Float[Array, "layers B K slots parts P D"],
     page_table: Int32[Array, "B M"],
     block_ids: Int32[Array, "*L B heads X"],
     slots: Int32[Array, "*L B heads X"],
     layer: Int32[Array, ""] | None,
-) -> Float[Array, "L pages K 2 P D"]:
+) -> Float[Array, "L pages K parts P D"]:
     in_store, in_pool = _sizes(pool, block_ids)
 
     def move(places: Places, host: Array) -> Array:

@@ -1,0 +1,35 @@
+"""`--policy` and its settings, as the subcommands that decode take them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from nosa_jax import CacheConfig, baselines
+from nosa_jax.config import Variant
+from nosa_jax.policy import Policy
+from pallas_kernels.checks import bad_value
+
+PolicyName = Literal["shadowkv", "arkvale"]
+_POLICIES: dict[PolicyName, type[Policy]] = {"shadowkv": baselines.ShadowKV, "arkvale": baselines.ArkVale}
+
+
+def cache_of(offload: bool, slots: int | None, policy: PolicyName | None, settings: tuple[str, ...]) -> CacheConfig:
+    """The cache that flags ask for. settings: of the policy, such as "budget=2048"; the rest is as its class has it."""
+    if policy is None:
+        if settings:
+            raise bad_value("--policy-settings", "must go with --policy", " ".join(settings), "Name a policy, too.")
+        return CacheConfig(offload=offload, slots=slots)
+    given = {}
+    known = [name for name in vars(_POLICIES[policy])["__dataclass_fields__"]]
+    for setting in settings:
+        name, _, value = setting.partition("=")
+        if name not in known or not value.isdecimal():
+            rule = f"must be whole numbers as {known[0]}=8, for {policy} of {', '.join(known)}"
+            raise bad_value("--policy-settings", rule, repr(setting), "Correct it.")
+        given[name] = int(value)
+    return CacheConfig(offload=offload, slots=slots, policy=_POLICIES[policy](**given))
+
+
+def variant_of(variant: Variant | None, policy: PolicyName | None) -> Variant | None:
+    """The variant that a model is loaded with: a policy takes the place of the attention of a full one."""
+    return "full" if variant is None and policy is not None else variant
