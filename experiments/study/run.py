@@ -30,7 +30,7 @@ from experiments.study import measure, tasks, text
 from experiments.study.arms import ARMS, SIZES, VARIANTS, Arm, Size, started, training
 from experiments.study.dense import small_dense
 from experiments.study.held import describe, documents_of, study_text
-from nosa_jax import NosaLM, cast, from_pretrained, save_importance, train, with_attention
+from nosa_jax import NosaLM, cast, from_pretrained, save_importance, save_pretrained, train, with_attention
 from nosa_jax.evals.examples import Example
 from nosa_jax.hf import load_tokenizer
 
@@ -114,6 +114,8 @@ def run_arm(shared: Materials, arm: Arm, seed: int, size: Size, output: Path) ->
         found["tasks_before"] = tasks.answers(model, shared.asked) if seed == 0 and arm in VARIANTS else None
         tuned = tasks.tuned(trained, arm, seed, shared.lessons, size)
         found["tasks"] = tasks.answers(cast(tuned, size.dtype), shared.asked)
+        if seed == 0 and arm.name == "full":
+            save_pretrained(tuned, output / "tuned")  # for `experiments.rivals.quality`
         found["seconds_with_tasks"] = round(time.perf_counter() - begin, 1)
         write_json(arm_file(output, arm, seed), found)
     print(f"{arm.name}, seed {seed}: loss {np.mean(found['after']['losses']):.4f}, {found['seconds']} s", flush=True)
@@ -130,14 +132,17 @@ def write_json(file: Path, content: Any) -> None:
     partial.replace(file)
 
 
-def materials(size: Size, folder: Path | None, output: Path) -> Materials:
-    """What the arms need. folder: of the dense model; None for one that is trained here."""
+def materials(size: Size, folder: Path | None, output: Path, asks: bool) -> Materials:
+    """What the arms need. folder: of the dense model; None for one that is trained here. asks: whether any arm is asked
+    tasks."""
     if folder is None:
         held = study_text(size, None)
         return Materials(small_dense(size, held.source), held, [], None)
     dense = from_pretrained(folder, variant="full")
     tokenizer = load_tokenizer(folder, dense.config.vocab_size)
     held = study_text(size, tokenizer, output / "text.pickle")
+    if not asks:
+        return Materials(dense, held, [], None)
     lessons = tasks.lessons(tokenizer, folder, size, output / "lessons.jsonl")
     return Materials(dense, held, tasks.questions(tokenizer, size), lessons)
 
@@ -153,12 +158,13 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     size = SIZES[args.size]
     (args.output / "arms").mkdir(parents=True, exist_ok=True)
-    shared = materials(size, (args.model or args.output / "dense") if args.size == "gpu" else None, args.output)
+    todo = [job for job in jobs(args.arms, args.shard, args.seeds) if not arm_file(args.output, *job).exists()]
+    folder = (args.model or args.output / "dense") if args.size == "gpu" else None
+    shared = materials(size, folder, args.output, any(arm.asked for arm, _ in todo))
     if args.shard[0] == 0:
         write_json(args.output / "text.json", describe(shared.held, size))
-    for arm, seed in jobs(args.arms, args.shard, args.seeds):
-        if not arm_file(args.output, arm, seed).exists():
-            run_arm(shared, arm, seed, size, args.output)
+    for arm, seed in todo:
+        run_arm(shared, arm, seed, size, args.output)
 
 
 if __name__ == "__main__":
