@@ -19,6 +19,7 @@ from nosa_jax.train.patterns import split
 
 DENSE = small_config().with_attention(variant="full")
 SIZE = SIZES["cpu"]
+STAGED = ("query share annealed", "importance first")
 
 
 @pytest.mark.parametrize("size", SIZES.values())
@@ -59,14 +60,29 @@ def test_every_arm_can_be_trained(arm):
     """Patterns of rates, too, must match what trains."""
     config = DENSE.with_attention(**arm.attention(SIZE))
     model = jax.eval_shape(lambda: NosaLM(config, rngs=nnx.Rngs(0)))
-    run = arms.training(arm, SIZE, model, 7)
-    assert run.seed == 7 and run.model == config
+    run = arms.training(arm, SIZE, model, 7, steps=30, trained=arm.trained)
+    assert run.seed == 7 and run.model == config and run.steps == 30
+    assert run.optimizer.learning_rate == SIZE.learning_rate * arm.rate
     trainable = split(model, run.trainable)[0]
     jax.eval_shape(train.as_optimizer(run.optimizer, run.steps).init, trainable)
     rates = dict(run.optimizer.learning_rate_multipliers)
-    assert set(rates.values()) <= {10.0, 5.0, 2.0} and bool(rates) == (
-        arm.variant in ("nosa", "dma") and arm.trained != "all but importance"
-    )
+    learns = arm.variant in ("nosa", "dma") and arm.trained != "all but importance"
+    expected = [] if not learns else [5.0, 2.0] if arm.start == "fit" else [10.0 * arm.importance_rate]
+    assert sorted(rates.values(), reverse=True) == expected
+
+
+@pytest.mark.parametrize("size", SIZES.values())
+def test_stages_are_of_the_arm_but_for_what_they_say(size):
+    annealed, first = (next(arm for arm in ARMS if arm.name == f"nosa, {name}") for name in STAGED)
+    attention = [AttentionConfig(**annealed.attention_of(stage, size)) for stage in annealed.stages]
+    budget = size.budgets["quarter"]
+    assert [one.num_selected_blocks for one in attention] == [budget.selected] * 2
+    left = budget.selected - budget.sink - budget.local
+    assert left == attention[0].num_query_blocks >= attention[1].num_query_blocks > budget.query
+    (stage,) = first.stages
+    whole = first.attention_of(stage, size)
+    assert whole["num_selected_blocks"] * size.block_size == size.length and stage.trained == "importance"
+    assert whole | {"num_selected_blocks": budget.selected} == first.attention(size)
 
 
 def test_starts_are_of_the_seed_or_fitted(monkeypatch):

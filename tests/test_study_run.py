@@ -6,12 +6,15 @@ import argparse
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
+from support import small_config
 
-from experiments.study import run
+from experiments.study import dense, held, run, tasks
 from experiments.study.arms import ARMS, SIZES
-from nosa_jax import train
+from nosa_jax import NosaLM, evals, train
 
 SIZE = dataclasses.replace(SIZES["cpu"], documents=3)
 
@@ -66,17 +69,18 @@ class Source:
 
 
 def test_documents_are_spread_over_all():
-    found = run.documents_of(Held(Source()), SIZE)
+    found = held.documents_of(Held(Source()), SIZE)
     assert found.dtype == np.int32 and found[:, 0].tolist() == [0, 2, 5]
     many = dataclasses.replace(SIZE, documents=100)
-    assert run.documents_of(Held(Source()), many)[:, 0].tolist() == list(range(6))
+    assert held.documents_of(Held(Source()), many)[:, 0].tolist() == list(range(6))
 
 
 @pytest.fixture
 def faked(monkeypatch):
     """A run without its models: what was trained, by arm and seed, and measures that say so."""
     trained = []
-    model = argparse.Namespace(config=None)
+    attention = argparse.Namespace(uses_importance=False)
+    model = argparse.Namespace(config=argparse.Namespace(attention=attention))
 
     def continued(dense, arm, seed, source, size):
         if len(trained) == trained_at_most[0]:
@@ -85,14 +89,17 @@ def faked(monkeypatch):
         return model, model, [[10, 2.0]]
 
     trained_at_most = [2]
-    monkeypatch.setattr(run, "study_text", lambda size, tokenizer: Held(Source()))
+    shared = run.Materials(model, Held(Source()), [["a question"]], "lessons")
+    monkeypatch.setattr(run, "materials", lambda size, folder, output, asks: shared)
     monkeypatch.setattr(run, "describe", lambda held, size: {"documents": 3})
-    monkeypatch.setattr(run, "small_dense", lambda size, source: model)
     monkeypatch.setattr(run, "continued", continued)
     monkeypatch.setattr(run, "cast", lambda model, dtype: model)
+    monkeypatch.setattr(run, "save_importance", lambda model, path: None)
+    monkeypatch.setattr(run, "save_pretrained", lambda model, path: None)
     monkeypatch.setattr(run.measure, "quality_and_locality", lambda *_: ({"losses": [[1.0]]}, None))
     monkeypatch.setattr(run.measure, "without_exact_bias", lambda *_: {"none": [[1.0]]})
-    monkeypatch.setattr(run.measure, "answers", lambda *_: [{"task": "mqar"}])
+    monkeypatch.setattr(run.tasks, "answers", lambda *_: [{"task": "mqar"}])
+    monkeypatch.setattr(run.tasks, "tuned", lambda model, *_: model)
     return trained, trained_at_most
 
 
@@ -108,20 +115,78 @@ def test_a_run_that_was_ended_goes_on(faked, tmp_path):
     assert sorted(trained) == [(name, seed) for name in ("full", "nosa") for seed in range(3)]  # each once
     assert json.loads((tmp_path / "text.json").read_text()) == {"documents": 3}
     first, second = (json.loads((tmp_path / "arms" / f"nosa-{seed}.json").read_text()) for seed in (0, 1))
-    assert {"before", "tasks"} <= set(first) and not {"before", "tasks"} & set(second)
+    assert {"before", "tasks", "tasks_before"} <= set(first) and "tasks" in second
+    assert "before" not in second and second["tasks_before"] is None
     assert first["training"] == [[10, 2.0]] and second["other_bias"] == {"none": [[1.0]]}
     assert "other_bias" not in json.loads((tmp_path / "arms" / "full-0.json").read_text())
 
 
 def test_losses_are_kept_where_tasks_are_ended(faked, tmp_path, monkeypatch):
-    monkeypatch.setattr(run.measure, "answers", lambda *_: 1 / 0)
+    monkeypatch.setattr(run.tasks, "answers", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run.main(["--size", "cpu", "--output", str(tmp_path), "--arms", "full"])
     assert "after" in json.loads((tmp_path / "arms" / "full-0.json").read_text())
 
 
-def test_the_small_dense_model_is_of_no_seed_that_arms_have(monkeypatch):
+def test_the_dense_model_is_of_no_seed_that_arms_have(monkeypatch):
     runs = []
-    monkeypatch.setattr(train, "train", lambda config, source: runs.append(config) or argparse.Namespace(model=None))
-    run.small_dense(SIZE, None)
-    assert runs[0].model.attention.variant == "full" and runs[0].seed not in {s for arm in ARMS for s in arm.seeds}
+    done = argparse.Namespace(model=None, interrupted=False)
+    monkeypatch.setattr(train, "train", lambda config, source, **_: runs.append(config) or done)
+    dense.small_dense(SIZE, None)
+    dense.trained_on(argparse.Namespace(config=small_config()), SIZE, None)
+    assert runs[0].model.attention.variant == "full"
+    for one in runs:
+        assert one.steps == SIZE.dense_steps and one.seed not in {seed for arm in ARMS for seed in arm.seeds}
+
+
+def test_stages_come_first_and_take_no_steps_more(monkeypatch):
+    runs = []
+
+    def trained(config, source, *, model, progress):
+        runs.append(config)
+        return argparse.Namespace(model=model, interrupted=False, history=[{"step": config.steps, "loss": 1.0}])
+
+    monkeypatch.setattr(train, "train", trained)
+    arm = next(arm for arm in ARMS if arm.name == "nosa, importance first")
+    start, model, log = run.continued(jax.eval_shape(small_dense_model), arm, 0, None, SIZE)
+    assert [config.steps for config in runs] == [SIZE.steps // 4, SIZE.steps - SIZE.steps // 4] and len(log) == 2
+    assert runs[0].model.attention.num_selected_blocks == 4 * runs[1].model.attention.num_selected_blocks
+    assert runs[0].seed != runs[1].seed == 0
+    assert start.config == model.config == runs[1].model
+
+
+def small_dense_model():
+    return NosaLM(small_config().with_attention(variant="full"), rngs=nnx.Rngs(0))
+
+
+def test_lessons_are_of_no_unseen_task_and_other_text(monkeypatch, tmp_path):
+    """Conversations of every other task that is asked, hidden in text of packages that are trained on."""
+    wanted = []
+    size = dataclasses.replace(SIZE, tasks=("mqar", "niah_single", tasks.UNSEEN), block_size=16, length=64)
+
+    def made(tokenizer, entries):
+        wanted.extend(entries)
+        return [[argparse.Namespace(prompt="What?\nIt is", answer=" 7")] for _ in entries]
+
+    monkeypatch.setattr(tasks, "made", made)
+    monkeypatch.setattr(tasks, "haystack", lambda: "hay")
+    monkeypatch.setattr(tasks.train, "chat", lambda files, *_, **__: files)
+    (file,) = tasks.lessons(None, tmp_path, size, tmp_path / "lessons.jsonl")
+    assert {entry[0] for entry in wanted} == {"mqar", "niah_single"}
+    assert {entry[3] for entry in wanted} == {tasks.TAUGHT_SEED} != {0} and {entry[4] for entry in wanted} == {"hay"}
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(lines) == len(wanted) and lines[0]["messages"][0] == {"role": "user", "content": "What?"}
+    assert lines[0]["messages"][1] == {"role": "assistant", "content": "It is 7."}
+    asked = tasks.made(None, [])
+    assert asked == [] and tasks.lessons(None, tmp_path, size, file) == [file]  # what is there is not made again
+
+
+def test_answers_are_counted_by_task_and_length(monkeypatch):
+    read = [evals.Forced(-2.0, 4, 4), evals.Forced(-4.0, 2, 1)]
+    monkeypatch.setattr(tasks.evals, "score_answers", lambda model, examples: read[: len(examples)])
+    example = argparse.Namespace(task="mqar", length=64)
+    both, one = tasks.answers(None, [[example] * 2, [example]])
+    assert both == {
+        "task": "mqar", "length": 64, "count": 2, "exact": 0.5, "tokens": 0.8333, "log_likelihood": -1.0,
+    }  # fmt: skip
+    assert one["exact"] == 1.0 and one["count"] == 1

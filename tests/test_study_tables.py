@@ -20,6 +20,7 @@ def result(name, seed, mean, gamma=None, before=True, **more):
     if gamma is not None:
         pools = {"8": 4 * (1 - gamma), "10": 1 - gamma}
         after["locality"] = {"gamma": gamma, "misses": pools, "bytes_per_token": {"8": 4e6, "10": 1e6}}
+        after["locality after 32"] = {"gamma": 1.0, "misses": {"8": 0.5}}
     found = {
         "arm": name,
         "seed": seed,
@@ -33,7 +34,7 @@ def result(name, seed, mean, gamma=None, before=True, **more):
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "arms").mkdir()
-    row = {"task": "mqar", "length": 64, "count": 2, "forced_exact": 0.5, "log_likelihood_per_token": -1.0, "more": 1}
+    row = {"task": "mqar", "length": 64, "count": 2, "exact": 0.5, "tokens": 0.75, "log_likelihood": -1.0}
     written = [
         result("full", 0, 1.0),
         result("full", 1, 1.1, before=False),
@@ -41,7 +42,7 @@ def folder(tmp_path):
         result("infllmv2", 1, 1.4, 0.8, before=False),
         result("infllmv2, half", 0, 1.1, 0.9),
         result("nosa", 0, 1.3, 0.9, tasks=[row]),
-        result("nosa", 1, 1.5, 0.94, before=False, other_bias={"none": losses(1.6)}),
+        result("nosa", 1, 1.5, 0.94, before=False, other_bias={"none": losses(1.6)}, tasks=[row | {"exact": 0.7}]),
         result("nosa", 2, 9.0, 0.92, before=False),
         result("nosa, half", 0, 1.4, 0.95),
         result("nosa, fitted start", 0, 1.25, 0.9),
@@ -98,9 +99,10 @@ def test_the_summary(folder):
     assert nosa["after"]["loss"]["end"][0] == pytest.approx(mean + 0.75, abs=1e-5)
     assert nosa["before"]["loss"]["first quarter"] == [2.3, None]  # of one seed
     assert nosa["after"]["gamma"][0] == 0.92 and nosa["after"]["misses"]["10"][0] == 0.08
+    assert nosa["after"]["locality after 32"] == {"gamma": [1.0, 0.0], "misses": {"8": [0.5, 0.0]}}
     assert nosa["other_bias"]["none"]["end"] == [2.6, None]
-    task = {"task": "mqar", "length": 64, "count": 2, "exact": 0.5, "log_likelihood_per_token": -1.0}
-    assert nosa["tasks"] == [task]
+    asked = {"task": "mqar", "length": 64, "count": 2, "tokens": [0.75, 0.0], "log_likelihood": [-1.0, 0.0]}
+    assert nosa["tasks"] == [asked | {"exact": [0.6, 0.14142]}] and "tasks_before" not in nosa
     differences = {name: {key for key in entry["after"] if "less" in key} for name, entry in table.items()}
     assert differences["infllmv2"] == {"less full"} and differences["full"] == {"less infllmv2"}
     assert differences["nosa, half"] == {"less infllmv2, half", "less full"}
@@ -120,4 +122,6 @@ def test_json_and_figures_are_written(folder, capsys):
         "study_quality.png",
         "study_position.png",
     }
-    assert capsys.readouterr().out.count("\n") == 2 + len(written["arms"])
+    losses, _, tasks = capsys.readouterr().out.partition("| task, tokens |")
+    assert losses.count("\n") == 2 + len(written["arms"])
+    assert tasks.splitlines() == [" nosa |", "|---|---|", "| mqar, 64 | 0.60 (0.75) |"]

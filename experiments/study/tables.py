@@ -23,7 +23,10 @@ from experiments.study import figures
 
 SAMPLES = 10_000  # of the bootstrap
 # Parts of a document, of 16, by where they begin and end.
-RANGES = {"all": (0, 16), "first quarter": (0, 4), "second quarter": (4, 8), "second half": (8, 16), "end": (12, 16)}
+RANGES = {
+    "all": (0, 16), "first quarter": (0, 4), "first half": (0, 8), "second quarter": (4, 8), "second half": (8, 16),
+    "end": (12, 16),
+}  # fmt: skip
 BASE = "infllmv2"
 
 Losses = Float64[np.ndarray, "documents parts"]
@@ -77,18 +80,24 @@ def spread(values: Sequence[float]) -> list[float | None]:
 
 
 def over_seeds(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Losses by range and numbers of locality: mean and spread over seeds."""
+    """Losses by range and numbers of locality, those after less text under names of their own: mean and spread over
+    seeds."""
     losses = [by_range(np.array(entry["losses"])) for entry in entries]
     found: dict[str, Any] = {"loss": {name: spread([one[name] for one in losses]) for name in RANGES}}
-    measured = [entry["locality"] for entry in entries if "locality" in entry]
-    if measured:
-        for name, first in measured[0].items():
-            values = [one[name] for one in measured]
-            found[name] = (
-                {key: spread([value[key] for value in values]) for key in first}
-                if isinstance(first, dict)
-                else spread(values)
-            )
+    for key in entries[0]:
+        if key.startswith("locality"):
+            numbers = numbers_over_seeds([entry[key] for entry in entries])
+            found |= numbers if key == "locality" else {key: numbers}
+    return found
+
+
+def numbers_over_seeds(measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Mean and spread of every number, those in dictionaries too."""
+    found: dict[str, Any] = {}
+    for name, first in measured[0].items():
+        values = [one[name] for one in measured]
+        by_key = isinstance(first, dict)
+        found[name] = {key: spread([one[key] for one in values]) for key in first} if by_key else spread(values)
     return found
 
 
@@ -152,6 +161,18 @@ def markdown(table: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def tasks_markdown(table: Mapping[str, Any]) -> str:
+    """Exact answers and likeliest tokens of what was asked, a column for each arm."""
+    asked = {name: entry["tasks"] for name, entry in table.items() if "tasks" in entry}
+    if not asked:
+        return ""
+    lines = ["| task, tokens | " + " | ".join(asked) + " |", "|" + "---|" * (1 + len(asked))]
+    for rows in zip(*asked.values(), strict=True):
+        cells = [f"{row['exact'][0]:.2f} ({row['tokens'][0]:.2f})" for row in rows]
+        lines.append(f"| {rows[0]['task']}, {rows[0]['length']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="the OUTPUT of experiments.study.run")
@@ -165,6 +186,7 @@ def main(arguments: list[str] | None = None) -> None:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(result, indent=1) + "\n")
     print(markdown(table))
+    print(tasks_markdown(table))
     stem = args.output.with_suffix("")
     figures.quality(table, stem.with_name(f"{stem.name}_quality.png"))
     above = {name: found[1] for name in arms if name != "full" and (found := difference(arms, name, "full", "after"))}
