@@ -12,6 +12,7 @@ from pallas_kernels.block_scores import block_scores
 from pallas_kernels.decode_attention import Residence, Store, Token, decode_attention, update_and_attend
 from pallas_kernels.fetch_blocks import fetch_blocks, write_back_blocks
 from pallas_kernels.pooled_keys import append_pooled_keys, pool_keys
+from pallas_kernels.rebuilt_attention import Chunks, Exact, Factors, rebuilt_attention
 from pallas_kernels.resolve_slots import resolve_slots
 from pallas_kernels.rms_norm import rms_norm
 from pallas_kernels.select_blocks import select_blocks
@@ -19,6 +20,9 @@ from pallas_kernels.select_blocks import select_blocks
 __all__ = [
     "IMPLEMENTATIONS",
     "OPS",
+    "Chunks",
+    "Exact",
+    "Factors",
     "KernelUnsupportedError",
     "Op",
     "Projected",
@@ -37,6 +41,7 @@ __all__ = [
     "decode_attention",
     "fetch_blocks",
     "pool_keys",
+    "rebuilt_attention",
     "resolve_slots",
     "rms_norm",
     "select_blocks",

@@ -7,7 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels
-from pallas_kernels import Projected, Residence, Selectable, Sizes, Store, Summaries, Token
+from pallas_kernels import (
+    Chunks,
+    Exact,
+    Factors,
+    Projected,
+    Residence,
+    Selectable,
+    Sizes,
+    Store,
+    Summaries,
+    Token,
+)
 
 # Sizes that every kernel takes.
 B, T, N, K, S, D, P, M, J, L, C, X = 2, 8, 4, 2, 40, 16, 16, 3, 3, 2, 4, 2
@@ -27,6 +38,9 @@ HOST = jax.device_put(floats(L, B * M, K, 2, P, D), jax.memory.Space.Host)
 TOKEN = Token(floats(B, N, D), floats(B, K, D), floats(B, K, D))
 STORE = Store(floats(L, B, K, J, 2, P, D), HOST, ints(B, M), floats(L, B, K, M, P))
 RESIDENCE = Residence(ints(B, K, J), ints(B, K, J), ints(B, K, J))
+FACTORS = Factors(floats(L, B, M, C, 3), floats(L, B, K, 3, D), floats(M * C, D // 2), floats(M * C, D // 2))
+CHUNKS = Chunks(floats(L, B, K, J, 1, C, D), ints(B, K, J), ints(B, K, J))
+EXACT = Exact(floats(L, B, K, S, D), floats(L, B, K, S, D), ints(B, K, S))
 
 # For each op: array arguments that are right, static arguments.
 CALLS = {
@@ -90,6 +104,12 @@ CALLS = {
     "update_and_attend": (
         {
             "token": TOKEN, "store": STORE, "residence": RESIDENCE, "positions": ints(B), "layer": LAYER,
+        },
+        {},
+    ),
+    "rebuilt_attention": (
+        {
+            "q": floats(B, N, D), "factors": FACTORS, "chunks": CHUNKS, "exact": EXACT, "layer": LAYER,
         },
         {},
     ),

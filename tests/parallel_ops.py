@@ -24,6 +24,8 @@ from pallas_kernels.decode_attention import cases as decode_cases
 from pallas_kernels.fetch_blocks import cases as fetch_cases
 from pallas_kernels.pooled_keys import cases as key_cases
 from pallas_kernels.resolve_slots import cases as slot_cases
+from pallas_kernels.rebuilt_attention import Chunks, Exact, Factors
+from pallas_kernels.rebuilt_attention import cases as rebuilt_cases
 from pallas_kernels.rms_norm import cases as norm_cases
 from pallas_kernels.select_blocks import cases as select_cases
 
@@ -53,6 +55,13 @@ AXES: dict[str, tuple[dict[str, str], Any]] = {
     ),
     "update_and_attend": (
         dict(token="bk", store=Store(".bk", ".bk", "b", ".bk"), residence="bk", positions="b", layer=""), ("bk", ".bk"),
+    ),
+    "rebuilt_attention": (
+        dict(
+            q="bk", factors=Factors(".b", ".bk", "", ""), chunks=Chunks(".bk", "bk", "bk"),
+            exact=Exact(".bk", ".bk", "bk"), layer="",
+        ),
+        "bk",
     ),
     "resolve_slots": (
         dict(blocks=".bk", last_used=".bk", wanted="bk", step="b", layer=""), (".bk", ".bk", "bk", "bk"),
@@ -132,6 +141,7 @@ def calls() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
         "rms_norm": (norm_cases.make_inputs(norm, key), norm_cases.options(norm)),
         "decode_attention": (decoding, {}),
         "update_and_attend": (decode_cases.arguments(offloaded), {}),
+        "rebuilt_attention": (rebuilt_cases.make_inputs(rebuilt_cases.Case((30, 4), (50, 9), 7, 70), key), {}),
         "resolve_slots": (slot_cases.make_inputs(slot_cases.SMALL["some_move"], key), {}),
         "fetch_blocks": (moves, {}),
         "write_back_blocks": (

@@ -16,6 +16,9 @@ from targets import H200, cudnn_installed
 import nosa_jax
 from nosa_jax import AttentionConfig, CacheConfig, ModelConfig, NosaLM, presets
 from pallas_kernels import (
+    Chunks,
+    Exact,
+    Factors,
     KernelUnsupportedError,
     Projected,
     Residence,
@@ -31,6 +34,7 @@ from pallas_kernels import (
     blocks,
     decode_attention,
     fetch_blocks,
+    rebuilt_attention,
     resolve_slots,
     rms_norm,
     select_blocks,
@@ -72,7 +76,7 @@ def kernels(function, *arguments) -> list[str]:
     """The kernels that `function` calls when lowered for CUDA: Triton's by name, "mosaic", or cuDNN's by name."""
     with jax.sharding.use_abstract_mesh(H200):
         text = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
-    ours = "block|select|append|resolve|fetch|write|decode|update|keys|rms"
+    ours = "block|select|append|resolve|fetch|write|decode|update|rebuilt|keys|rms"
     names = re.findall(rf'custom_call @(mosaic)_gpu|custom_call @__(cudnn\$\w+)|name = "((?:{ours})_\w+)"', text)
     names = ["".join(name) for name in names]
     assert text.count("@__gpu$xla.gpu.triton") == sum(not name.startswith(("mosaic", "cudnn")) for name in names)
@@ -246,6 +250,19 @@ def test_update_and_attend(decoding):
 
     names = ("q", "k", "v", "pool", "host", "pages", "bias", "ids", "positions", "layer")
     assert decode_kernels(decoding, step, *names) == ["update_and_attend", "decode_attention_sum"]
+
+
+@pytest.mark.parametrize("chunk, rank, dtype", [(8, 40, "bfloat16"), (20, 160, "float32")])
+def test_rebuilt_attention(chunk, rank, dtype):
+    """At the shape of the 8B model; chunks and ranks may have any size."""
+    of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
+    factors = Factors(
+        of(dtype, 2, 2, 800, chunk, rank), of(dtype, 2, 2, 2, rank, 128), *(of("float32", 800 * chunk, 64),) * 2
+    )
+    chunks = Chunks(of(dtype, 2, 2, 2, 384, 1, chunk, 128), *(of("int32", 2, 2, 384),) * 2)
+    exact = Exact(*(of(dtype, 2, 2, 2, 1096, 128),) * 2, of("int32", 2, 2, 1096))
+    operands = (of(dtype, 2, 32, 128), factors, chunks, exact, of("int32"))
+    assert kernels(rebuilt_attention, *operands) == ["rebuilt_attention", "decode_attention_sum"]
 
 
 def test_transport(decoding):

@@ -6,7 +6,6 @@ list. Ids and positions are int32, -1 for nothing. All sums are float32.
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -82,26 +81,6 @@ def put_tokens(
 def dot(spec: str, x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
     """An einsum summed in float32: float32 operands in full precision, 16-bit ones as they are, whose products fit."""
     return jnp.einsum(spec, x, y, precision="highest", preferred_element_type=jnp.float32)
-
-
-def attend_parts(
-    q: Float[Array, "B N D"],
-    *parts: tuple[Float[Array, "B K _ D"], Float[Array, "B K _ D"], Bool[Array, "B #K _"]],
-) -> Float[Array, "B N D"]:
-    """`attend` over keys, values and masks in several parts, which need not be put side by side; values are finite."""
-    batch, heads, dim = q.shape
-    kv_heads = parts[0][0].shape[1]
-    q = q.reshape(batch, kv_heads, -1, dim)
-    scale = jnp.sqrt(jnp.float32(dim))
-    logits = [jnp.where(mask[:, :, None], dot("bkgd,bkad->bkga", q, keys) / scale, -jnp.inf) for keys, _, mask in parts]
-    top = functools.reduce(jnp.maximum, (x.max(-1, keepdims=True) for x in logits))
-    weights = [jnp.exp(x - jnp.where(jnp.isfinite(top), top, 0)) for x in logits]
-    total = sum(x.sum(-1, keepdims=True) for x in weights)
-    out = sum(
-        dot("bkga,bkad->bkgd", x.astype(values.dtype), values) for x, (_, values, _) in zip(weights, parts, strict=True)
-    )
-    out = out / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
-    return out.reshape(batch, heads, dim).astype(q.dtype)
 
 
 def at_layer(tree: Any, layer: Int32[Array, ""]) -> Any:

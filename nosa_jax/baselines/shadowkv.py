@@ -9,7 +9,7 @@ Values live in host memory. Keys are kept as a product of rank r of the keys bef
 3. Queries score landmarks (`score`): softmax over the landmarks per query head, then the largest of the heads of a KV
    head. `select` takes the best; what of them was not selected in the step before must be fetched, values alone.
 4. Attended are the local tokens, outliers, selected chunks and generated tokens, with the keys of selected chunks
-   rebuilt at every step (`rebuild_keys`).
+   rebuilt at every step (`rebuilt_attention`).
 
 Where the original disagrees with itself, this follows the class that its accuracy was measured with. So scores are
 scaled by sqrt(128), whatever the head dim is (attention by sqrt(D)), and a chunk's keys are rebuilt also when it was
@@ -38,7 +38,7 @@ from nosa_jax._pytree import pytree_dataclass
 from nosa_jax.baselines import common
 from nosa_jax.baselines.common import Rotations
 from nosa_jax.policy import Policy, Prompted, Sizes, Stepped, Store
-from pallas_kernels import fetch_blocks
+from pallas_kernels import Chunks, Exact, Factors, fetch_blocks, rebuilt_attention
 from pallas_kernels.checks import bad_value, require_size
 
 _SCORE_DIM = 128  # by the root of which the original divides at any head dim
@@ -300,17 +300,6 @@ def select(policy: ShadowKV, landmarks: Landmarks, scores: Float[Array, "B K M"]
     return jnp.where(places >= 0, jnp.take_along_axis(landmarks.ids, jnp.maximum(places, 0), axis=-1), -1)
 
 
-def rebuild_keys(
-    token_factors: Float[Array, "B K A r"],
-    head_factors: Float[Array, "B K r D"],
-    positions: Int32[Array, "B K A"],
-    rotations: Rotations,
-) -> Float[Array, "B K A D"]:
-    """Keys after RoPE of tokens of the prompt from their factors, in the dtype of these."""
-    keys = common.dot("bkar,bkrd->bkad", token_factors, head_factors)
-    return rotations.turn(keys, positions).astype(head_factors.dtype)
-
-
 def decode(
     policy: ShadowKV,
     state: ShadowKVState,
@@ -322,7 +311,6 @@ def decode(
 ) -> Stepped:
     """One layer of a token per row; see `Policy.decode`. state, store: of all layers."""
     q, k, v = token
-    batch, heads, dim = k.shape
     is_there = (positions >= 0)[:, None, None]
     lengths, landmarks, held = common.at_layer((state.prompt_lengths, state.landmarks, state.held), layer)
     room, new = _prompt_room(policy), state.exact_keys.shape[3] - _prompt_room(policy)
@@ -340,20 +328,10 @@ def decode(
         loads = jnp.where(missing, ids, -1)
         pool = fetch_blocks(pool, store.host, store.page_table, loads, slots, layer, transport=store.transport)
 
-    row, head = jnp.arange(batch)[:, None, None], jnp.arange(heads)[:, None]
-    values = pool.at[layer, row, head, jnp.maximum(slots, 0), 0].get(mode="clip")
-    # Where nothing is wanted there may be anything.
-    values = jnp.where((ids >= 0)[..., None, None], values, 0).reshape(batch, heads, -1, dim)
-    factors = state.token_factors.at[layer, row, jnp.maximum(ids, 0)].get(mode="clip")
-    chosen = common.unit_tokens(ids, policy.chunk)
-    of_heads = common.at_layer(state.head_factors, layer)
-    keys = rebuild_keys(factors.reshape(*chosen.shape, -1), of_heads, chosen, rotations)
+    factors = Factors(state.token_factors, state.head_factors, *rotations)
     exact = exact_positions(policy, lengths, landmarks.outlier_ids, positions, new)
-    out = common.attend_parts(
-        q,
-        (*common.at_layer((exact_keys, exact_values), layer), exact >= 0),
-        (keys, values, chosen >= 0),
-    )
+    kept_exact = Exact(exact_keys, exact_values, exact)
+    out = rebuilt_attention(q, factors, Chunks(pool, ids, slots), kept_exact, layer)
     kept = dataclasses.replace(
         state,
         exact_keys=exact_keys,
@@ -361,6 +339,7 @@ def decode(
         held=common.put_layer(state.held, settled, layer),
     )
     # In the order of the original: what it has of the prompt, then the selection, then what was generated.
+    chosen = common.unit_tokens(ids, policy.chunk)
     attended = jnp.concatenate([exact[:, :, :room], chosen, exact[:, :, room:]], axis=2)
     new_ids, fetched = common.compact(ids, missing), missing.sum(-1, dtype=jnp.int32)
     return Stepped(kept, pool, out, ids, new_ids, fetched, scores, attended)

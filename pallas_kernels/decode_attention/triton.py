@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import _backend
 from pallas_kernels._backend import LARGE, Softmax, pad_to_multiple
+from pallas_kernels._runs import Parts, add_up, parts_of
 from pallas_kernels._tuning import Launch, launch_of
 from pallas_kernels.decode_attention.arguments import Residence, Store, Token
 from pallas_kernels.fetch_blocks.triton import fetch_block
@@ -111,16 +112,6 @@ def _split_kernel(layer, positions, slots, block_ids, q, bias, pool, sums, tops,
     sums[part], tops[part], totals[part] = jax.lax.fori_loop(leading, stop, visit(masked=True), carry)
 
 
-def _sum_kernel(sums, tops, totals, out, *, group, softmax):
-    member, head, row = (_backend.program_id(axis) for axis in range(3))
-    part = (row, head, slice(None), member)
-    top = tops[part]
-    weights = softmax.decay(top - jnp.max(top, axis=0))
-    total = jnp.sum(totals[part] * weights, axis=0)
-    acc = jnp.sum(sums[part] * weights[:, None], axis=0)
-    out[row, head * group + member] = (acc / jnp.where(total > 0, total, 1.0)).astype(out.dtype)
-
-
 def unsupported(
     q: Array, pool: Array, bias: Array | None, slots: Array, block_ids: Array, positions: Array, layer: Array,
     *, scale: float,
@@ -152,7 +143,7 @@ class _Call(NamedTuple):
     q: Array
     listed: tuple[Array | None, ...]
     softmax: Softmax
-    parts: tuple[jax.ShapeDtypeStruct, ...]
+    parts: Parts
 
 
 def _prepare(default: Launch, q: Array, pool: Array, bias: Array | None, scale: float, *listed: Array | None) -> _Call:
@@ -162,7 +153,6 @@ def _prepare(default: Launch, q: Array, pool: Array, bias: Array | None, scale: 
     batch, _, rows, dim = q.shape
     selected = next(x for x in listed if x is not None).shape[-1]
     splits = _splits(selected)
-    lead = (batch, kv_heads, splits, rows)
     return _Call(
         (splits, kv_heads, batch),
         -(-selected // splits),
@@ -170,7 +160,7 @@ def _prepare(default: Launch, q: Array, pool: Array, bias: Array | None, scale: 
         q,
         tuple(None if x is None else pad_to_multiple(x, 2, splits, -1) for x in listed),
         Softmax.of(scale, bias is not None, selected * size, pool.dtype),
-        tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((*lead, dim), lead, lead)),
+        parts_of(q, splits),
     )
 
 
@@ -178,23 +168,6 @@ def _splits(selected: int) -> int:
     """Runs of a row and KV head, a power of two: 16, so that the attention after the last fetch of a run is short; one
     per 16 to 32 blocks beyond 256, up to 128, so that few rows of all their blocks fill the device."""
     return min(_backend.next_power_of_two(selected), max(16, min(128, _backend.next_power_of_two(selected // 16))))
-
-
-def _add_up(call: _Call, parts: tuple[Array, ...], like: Array) -> Array:
-    """The runs' outputs as one, [B, N, D]."""
-    splits, kv_heads, batch = call.grid
-    group = like.shape[1] // kv_heads
-
-    def kernel(*refs: Any) -> None:
-        _sum_kernel(*refs, group=group, softmax=call.softmax)
-
-    return _backend.triton_call(
-        kernel,
-        name="decode_attention_sum",
-        grid=(group, kv_heads, batch),
-        out_shape=jax.ShapeDtypeStruct(like.shape, like.dtype),
-        num_warps=4 if splits > 8 else 1,
-    )(*parts)
 
 
 def decode_attention(
@@ -221,7 +194,7 @@ def decode_attention(
         num_warps=call.launch.num_warps,
         num_stages=call.launch.num_stages,
     )(jax.lax.reshape(layer, (1,)), positions, *call.listed, call.q, bias, pool)
-    return _add_up(call, parts, q)
+    return add_up(parts, q, call.softmax)
 
 
 def update_and_attend(
@@ -249,4 +222,4 @@ def update_and_attend(
         num_stages=call.launch.num_stages,
         aliases={sum(x is not None for x in operands[:-2]): 3},
     )(*operands)
-    return _add_up(call, tuple(parts), q), pool
+    return add_up(tuple(parts), q, call.softmax), pool
