@@ -1,0 +1,65 @@
+"""The comparison of policies: what a run is, the line between two speeds, and the table."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from experiments.rivals import figure, quality, speed
+from nosa_jax import CacheConfig, baselines
+from nosa_jax.policy import Sizes
+
+
+def test_a_run_is_a_policy_or_a_variant():
+    policy = baselines.ShadowKV(rank=16, budget=64)
+    assert speed.Run.parse("shadowkv:512:2:rank=16,budget=64") == speed.Run("full", 512, 2, CacheConfig(policy=policy))
+    found = speed.Run.parse("arkvale:512:2:device")
+    assert found.cache == CacheConfig(offload=False, policy=baselines.ArkVale()) and found.variant == "full"
+    assert speed.Run.parse("nosa:512:2:72") == speed.Run("nosa", 512, 2, CacheConfig(slots=72))
+    assert speed.Run.parse("full:512:2:device").cache == CacheConfig(offload=False)
+
+
+def test_policies_attend_to_a_quarter_of_what_the_comparison_has():
+    """1,024 of 8K tokens where it is 4,096."""
+    attended = lambda p: p.budget + (p.local_chunks + p.outlier_chunks) * p.chunk
+    assert attended(quality.SHADOWKV) == attended(quality.LARGE_CHUNKS) == attended(baselines.ShadowKV()) / 4 == 1024
+    assert quality.ARKVALE.page * quality.ARKVALE.budget == 1024
+    blocks = quality.CASES["infllmv2, not trained"][1]
+    assert blocks["num_selected_blocks"] * blocks["block_size"] == 1024
+    sizes = Sizes(layers=30, rows=1, kv_heads=3, dim=64, prompt=8192, new=64, max_length=8256)
+    quality.SHADOWKV.check(sizes)
+
+
+def entry(run, still, moving):
+    ends = {name: {"fetched": x, "step_ms": ms} for name, (x, ms) in {"still": still, "moving": moving}.items()}
+    return {"run": run} | ends
+
+
+def test_speeds_lie_on_a_line():
+    assert figure.step_ms(entry("x", (10, 5.0), (20, 7.0)), 15) == 6.0
+    assert figure.step_ms(entry("x", (0, 5.0), (0, 5.5)), 0) == 5.0  # nothing is ever fetched
+
+
+def test_the_table_has_all_that_answered(tmp_path, capsys):
+    speeds = [entry("full:16384:16:device", (0, 8.0), (0, 8.0)), entry("shadowkv:16384:16", (80, 16.0), (120, 24.0))]
+    scores = {"niah_single": 1.0, "niah_multikey": 0.5, "niah_multivalue": 0.0, "mqar": 0.25}
+    rows = [{"task": task, "score": score} for task, score in scores.items()]
+    names = {"full": None, "shadowkv, chunks of 8": 25.0, "arkvale": 0.5, "another": 1.0}
+    answers = [{"name": name, "fetched": fetched, "tasks": rows} for name, fetched in names.items()]
+    files = {
+        "speed": {"entries": [*speeds, {"run": "arkvale:16384:16", "failed": "x"}]},
+        "quality": {"entries": answers},
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    found = figure.points(files["speed"], files["quality"])
+    assert found["full"]["tokens_per_second"] == 2000 and found["full"]["needles"] == pytest.approx(0.5)
+    assert found["shadowkv, chunks of 8"]["fetched"] == 100.0  # 384 chunks where the small model wants 96
+    assert found["shadowkv, chunks of 8"]["tokens_per_second"] == 800
+    assert "tokens_per_second" not in found["arkvale"] and "tokens_per_second" not in found["another"]
+    paths = [f"--{name}={tmp_path / name}" for name in files]
+    figure.main([*paths, f"--output={tmp_path / 'figure.png'}"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6 and lines[3] == "| shadowkv, chunks of 8 | 800 | 1.00 | 0.50 | 0.00 | 0.25 |"
+    assert (tmp_path / "figure.png").is_file()
