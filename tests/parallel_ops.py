@@ -23,9 +23,9 @@ from pallas_kernels.decode_attention import Store
 from pallas_kernels.decode_attention import cases as decode_cases
 from pallas_kernels.fetch_blocks import cases as fetch_cases
 from pallas_kernels.pooled_keys import cases as key_cases
-from pallas_kernels.resolve_slots import cases as slot_cases
 from pallas_kernels.rebuilt_attention import Chunks, Exact, Factors
 from pallas_kernels.rebuilt_attention import cases as rebuilt_cases
+from pallas_kernels.resolve_slots import cases as slot_cases
 from pallas_kernels.rms_norm import cases as norm_cases
 from pallas_kernels.select_blocks import cases as select_cases
 

@@ -74,7 +74,7 @@ def test_layers_that_are_no_integers(without_type_checker, layer):
         run_op("resolve_slots", layer=jnp.zeros(1, jnp.int32))
 
 
-@pytest.mark.parametrize("name", ["block_attention", "decode_attention", "update_and_attend"])
+@pytest.mark.parametrize("name", ["block_attention", "decode_attention", "rebuilt_attention", "update_and_attend"])
 def test_scales(without_type_checker, name):
     for scale, error in ((np.nan, ValueError), (np.inf, ValueError), ("1", TypeError), (True, TypeError)):
         with pytest.raises(error, match=r"^scale: must be "):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from op_calls import CALLS, B, C, D, J, K, L, M, N, S, T, call, floats, ints
+from op_calls import CALLS, CHUNKS, B, C, D, J, K, L, M, N, S, T, call, floats, ints
 from targets import H200, cudnn_installed, target
 
 import pallas_kernels as ops
@@ -119,6 +119,12 @@ UNSUPPORTED = [
         "blocks must hold a power of two of at least 16 tokens, got 8",
     ),
     ("decode_attention", {"q": floats(B, N, D).astype(jnp.bfloat16)}, "q and pool must have one dtype"),
+    ("rebuilt_attention", {"q": floats(B, N, D).astype(jnp.bfloat16)}, "q, factors.tokens, .* must have one dtype"),
+    (
+        "rebuilt_attention",
+        {"chunks": CHUNKS._replace(ids=ints(B, K, 0), slots=ints(B, K, 0))},
+        "chunks.ids holds nothing",
+    ),
     (
         "block_attention",
         {"block_ids": None, "block_size": 24, "first_block": ints(B, -(-S // 24))},

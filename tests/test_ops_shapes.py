@@ -5,7 +5,30 @@ from __future__ import annotations
 import jax.numpy as jnp
 import jaxtyping
 import pytest
-from op_calls import CALLS, RESIDENCE, STORE, TOKEN, B, C, D, J, K, L, M, N, P, S, T, X, call, floats, ints
+from op_calls import (
+    CALLS,
+    CHUNKS,
+    EXACT,
+    FACTORS,
+    RESIDENCE,
+    STORE,
+    TOKEN,
+    B,
+    C,
+    D,
+    J,
+    K,
+    L,
+    M,
+    N,
+    P,
+    S,
+    T,
+    X,
+    call,
+    floats,
+    ints,
+)
 
 import pallas_kernels as ops
 
@@ -54,7 +77,7 @@ def test_wrong_shapes_name_the_argument(without_type_checker, name, argument, wr
     assert ", ".join(map(str, wrong.shape)) in got  # the shape that came
 
 
-@pytest.mark.parametrize("name", ["block_attention", "block_scores", "decode_attention"])
+@pytest.mark.parametrize("name", ["block_attention", "block_scores", "decode_attention", "rebuilt_attention"])
 def test_heads_must_divide(without_type_checker, name):
     q = CALLS[name][0]["q"]
     odd = jnp.zeros((*q.shape[:-2], 3, q.shape[-1]), q.dtype)
@@ -101,6 +124,16 @@ def test_integers_are_no_floats(without_type_checker, name, argument):
 
 
 WRONG_PARTS = [
+    ("factors", FACTORS._replace(tokens=floats(L, B, M, C + 1, 3)), "factors.tokens"),
+    ("factors", FACTORS._replace(heads=floats(L, B, K, 4, D)), "factors.heads"),
+    ("factors", FACTORS._replace(cos=floats(M * C, D)), "factors.cos"),
+    ("factors", FACTORS._replace(sin=floats(M, D // 2)), "factors.sin"),
+    ("chunks", CHUNKS._replace(pool=floats(L, B, K, J, 2, C, D)), "chunks.pool"),
+    ("chunks", CHUNKS._replace(ids=ints(B, J)), "chunks.ids"),
+    ("chunks", CHUNKS._replace(slots=ints(B, K, J + 1)), "chunks.slots"),
+    ("exact", EXACT._replace(keys=floats(L, B, K, S, D + 1)), "exact.keys"),
+    ("exact", EXACT._replace(values=floats(L, B, K, S + 1, D)), "exact.values"),
+    ("exact", EXACT._replace(positions=ints(B, K)), "exact.positions"),
     ("token", TOKEN._replace(q=floats(B, N, D + 1)), "store.pool"),
     ("token", TOKEN._replace(k=floats(B, N, D)), "token.k"),
     ("store", STORE._replace(bias=floats(L, B, K, M)), "store.bias"),
@@ -114,7 +147,10 @@ WRONG_PARTS = [
 @pytest.mark.parametrize("argument, wrong, part", WRONG_PARTS)
 def test_wrong_shapes_name_the_part(without_type_checker, argument, wrong, part):
     with pytest.raises(ValueError, match=rf"^{part}: must have shape "):
-        call("update_and_attend", **{argument: wrong})
+        call(
+            "rebuilt_attention" if argument in ("factors", "chunks", "exact") else "update_and_attend",
+            **{argument: wrong},
+        )
 
 
 def test_a_host_store_needs_loads_and_a_page_table():

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Int32
 
 from pallas_kernels import blocks
+from pallas_kernels.append_and_select.cases import Case
 from pallas_kernels.device import RATES
 
 
@@ -142,6 +143,36 @@ def decode_attention(inputs: dict[str, Any]) -> Floor:
         4 * (q.shape[1] // kv_heads) * dim * tokens,
         q.dtype.name,
     )
+
+
+def append_and_select(case: Case, inputs: dict[str, Any]) -> Floor:
+    """Counts the token and its summaries, the selection, and the windows that the token sees."""
+    projected, (summaries, _, delta, table) = inputs["projected"], inputs["selectable"]
+    pooled = [cache for cache in (summaries.pooled_keys, summaries.pooled_importance) if cache is not None]
+    sums = [cache[1][0] for cache in pooled]  # of one layer
+    listed = 12 * case.num_selected_blocks * len(case.positions) * case.kv_heads  # ids, slots and loads
+    seen = visible_windows(
+        inputs["positions"][:, None], None, case.num_blocks * case.block_size // case.stride - 1,
+        block_size=case.block_size, stride=case.stride,
+    )  # fmt: skip
+    # Every visible window's pooled key and importance are read once.
+    per_window = case.kv_heads * sum(means.shape[-1] * means.dtype.itemsize for means, _ in pooled)
+    tables = [] if table is None else [x[0] for x in table]  # of one layer, read and written
+    moved = 2 * nbytes(projected.qkv, sums, tables) + nbytes(projected.cos, projected.sin)
+    moved += (0 if delta is None else nbytes(delta[0])) + listed + seen * per_window
+    products = 2 * case.kv_heads * case.group * case.dim * seen if case.scored else 0
+    return Floor(moved, products, projected.qkv.dtype.name)
+
+
+def rebuilt_attention(inputs: dict[str, Any]) -> Floor:
+    """Counts what is attended to alone; factors of tokens once for every head that selects them."""
+    q, factors, chunks, exact = (inputs[name] for name in ("q", "factors", "chunks", "exact"))
+    ids, positions = jax.device_get((chunks.ids, exact.positions))
+    rank, dim, group = factors.tokens.shape[-1], q.shape[-1], q.shape[1] // ids.shape[1]
+    selected, kept = int((ids >= 0).sum()) * factors.tokens.shape[3], int((positions >= 0).sum())
+    moved = (selected * (rank + dim) + kept * 2 * dim) * q.dtype.itemsize + 2 * nbytes(q)
+    moved += nbytes(factors.heads[0], factors.cos, factors.sin, ids, chunks.slots, positions)
+    return Floor(moved, 2 * dim * (selected * rank + 2 * group * (selected + kept)), q.dtype.name)
 
 
 def moved_blocks(inputs: dict[str, Any]) -> Floor:

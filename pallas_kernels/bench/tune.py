@@ -19,7 +19,7 @@ from pallas_kernels.bench.work import Work
 PACKAGED = Path(_tuning.__file__).parent / "tuned"
 # Kernels that choose how many keys they visit at once.
 _KEYED = (
-    "block_scores", "block_scores_normaliser",
+    "block_scores", "block_scores_normaliser", "rebuilt_attention",
     "block_attention_forward_dense", "block_attention_dq_dense", "block_attention_dkv_dense",
 )  # fmt: skip
 _IMPLEMENTATION = "triton"

@@ -31,6 +31,8 @@ from pallas_kernels.fetch_blocks import cases as fetch_cases
 from pallas_kernels.fetch_blocks import reference as fetch_reference
 from pallas_kernels.pooled_keys import cases as pooled_cases
 from pallas_kernels.pooled_keys import reference as pooled_reference
+from pallas_kernels.rebuilt_attention import cases as rebuilt_cases
+from pallas_kernels.rebuilt_attention import reference as rebuilt_reference
 from pallas_kernels.resolve_slots import cases as resolve_cases
 from pallas_kernels.resolve_slots import reference as resolve_reference
 from pallas_kernels.rms_norm import cases as norm_cases
@@ -293,6 +295,11 @@ def _update_and_attend(case: decode_cases.Case, inputs: dict[str, Any]) -> Work:
     return Work(given, call, floor, truth, by_name, updates=("pool",), updated=lambda output: output[1:])
 
 
+def _rebuilt_attention(case: rebuilt_cases.Case, inputs: dict[str, Any]) -> Work:
+    truth = lambda: {"out": rebuilt_reference.rebuilt_attention_ref(**on_numpy(inputs))}
+    return Work(inputs, ops.rebuilt_attention, counts.rebuilt_attention(inputs), truth)
+
+
 def _append_token(case: append_cases.Case, inputs: dict[str, Any]) -> Work:
     options = append_cases.options(case)
     by_number = lambda output: {str(i): x for i, x in enumerate(jax.tree.leaves(output))}
@@ -312,20 +319,6 @@ def _append_token(case: append_cases.Case, inputs: dict[str, Any]) -> Work:
 def _append_and_select(case: step_cases.Case, inputs: dict[str, Any]) -> Work:
     """Compared without the selection: where scores nearly tie, rounding decides, and slots follow."""
     options: dict[str, Any] = step_cases.options(case)
-    projected, (summaries, _, delta, table) = inputs["projected"], inputs["selectable"]
-    pooled = [cache for cache in (summaries.pooled_keys, summaries.pooled_importance) if cache is not None]
-    sums = [cache[1][0] for cache in pooled]  # of one layer
-    listed = 12 * case.num_selected_blocks * len(case.positions) * case.kv_heads  # ids, slots and loads
-    seen = counts.visible_windows(
-        inputs["positions"][:, None], None, case.num_blocks * case.block_size // case.stride - 1,
-        block_size=case.block_size, stride=case.stride,
-    )  # fmt: skip
-    # Every visible window's pooled key and importance are read once.
-    per_window = case.kv_heads * sum(means.shape[-1] * means.dtype.itemsize for means, _ in pooled)
-    tables = [] if table is None else [x[0] for x in table]  # of one layer, read and written
-    moved = 2 * nbytes(projected.qkv, sums, tables) + nbytes(projected.cos, projected.sin)
-    moved += (0 if delta is None else nbytes(delta[0])) + listed + seen * per_window
-    products = 2 * case.kv_heads * case.group * case.dim * seen if case.scored else 0
 
     def by_number(output: Any) -> dict[str, Any]:
         token, selectable, *_ = output
@@ -334,7 +327,7 @@ def _append_and_select(case: step_cases.Case, inputs: dict[str, Any]) -> Work:
     return Work(
         inputs,
         functools.partial(ops.append_and_select, **options),
-        Floor(moved, products, projected.qkv.dtype.name),
+        counts.append_and_select(case, inputs),
         lambda: by_number(step_reference.append_and_select_ref(**on_numpy(inputs), **options)),
         by_number,
         "the token and its summaries",
@@ -393,6 +386,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "block_attention_grad": Benchmark(OPS["block_attention"], attention_cases, _attention(gradient=True)),
     "decode_attention": Benchmark(OPS["decode_attention"], decode_cases, _decode_attention),
     "update_and_attend": Benchmark(OPS["update_and_attend"], decode_cases, _update_and_attend),
+    "rebuilt_attention": Benchmark(OPS["rebuilt_attention"], rebuilt_cases, _rebuilt_attention),
     "resolve_slots": Benchmark(OPS["resolve_slots"], resolve_cases, _resolve_slots),
     "fetch_blocks": Benchmark(OPS["fetch_blocks"], fetch_cases, _fetch_blocks),
     "write_back_blocks": Benchmark(OPS["write_back_blocks"], fetch_cases, _write_back_blocks),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
@@ -78,13 +77,12 @@ def make_inputs(case: Case, key: Key[Array, ""]) -> dict[str, Any]:
         keys[:, b, head, empty] = values[:, b, head, empty] = np.nan
     angles = np.outer(np.arange(units * case.chunk), 10000.0 ** -np.linspace(0, 1, case.dim // 2, endpoint=False))
     heads = _inputs.alike(rng, (*lead, case.rank, case.dim), -2, case.dtype) / np.sqrt(case.rank)
-    arguments = {
-        "q": _inputs.alike(rng, (batch, case.kv_heads * case.group, case.dim), 1, case.dtype),
-        "factors": Factors(
-            tokens, heads.astype(case.dtype), np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-        ),
-        "chunks": Chunks(pool, ids, slots),
-        "exact": Exact(keys, values, positions),
-        "layer": np.array(case.layers - 1, np.int32),
+    on_device = lambda *arrays: (jnp.asarray(x) for x in arrays)
+    tables = (np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32))
+    return {
+        "q": jnp.asarray(_inputs.alike(rng, (batch, case.kv_heads * case.group, case.dim), 1, case.dtype)),
+        "factors": Factors(*on_device(tokens, heads.astype(case.dtype), *tables)),
+        "chunks": Chunks(*on_device(pool, ids, slots)),
+        "exact": Exact(*on_device(keys, values, positions)),
+        "layer": jnp.int32(case.layers - 1),
     }
-    return jax.tree.map(jnp.asarray, arguments)

@@ -21,7 +21,8 @@ from pallas_kernels._tuning import Launch, launch_of
 from pallas_kernels.rebuilt_attention.arguments import Chunks, Exact, Factors
 
 _MAX_RANK = 512  # the factors of a tile and of a head fit in shared memory
-_DEFAULT = Launch(rows=16, num_warps=4, num_stages=2, keys=64)
+# A tile of 64 keys takes 233 registers; float32 products, which tensor cores do not make, need many more.
+_HALF, _FULL = (Launch(rows=16, num_warps=4, num_stages=2, keys=keys) for keys in (64, 16))
 
 
 def _kernel(
@@ -37,7 +38,8 @@ def _kernel(
     def listed(tiles):
         """Of the tokens in tiles of chunks: (chunk, slot, place in the chunk, is it there)."""
         token = tiles * tile + lane
-        entry, place = token // size, token % size
+        of_chunk = jnp.full_like(token, size)  # a floor division would ask for signs
+        entry, place = jax.lax.div(token, of_chunk), jax.lax.rem(token, of_chunk)
         inside = entry < num_listed
         entry = jnp.where(inside, entry, 0)
         chunk, slot = ids[row, head, entry], slots[row, head, entry]
@@ -77,8 +79,7 @@ def _kernel(
     first = column if is_half is None else jnp.where(is_half, column, 0)
     second, whole = first + half, jnp.arange(dim, dtype=jnp.int32)[None]
     of_rank = jnp.arange(max(_backend.LEAST_ROWS, _backend.next_power_of_two(rank)), dtype=jnp.int32)
-    is_rank = of_rank < rank
-    of_rank = jnp.where(is_rank, of_rank, 0)
+    is_rank = of_rank < rank  # masks alone, for without a choice of addresses loads stay wide
 
     def halves(ref, index, there):
         """Both halves of vectors, zeros for those that are not there."""
@@ -145,7 +146,8 @@ def rebuilt_attention(
 ) -> Float[Array, "B N D"]:
     kv_heads, size, dim = chunks.pool.shape[2], *chunks.pool.shape[5:]
     by_head = _backend.heads_as_rows(q, kv_heads)
-    launch = launch_of("rebuilt_attention", _DEFAULT, dim=dim, group=by_head.shape[2], dtype=q.dtype.name)
+    default = _FULL if q.dtype == jnp.float32 else _HALF
+    launch = launch_of("rebuilt_attention", default, dim=dim, group=by_head.shape[2], dtype=q.dtype.name)
     total = chunks.ids.shape[2] * size + exact.positions.shape[2]
     runs = _runs(-(-total // launch.keys))
     softmax = Softmax.of(scale, False, total, q.dtype)

@@ -27,7 +27,7 @@ def rebuilt_attention(
     mask = jnp.repeat(valid, size, axis=2)
     # What nothing listed names may hold NaN.
     values = jnp.where(valid[..., None, None], chunks.pool[layer, row, head, slots, 0], 0)
-    tokens = factors.tokens[layer, row, ids].reshape(*mask.shape, -1)
+    tokens = factors.tokens[layer, row, ids].reshape(*mask.shape, factors.tokens.shape[-1])
     positions = (ids[..., None] * size + jnp.arange(size, dtype=jnp.int32)).reshape(mask.shape)
     of_layer = lambda x: jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
     keys = _rebuild(tokens, of_layer(factors.heads), positions, factors)
