@@ -43,7 +43,8 @@ class Store(NamedTuple):
 class Prompted(NamedTuple):
     """What the prompts leave behind in one layer.
 
-    kept: what the policy made, with rows first. units: the first `stored` of a row go to the store. resident: the unit
+    kept: what the policy made, with rows first. units: the first ones of a row, as many as any prompt fills or more; the
+    first `stored` of them go to the store. resident: the unit
     in each slot of the pool where it does not hold all, -1 for none. ids: wanted by the prompt's last query.
     """
 
@@ -57,9 +58,10 @@ class Prompted(NamedTuple):
 class Stepped(NamedTuple):
     """What a step did in one layer.
 
-    kept: of all layers. pool: see `Store`. out: of attention. ids: the wanted units, -1 for none. fetched: units that
-    were not on the device. scores and attended, [B, K or 1, ...], say why and what was attended to: positions of
-    tokens, -1 for none. What nobody reads of these costs nothing.
+    kept: of all layers. pool: see `Store`. out: of attention. ids: the wanted units, -1 for none. fetched: units
+    that crossed from the host; none without one, where new_ids still says which were not wanted before. scores and
+    attended, [B, K or 1, ...], say why and what was attended to: positions of tokens, -1 for none. What nobody
+    reads of these costs nothing.
     """
 
     kept: Any

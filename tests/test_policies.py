@@ -109,8 +109,9 @@ def test_the_engine_computes_what_the_layers_do_alone(model, policy):
 @pytest.mark.parametrize("policy", but_slow(POLICIES, "ArkVale"))
 def test_where_units_lie_changes_no_bit(policy):
     offloaded, on_device = generated(policy, True), generated(policy, False)
-    for name in ("tokens", "logits", "block_ids", "fetched"):
+    for name in ("tokens", "logits", "block_ids"):
         np.testing.assert_array_equal(getattr(offloaded, name), getattr(on_device, name), err_msg=name)
+    assert offloaded.fetched.any() and not on_device.fetched.any()  # nothing crosses where all is on the device
     assert np.isfinite(offloaded.logits).all()
 
 
@@ -204,6 +205,14 @@ REFUSED = {
     "infllm": (
         lambda m: prefilled(m, baselines.InfLLM()), "CacheConfig.policy", "engine", "InfLLM: its prefill", "replay"
     ),
+    "infllm, recorded": (
+        lambda m: nosa_jax.generate(m, TOKENS, cache=CacheConfig(policy=baselines.InfLLM()), record=True),
+        "CacheConfig.policy", "engine", "InfLLM: its prefill", "replay",
+    ),
+    "recorded units as blocks": (
+        lambda m: nosa_jax.Selections.from_generation(None, LENGTHS, config=m.config),
+        "config", "units of its own", "'full'", "as they are",
+    ),
     "a sparse model": (
         lambda m: prefilled(lively_model(small_config()), SHADOW),
         "CacheConfig.policy", "'full'", "'nosa'", "policy=None"
@@ -224,6 +233,12 @@ REFUSED = {
     "other pages": (
         lambda m: with_pages(jax.eval_shape(lambda: prefilled(m, SHADOW)[0]), 0, np.arange(2), 16),
         "state", "no policy", "ShadowKV", "Prefill anew",
+    ),
+    "a sparse model's turn": (
+        lambda m: jax.eval_shape(
+            lambda: nosa_jax.decode_step(lively_model(small_config()), prefilled(m, SHADOW)[0], TOKENS[:, 0])
+        ),
+        "state", "ShadowKV", "'full'", "'nosa'",
     ),
     "another model's state": (
         lambda m: jax.eval_shape(

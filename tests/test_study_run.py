@@ -122,10 +122,20 @@ def test_a_run_that_was_ended_goes_on(faked, tmp_path):
 
 
 def test_losses_are_kept_where_tasks_are_ended(faked, tmp_path, monkeypatch):
+    trained, at_most = faked
+    at_most[0] = 100
+    monkeypatch.setitem(run.SIZES, "cpu", dataclasses.replace(SIZE, tasks=("mqar",)))
+    answers = run.tasks.answers
     monkeypatch.setattr(run.tasks, "answers", lambda *_: 1 / 0)
+    call = lambda: run.main(["--size", "cpu", "--output", str(tmp_path), "--arms", "full", "--seeds", "1"])
     with pytest.raises(ZeroDivisionError):
-        run.main(["--size", "cpu", "--output", str(tmp_path), "--arms", "full"])
+        call()
     assert "after" in json.loads((tmp_path / "arms" / "full-0.json").read_text())
+    monkeypatch.setattr(run.tasks, "answers", answers)
+    call()
+    call()
+    assert trained == [("full", 0)] * 2  # again for its answers, and then no more
+    assert "tasks" in json.loads((tmp_path / "arms" / "full-0.json").read_text())
 
 
 def test_the_dense_model_is_of_no_seed_that_arms_have(monkeypatch):
@@ -133,8 +143,13 @@ def test_the_dense_model_is_of_no_seed_that_arms_have(monkeypatch):
     done = argparse.Namespace(model=None, interrupted=False)
     monkeypatch.setattr(train, "train", lambda config, source, **_: runs.append(config) or done)
     dense.small_dense(SIZE, None)
-    dense.trained_on(argparse.Namespace(config=small_config()), SIZE, None)
+    started = argparse.Namespace(config=small_config())
+    dense.trained_on(started, SIZE, None)
     assert runs[0].model.attention.variant == "full"
+    done.interrupted = True
+    for train_dense in (lambda: dense.small_dense(SIZE, None), lambda: dense.trained_on(started, SIZE, None)):
+        with pytest.raises(KeyboardInterrupt):
+            train_dense()
     for one in runs:
         assert one.steps == SIZE.dense_steps and one.seed not in {seed for arm in ARMS for seed in arm.seeds}
 

@@ -25,9 +25,10 @@ SEED = 100  # no arm has it
 
 
 def small_dense(size: Size, source: train.Source) -> NosaLM:
-    """A dense model for a CPU, trained here on the text that the arms are continued on."""
+    """A dense model for a CPU, trained here on the text that the arms are continued on. Raises KeyboardInterrupt where
+    that was ended."""
     optimizer = OptimizerConfig(learning_rate=3e-3, schedule="cosine", weight_decay=0.0)
-    return train.train(_run(presets.tiny(variant="full"), optimizer, size), source).model
+    return _whole(train.train(_run(presets.tiny(variant="full"), optimizer, size), source))
 
 
 def trained_on(model: NosaLM, size: Size, source: train.Source) -> NosaLM:
@@ -40,7 +41,11 @@ def trained_on(model: NosaLM, size: Size, source: train.Source) -> NosaLM:
     run = _run(model.config, optimizer, size)
     devices = math.gcd(size.batch_size, jax.device_count())
     mesh = parallel.make_mesh(data=devices, devices=jax.devices()[:devices]) if devices > 1 else None
-    result = train.train(run, source, model=model, mesh=mesh, progress=sys.stderr.isatty())
+    return _whole(train.train(run, source, model=model, mesh=mesh, progress=sys.stderr.isatty()))
+
+
+def _whole(result: train.TrainResult) -> NosaLM:
+    """The model of a training that came to its end: what half of one gives must not be gone on from."""
     if result.interrupted:
         raise KeyboardInterrupt
     return result.model

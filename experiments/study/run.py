@@ -4,10 +4,10 @@
     python -m experiments.study.dense --output runs/study/dense
     python -m experiments.study.run --size gpu --output runs/study            # an hour and a half on one H100
     python -m experiments.study.run --size cpu --output runs/study-cpu        # minutes, a tiny model of its own
-    python -m experiments.study.tables runs/study --output experiments/results/study_h100.json
+    python -m experiments.study.tables runs/study --output experiments/results/study_h200.json
 
-Every arm and seed is a file in OUTPUT/arms; those that are there are not run again, so a run that was ended goes on. (A
-file is there once losses are known: what was ended while tasks were asked stays without their answers.)
+Every arm and seed is a file in OUTPUT/arms; those that are whole are not run again, so a run that was ended goes on. (A
+file is there once losses are known; what was ended while tasks were asked is run again.)
 Several GPUs share the work with `--shard 0/4` to `3/4`, each in a process of its own. The text is the source of the
 packages installed beside this one, whole packages held out; OUTPUT/text.json names all of them with their versions.
 """
@@ -125,6 +125,12 @@ def arm_file(output: Path, arm: Arm, seed: int) -> Path:
     return output / "arms" / f"{arm.name.replace(', ', '_').replace(' ', '-')}-{seed}.json"
 
 
+def is_done(output: Path, arm: Arm, seed: int, size: Size) -> bool:
+    """Whether the file of an arm and seed is there, with answers where it is asked."""
+    file = arm_file(output, arm, seed)
+    return file.exists() and (not (arm.asked and size.tasks) or "tasks" in json.loads(file.read_text()))
+
+
 def write_json(file: Path, content: Any) -> None:
     """A file that is whole or not there."""
     partial = file.with_suffix(".partial")
@@ -158,7 +164,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     size = SIZES[args.size]
     (args.output / "arms").mkdir(parents=True, exist_ok=True)
-    todo = [job for job in jobs(args.arms, args.shard, args.seeds) if not arm_file(args.output, *job).exists()]
+    todo = [job for job in jobs(args.arms, args.shard, args.seeds) if not is_done(args.output, *job, size)]
     folder = (args.model or args.output / "dense") if args.size == "gpu" else None
     shared = materials(size, folder, args.output, any(arm.asked for arm, _ in todo))
     if args.shard[0] == 0:

@@ -1,6 +1,6 @@
 """The tables and figures of a run of the study, from the files that `experiments.study.run` wrote.
 
-    python -m experiments.study.tables runs/study --output experiments/results/study_h100.json
+    python -m experiments.study.tables runs/study --output experiments/results/study_h200.json
 
 Beside the JSON come NAME_quality.png (what each pool costs, and what each variant loses) and NAME_position.png (loss by
 position in the document). Differences between arms are of the same documents and, for trained models, of the same

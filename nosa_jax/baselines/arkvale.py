@@ -146,13 +146,16 @@ def read_prompt(
     The last query selects nothing: which pages are resident has a rule of its own.
     """
     batch, heads, tokens, dim = k_post.shape
-    pages = policy.num_units(sizes)
-    room = pages * policy.page
-    wider = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, max(0, room - tokens)), (0, 0)))[:, :, :room]
+    # The room of a row may be many times its prompt: only digests, which are small, are made for all of it.
+    room = policy.num_units(sizes)
+    pages = min(room, -(-tokens // policy.page))
+    wide = pages * policy.page
+    wider = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, max(0, wide - tokens)), (0, 0)))[:, :, :wide]
     units = jnp.stack([wider(x).reshape(batch, heads, pages, policy.page, dim) for x in (k_post, v)], axis=3)
     # The last page is open, even where it is exactly full.
-    closed = jnp.arange(pages) < common.num_units(lengths, policy.page)[:, None] - 1
-    centers, radii = (jnp.where(closed[:, None, :, None], box, 0) for box in digest(units[:, :, :, 0]))
+    closed = (jnp.arange(pages) < common.num_units(lengths, policy.page)[:, None] - 1)[:, None, :, None]
+    boxes = (jnp.where(closed, box, 0) for box in digest(units[:, :, :, 0]))
+    centers, radii = (jnp.pad(box, ((0, 0), (0, 0), (0, room - pages), (0, 0))) for box in boxes)
     resident = _prompt_residents(policy, score(centers, radii, q_last), lengths)
     nothing = jnp.full((batch, heads, policy.num_wanted), -1, jnp.int32)
     kept = ArkValeState(centers, radii, resident)
@@ -295,6 +298,7 @@ def decode(
     kept = ArkValeState(centers, radii, common.put_layer(state.resident, after, layer))
     tokens = common.unit_tokens(pages, policy.page)
     attended = jnp.where(tokens <= positions[:, None], tokens, -1)
-    fetched = jnp.broadcast_to((came >= 0).sum(1, dtype=jnp.int32)[:, None], (len(ids), heads))
+    crossed = (came >= 0) if store.host is not None else jnp.zeros_like(came, bool)
+    fetched = jnp.broadcast_to(crossed.sum(1, dtype=jnp.int32)[:, None], (len(ids), heads))
     wanted, new_ids = _by_head(ids, heads), _by_head(came, heads)
     return Stepped(kept, pool, out, wanted, new_ids, fetched, scores[:, None], attended[:, None])

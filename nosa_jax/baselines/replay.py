@@ -178,7 +178,9 @@ def _run_layer(policy: Policy, a: dict[str, Array], lengths: Array, rotations: R
     new = a["dec_v"].shape[1]
     sizes = Sizes(1, batch, heads, dim, tokens, new, tokens + new)
     prompt = policy.read_prompt(a.get("k_pre"), a["k_post"], a["v"], a["q_last_post"], lengths, sizes)
-    first = (jax.tree.map(lambda x: x[None], prompt.kept), prompt.units[None])
+    room = policy.num_units(sizes) - prompt.units.shape[2]  # units that only generated tokens fill
+    units = jnp.pad(prompt.units, ((0, 0), (0, 0), (0, room), (0, 0), (0, 0), (0, 0)))
+    first = (jax.tree.map(lambda x: x[None], prompt.kept), units[None])
 
     def decode(state: Any, positions: Array, q: Array, k: Array, v: Array) -> tuple[Any, Any]:
         kept, pool = state

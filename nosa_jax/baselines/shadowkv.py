@@ -341,5 +341,6 @@ def decode(
     # In the order of the original: what it has of the prompt, then the selection, then what was generated.
     chosen = common.unit_tokens(ids, policy.chunk)
     attended = jnp.concatenate([exact[:, :, :room], chosen, exact[:, :, room:]], axis=2)
-    new_ids, fetched = common.compact(ids, missing), missing.sum(-1, dtype=jnp.int32)
+    new_ids = common.compact(ids, missing)
+    fetched = jnp.where(store.host is not None, missing.sum(-1, dtype=jnp.int32), 0)
     return Stepped(kept, pool, out, ids, new_ids, fetched, scores, attended)

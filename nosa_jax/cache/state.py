@@ -311,6 +311,10 @@ def require_fitting(state: DecodeState, config: ModelConfig, dtype: Any) -> None
             )
     slots, offload = state.num_slots, state.host is not None
     if state.policy is not None:
+        if config.attention.is_sparse:
+            rule = f"made with a policy, {type(state.policy).__name__}, must go with a model of variant 'full'"
+            remedy = "Take the full model that made it, or prefill with this one and no policy."
+            raise bad_value("state", rule, f"variant {config.attention.variant!r}", remedy)
         _require_fields(state, _fitting_policy_state(state, config, dtype), remedy)
         return
     selected = config.attention.num_selected_blocks

@@ -110,13 +110,19 @@ def plan_reading(
     least = size(1, chunk)
     if budget is not None and least > budget:
         rule = f"must hold {'a chunk of ' + str(chunk) + ' tokens of ' if chunk else ''}one row, {least} bytes"
-        raise bad_value("working_set", rule, budget, "Raise it, or lower max_length." if fresh else "Raise it.")
+        raise bad_value("working_set", rule, budget, _remedy(whole_rows, fresh))
     most = batch
     while most > 1 and size(most, chunk) > limit:
         most -= 1
     # Where groups do not divide the batch the last one reads rows again: the least work, and the largest groups of it.
     rows = min(range(most // 2 + 1, most + 1), key=lambda rows: (-(-batch // rows) * rows, -rows))
     return Reading(rows, chunk, size(rows, chunk))
+
+
+def _remedy(whole_rows: bool, fresh: bool) -> str:
+    if whole_rows:
+        return "Raise it, or shorten the prompts."
+    return "Raise it, or lower max_length." if fresh else "Raise it."
 
 
 def _bytes(config: ModelConfig, rows: int, width: int, staged: int, copies: int, itemsize: int) -> int:

@@ -121,7 +121,8 @@ def figures(
     if len(rest) > 1:  # the first step compiles
         rate = (len(rest) - 1) / sum(seconds for _, seconds in rest[1:])
         yield "speed", f"{rate:,.1f} tokens/s over {len(rest)} steps, after compilation"
-    plan = nosa_jax.plan(model.config, 1, max_length, cache, dtype=model.embed.dtype)
+    rooms = {"prompt": prompt, "new": max(1, max_length - prompt)}
+    plan = nosa_jax.plan(model.config, 1, max_length, cache, dtype=model.embed.dtype, **rooms)
     blocks = "blocks" if cache.policy is None else "units"
     if plan.slots is None:
         yield "cache", f"all {plan.num_blocks} {blocks} on the device"

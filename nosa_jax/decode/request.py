@@ -153,6 +153,8 @@ def _as_stop_tokens(stop_tokens: Any) -> np.ndarray:
 
 def _record_bytes(config: ModelConfig, options: Options) -> int:
     """Bytes per row of what is recorded, twice: as it is written, one entry per step first, and as it is returned."""
+    if options.cache.policy is not None and options.cache.policy.refusal is not None:
+        return 0  # what checks the cache says why
     heads, selected = config.num_layers * config.num_kv_heads, selected_units(config, options.cache.policy)
     sizes = {"logits": config.vocab_size, "block_ids": heads * (selected or 0), "fetched": heads}
     names = set(options.names) & {"logits"} if selected is None else options.names

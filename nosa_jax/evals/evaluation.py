@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from nosa_jax.cache.plan import plan
 from nosa_jax.config import CacheConfig
 from nosa_jax.evals.chats import TemplateLike, as_template
 from nosa_jax.evals.examples import Example, Tokenizer, find_task, make, require_tokenizer
@@ -54,8 +55,8 @@ def evaluate(
     count: examples of each task and length.
     seed: of the examples, see `make`.
     generation: whether the model answers by greedy decoding, see `answer`.
-    teacher_forcing: whether the probability of the right answer is measured, see `score_answers`; None for yes where
-        prompts are read sparse, the only way that it reads them, and the cache has no policy, which it does without.
+    teacher_forcing: whether the probability of the right answer is measured, see `score_answers`; None for yes, but
+        where prompts are read dense, or by a policy: it reads them as the variant attends, without a cache.
     prefill: how prompts are read before an answer is generated: as the variant attends, or "dense", see
         `nosa_jax.prefill`.
     cache: where the KV cache lives while decoding.
@@ -87,6 +88,9 @@ def evaluate(
     if not (require_bool("generation", generation) or teacher_forcing):
         raise bad_value("generation", "or teacher_forcing must be True", False, "Ask for one of them.")
     options = _options(difficulty, names)
+    if generation:  # says so early where a policy does not go with the model
+        longest = max(require_int("lengths", size, 1) for size in sizes)
+        plan(model.config, 1, longest, cache, dtype=model.embed.dtype, prompt=longest, chunk=prefill_chunk, new=1)
     template = as_template(template, model.origin.files) if require_bool("chat", chat) else None
     haystack = haystack if haystack is None or isinstance(haystack, Haystack) else Haystack(haystack)
     of = lambda task, length, count: make(
@@ -118,7 +122,7 @@ def evaluate(
         "seed": seed,
         "count": count,
         "chat": chat,
-        "prefill": prefill,
+        "prefill": prefill if cache.policy is None else "dense",
         "variant": model.config.attention.variant,
         "cache": dataclasses.asdict(cache) | {"policy": None if cache.policy is None else repr(cache.policy)},
         "difficulty": options,

@@ -146,7 +146,13 @@ class Selections:
 
         Entry s belongs to position prompt_length - 1 + s: entry 0 is the selection of the last prompt token.
         prompt_lengths: int [B], tokens of each prompt.
+        Raises ValueError for a model of variant `full`, whose recorded units, where there are any, are a policy's.
         """
+        if not config.attention.is_sparse:
+            rule = "must be of a model that selects blocks; what a policy records are units of its own"
+            raise bad_value(
+                "config", rule, "variant 'full'", "Use block_ids and fetched of the generation as they are."
+            )
         prompt_lengths = _lengths("prompt_lengths", prompt_lengths)
         if (prompt_lengths < 1).any():
             raise bad_value("prompt_lengths", "must be >= 1", prompt_lengths, "Give every row a prompt.")

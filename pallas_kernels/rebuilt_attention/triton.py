@@ -20,7 +20,7 @@ from pallas_kernels._runs import add_up, parts_of
 from pallas_kernels._tuning import Launch, launch_of
 from pallas_kernels.rebuilt_attention.arguments import Chunks, Exact, Factors
 
-_MAX_RANK = 512  # the factors of a tile and of a head fit in shared memory
+_MAX_BYTES = 160 * 1024  # of shared memory, for the factors of a head and of a tile
 # A tile of 64 keys takes 233 registers; float32 products, which tensor cores do not make, need many more.
 _HALF, _FULL = (Launch(rows=16, num_warps=4, num_stages=2, keys=keys) for keys in (64, 16))
 
@@ -127,8 +127,10 @@ def unsupported(q: Array, factors: Factors, chunks: Chunks, exact: Exact, layer:
     if any(x.dtype != q.dtype for x in given.values()):
         dtypes = ", ".join(str(x.dtype) for x in given.values())
         return f"{', '.join(given)} must have one dtype, got {dtypes}"
-    if not 1 <= factors.tokens.shape[-1] <= _MAX_RANK:
-        return f"the rank must be in [1, {_MAX_RANK}], got {factors.tokens.shape[-1]}"
+    rank, keys = factors.tokens.shape[-1], (_FULL if q.dtype == jnp.float32 else _HALF).keys
+    needed = (q.shape[-1] + keys) * _backend.next_power_of_two(max(rank, 1)) * q.dtype.itemsize
+    if needed > _MAX_BYTES:
+        return f"factors of rank {rank} need {needed} bytes of shared memory, more than {_MAX_BYTES}"
     empty = [name for name, x in {**given, "chunks.ids": chunks.ids, "factors.cos": factors.cos}.items() if not x.size]
     if empty:
         return f"{empty[0]} holds nothing"
@@ -149,7 +151,9 @@ def rebuilt_attention(
     default = _FULL if q.dtype == jnp.float32 else _HALF
     launch = launch_of("rebuilt_attention", default, dim=dim, group=by_head.shape[2], dtype=q.dtype.name)
     total = chunks.ids.shape[2] * size + exact.positions.shape[2]
-    runs = _runs(-(-total // launch.keys))
+    # Of the selection alone: the room for exact tokens is that of the row that may grow most, and bits of a row must
+    # not depend on others.
+    runs = _runs(-(-chunks.ids.shape[2] * size // launch.keys))
     softmax = Softmax.of(scale, False, total, q.dtype)
 
     def kernel(*refs: Any) -> None:
@@ -167,5 +171,5 @@ def rebuilt_attention(
 
 
 def _runs(tiles: int) -> int:
-    """Runs of a row and KV head, a power of two: one per four tiles, 16 at least so that few rows fill the device."""
+    """Runs of a row and KV head, a power of two: one per four to eight tiles, at least 16 to fill the device."""
     return min(_backend.next_power_of_two(tiles), max(16, min(128, _backend.next_power_of_two(tiles // 8))))
