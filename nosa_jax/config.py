@@ -298,7 +298,7 @@ class CacheConfig:
     policy: how a `full` model decodes instead of attending to everything: `baselines.ShadowKV(...)` or
         `baselines.ArkVale(...)`, which say what lies where. Its pool has the size that its settings give, so that
         `slots` has no meaning; with offload=False all that it would keep in host memory is on the device, and every
-        output has the same bits.
+        output has the same bits. Records are of its units then: chunks of values alone (ShadowKV), pages (ArkVale).
     """
 
     offload: bool = True

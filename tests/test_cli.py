@@ -294,7 +294,10 @@ def test_plan_takes_a_policy(capsys):
     printed = json.loads(capsys.readouterr().out)
     policy = nosa_jax.baselines.ShadowKV(budget=1536, local_chunks=16)
     config, cache = nosa_jax.presets.nosa_8b(variant="full"), nosa_jax.CacheConfig(policy=policy)
-    assert printed["device_bytes"] == nosa_jax.plan(config, 16, 16384, cache).device_bytes
+    planned = nosa_jax.plan(config, 16, 16384, cache)
+    assert printed["device_bytes"] == planned.device_bytes
+    assert planned.misses_per_step == policy.fetch_share * 1536 / 8 > 0
+    assert nosa_jax.plan(config, 16, 16384, dataclasses.replace(cache, offload=False)).misses_per_step == 0
     assert (printed["variant"], printed["policy"]) == ("full", repr(policy))
 
 

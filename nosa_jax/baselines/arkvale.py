@@ -26,7 +26,7 @@ C pages on the device, k wanted pages.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
@@ -50,6 +50,8 @@ class ArkVale(Policy):
 
     Raises TypeError or ValueError where a value makes no sense.
     """
+
+    fetch_share: ClassVar[float] = 0.21 / 8
 
     page: int = 32
     budget: int = 128

@@ -28,7 +28,7 @@ query heads, D head dim, r rank, s selected and o outlier chunks, M = U - o room
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +56,8 @@ class ShadowKV(Policy):
 
     Raises TypeError or ValueError where a value makes no sense.
     """
+
+    fetch_share: ClassVar[float] = 26.2 / 96
 
     chunk: int = 8
     rank: int = 40

@@ -186,7 +186,7 @@ def plan(
     chunk, working_set: how prompts are read, see `prefill`. (`generate` gives rows room for their prompt and for
         `max_new_tokens`, each padded as `nosa_jax.decode.room_for` says.)
     misses: blocks fetched per step, layer, KV head and row; None takes published measurements by slots, and with a
-        policy counts none.
+        policy what was measured here, see `Policy.fetch_share`.
     link_bytes_per_second, hbm_bytes_per_second: rates of the link and of device memory; None takes what was measured
         on the card that JAX uses, if it is a known one (H100 or H200), else on an H200. Planning alone makes JAX use
         no device, so that `set_host_memory_limit` can follow it: before the first use it is an H200's, too.
@@ -213,7 +213,9 @@ def plan(
         room = rounded_room(max_length - width if new is None else require_size("new", new, 0))
         sizes = policy_sizes(config, batch, max_length, width, room)
         require_policy(config, cache.policy, sizes, chunk)
-        return _plan_policy(config, sizes, cache, dtype, limits, misses or 0.0, link, memory_rate)
+        if misses is None or not cache.offload:
+            misses = cache.offload * cache.policy.fetch_share * cache.policy.num_wanted
+        return _plan_policy(config, sizes, cache, dtype, limits, misses, link, memory_rate)
     attention, itemsize = config.attention, jnp.dtype(dtype).itemsize
     m = blocks.num_blocks(max_length, attention.block_size)
     slots = cache.resolve_slots(attention, m)
