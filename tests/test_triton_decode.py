@@ -51,12 +51,15 @@ def step(implementation, transport="auto", **given):
 
 
 @pytest.mark.parametrize(
-    ("rows", "width", "programs"), [(1, 64, 16), (1, 5, 8), (3, 64, 8), (16, 64, 1), (64, 64, 1), (0, 64, 32)]
+    ("rows", "width", "tokens", "programs"),
+    [(1, 64, 64, 16), (1, 5, 64, 8), (3, 64, 64, 8), (16, 64, 64, 1), (64, 64, 64, 1), (0, 64, 64, 32), (16, 64, 8, 8)],
 )
-def test_few_programs_move_blocks(rows, width, programs):
-    """32 in all, or one per row and KV head (of two here); no more than there are blocks, and rows need not be."""
+def test_few_programs_move_blocks(rows, width, tokens, programs):
+    """32 in all, or one per row and KV head (of two here); no more than there are blocks, and rows need not be. Blocks
+    of less than 16 KB, as chunks of 8 tokens are, take as many more."""
     floats, ints = (functools.partial(jax.ShapeDtypeStruct, dtype=dtype) for dtype in (jnp.float32, jnp.int32))
-    host, pool, pages = floats((2, 9, 2, 2, 16, 16)), floats((1, rows, 2, 8, 2, 16, 16)), ints((rows, 70))
+    host, pool = (floats((*lead, 2, tokens, 32)) for lead in ((2, 9, 2), (1, rows, 2, 8)))
+    pages = ints((rows, 70))
     lists = ints((rows, 1, width))
     trace = jax.make_jaxpr(fetch_triton.fetch_blocks)(pool, host, pages, lists, lists, ints(()))
     (call,) = (equation for equation in trace.eqns if equation.primitive.name == "pallas_call")
