@@ -150,7 +150,7 @@ class Policy:
     ) -> Stepped:
         """One layer of one token per row, which sees itself: append, score, select, make resident, attend.
 
-        rotations: `baselines.common.Rotations` of every position that `rotated` names. token: query and key after RoPE,
+        rotations: `nosa_jax.rope.Rotations` of every position that `rotated` names. token: query and key after RoPE,
         value. positions: -1 for rows without a token, which stay as they are.
         """
         raise NotImplementedError

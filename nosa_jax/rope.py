@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -106,3 +107,16 @@ def of_positions(
 ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
     """`cos_sin` of a model."""
     return cos_sin(positions, config.rope, config.head_dim, config.max_context)
+
+
+class Rotations(NamedTuple):
+    """cos, sin: float32 [S, D/2] of every position, as `cos_sin` makes them."""
+
+    cos: Float[Array, "S half"]
+    sin: Float[Array, "S half"]
+
+    def turn(self, x: Float[Array, "*rows D"], positions: Int32[Array, "*#rows"]) -> Float[Array, "*rows D"]:
+        """Rotates each x at its position; positions beyond the tables count as their ends."""
+        at = jnp.clip(positions, 0, self.cos.shape[0] - 1)
+        cos, sin = (jnp.broadcast_to(table[at], (*x.shape[:-1], table.shape[1])) for table in self)
+        return rotate(x[..., None, :], cos, sin)[..., 0, :]

@@ -8,6 +8,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 
+def dot(spec: str, x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
+    """An einsum summed in float32: float32 operands in full precision, 16-bit ones as they are, whose products fit."""
+    return jnp.einsum(spec, x, y, precision="highest", preferred_element_type=jnp.float32)
+
+
 def rotate(
     x: Float[Array, "*rows h D"], cos: Float[Array, "*rows half"], sin: Float[Array, "*rows half"]
 ) -> Float[Array, "*rows h D"]:

@@ -337,7 +337,10 @@ def test_extras_are_those_of_the_package():
         (["plan", "--slots", "3"], "--slots: must hold one selection"),
         (["plan", "--policy", "arkvale", "--slots", "80"], "--slots: has no meaning with a policy"),
         (["plan", "--policy", "arkvale", "--variant", "nosa"], "--policy: must go with a model of variant 'full'"),
-        (["plan", "--policy", "arkvale", "--policy-settings", "chunk=8"], "--policy-settings: must be whole numbers"),
+        (
+            ["plan", "--policy", "arkvale", "--policy-settings", "chunk=8"],
+            "--policy-settings: must be whole numbers as page=",
+        ),
         (["plan", "--policy-settings", "chunk=8"], "--policy-settings: must go with --policy"),
         (["plan", "--policy", "shadowkv", "--policy-settings", "chunk=0"], "ShadowKV.chunk: must be"),
         (["plan", "--batch", "0"], "--batch: must be a whole number >= 1"),

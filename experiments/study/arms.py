@@ -6,6 +6,7 @@ An arm says which variant, budget, block size, start and stages; a size says wha
 from __future__ import annotations
 
 import dataclasses
+import sys
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from flax import nnx
 from nosa_jax import NosaLM, train, with_attention
 from nosa_jax.attention.importance import Importance
 from nosa_jax.config import Variant
-from nosa_jax.train import OptimizerConfig, Source, TrainConfig
+from nosa_jax.train import OptimizerConfig, Source, TrainConfig, TrainResult
 from nosa_jax.train.importance import with_importance
 
 Start = Literal["zero", "fit"]
@@ -214,6 +215,15 @@ def training(
         trainable=TRAINED[trained], log_every=10, eval_every=0, eval_batches=1, eval_selection=False,
         checkpoint_every=0,
     )  # fmt: skip
+
+
+def completed(run: TrainConfig, source: Source, **options: Any) -> TrainResult:
+    """`train.train`, where that came to its end: what half a training gives must not be gone on from, nor count. Raises
+    KeyboardInterrupt where it was ended."""
+    result = train.train(run, source, progress=sys.stderr.isatty(), **options)
+    if result.interrupted:
+        raise KeyboardInterrupt
+    return result
 
 
 def with_bias(model: NosaLM, factor: float) -> NosaLM:

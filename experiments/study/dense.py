@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from pathlib import Path
 
 import jax
 
-from experiments.study.arms import SIZES, Size
+from experiments.study.arms import SIZES, Size, completed
 from experiments.study.held import study_text
 from nosa_jax import ModelConfig, NosaLM, from_pretrained, parallel, presets, save_pretrained, train
 from nosa_jax.hf import load_tokenizer
@@ -28,7 +27,7 @@ def small_dense(size: Size, source: train.Source) -> NosaLM:
     """A dense model for a CPU, trained here on the text that the arms are continued on. Raises KeyboardInterrupt where
     that was ended."""
     optimizer = OptimizerConfig(learning_rate=3e-3, schedule="cosine", weight_decay=0.0)
-    return _whole(train.train(_run(presets.tiny(variant="full"), optimizer, size), source))
+    return completed(_run(presets.tiny(variant="full"), optimizer, size), source).model
 
 
 def trained_on(model: NosaLM, size: Size, source: train.Source) -> NosaLM:
@@ -41,14 +40,7 @@ def trained_on(model: NosaLM, size: Size, source: train.Source) -> NosaLM:
     run = _run(model.config, optimizer, size)
     devices = math.gcd(size.batch_size, jax.device_count())
     mesh = parallel.make_mesh(data=devices, devices=jax.devices()[:devices]) if devices > 1 else None
-    return _whole(train.train(run, source, model=model, mesh=mesh, progress=sys.stderr.isatty()))
-
-
-def _whole(result: train.TrainResult) -> NosaLM:
-    """The model of a training that came to its end: what half of one gives must not be gone on from."""
-    if result.interrupted:
-        raise KeyboardInterrupt
-    return result.model
+    return completed(run, source, model=model, mesh=mesh).model
 
 
 def _run(config: ModelConfig, optimizer: OptimizerConfig, size: Size) -> TrainConfig:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +26,7 @@ import numpy as np
 
 from experiments.environment import environment
 from experiments.study import measure, tasks, text
-from experiments.study.arms import ARMS, SIZES, VARIANTS, Arm, Size, started, training
+from experiments.study.arms import ARMS, SIZES, VARIANTS, Arm, Size, completed, started, training
 from experiments.study.dense import small_dense
 from experiments.study.held import describe, documents_of, study_text
 from nosa_jax import NosaLM, cast, from_pretrained, save_importance, save_pretrained, train, with_attention
@@ -83,9 +82,7 @@ def continued(dense: NosaLM, arm: Arm, seed: int, source: train.Source, size: Si
 
 
 def _trained(run: train.TrainConfig, model: NosaLM, source: train.Source) -> tuple[NosaLM, list[Any]]:
-    result = train.train(run, source, model=model, progress=sys.stderr.isatty())
-    if result.interrupted:  # what half a training gives must not count as the arm
-        raise KeyboardInterrupt
+    result = completed(run, source, model=model)
     return result.model, [[record["step"], round(record["loss"], 5)] for record in result.history]
 
 

@@ -11,12 +11,11 @@ import concurrent.futures
 import json
 import multiprocessing
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from experiments.study.arms import Arm, Size, training
+from experiments.study.arms import Arm, Size, completed, training
 from experiments.study.held import haystack
 from nosa_jax import NosaLM, evals, train
 from nosa_jax.evals.examples import Example, Tokenizer
@@ -81,10 +80,7 @@ def conversation(example: Example) -> list[dict[str, str]]:
 def tuned(model: NosaLM, arm: Arm, seed: int, source: train.Source, size: Size) -> NosaLM:
     """The model after tuning. Raises KeyboardInterrupt where that was ended."""
     run = training(arm, size, model, seed, steps=size.tuning_steps)
-    result = train.train(run, source, model=model, progress=sys.stderr.isatty())
-    if result.interrupted:
-        raise KeyboardInterrupt
-    return result.model
+    return completed(run, source, model=model).model
 
 
 def answers(model: NosaLM, asked: list[list[Example]]) -> list[dict[str, Any]]:

@@ -6,27 +6,12 @@ list. Ids and positions are int32, -1 for nothing. All sums are float32.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int32
-
-from pallas_kernels.formulas import rotate
-
-
-class Rotations(NamedTuple):
-    """cos, sin: float32 [S, D/2] of every position, as `nosa_jax.rope.cos_sin` makes them."""
-
-    cos: Float[Array, "S half"]
-    sin: Float[Array, "S half"]
-
-    def turn(self, x: Float[Array, "*rows D"], positions: Int32[Array, "*#rows"]) -> Float[Array, "*rows D"]:
-        """Rotates each x at its position; positions beyond the tables count as their ends."""
-        at = jnp.clip(positions, 0, self.cos.shape[0] - 1)
-        cos, sin = (jnp.broadcast_to(table[at], (*x.shape[:-1], table.shape[1])) for table in self)
-        return rotate(x[..., None, :], cos, sin)[..., 0, :]
 
 
 def rows_of(x: Array) -> Int32[Array, " B"]:
@@ -76,11 +61,6 @@ def put_tokens(
     places = jnp.where(positions < 0, store.shape[2], positions)
     tokens = jnp.moveaxis(tokens, 1, 2).astype(store.dtype)
     return store.at[rows_of(store)[:, None], :, places].set(tokens, mode="drop")
-
-
-def dot(spec: str, x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
-    """An einsum summed in float32: float32 operands in full precision, 16-bit ones as they are, whose products fit."""
-    return jnp.einsum(spec, x, y, precision="highest", preferred_element_type=jnp.float32)
 
 
 def at_layer(tree: Any, layer: Int32[Array, ""]) -> Any:

@@ -32,8 +32,8 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from nosa_jax._pytree import pytree_dataclass
 from nosa_jax.baselines import common
-from nosa_jax.baselines.common import Rotations
 from nosa_jax.policy import Policy
+from nosa_jax.rope import Rotations
 from pallas_kernels.checks import bad_value, require_size
 
 

@@ -17,11 +17,11 @@ from nosa_jax import rope
 from nosa_jax._pytree import pytree_dataclass
 from nosa_jax.baselines import common, infllm
 from nosa_jax.baselines.arkvale import ArkVale
-from nosa_jax.baselines.common import Rotations
 from nosa_jax.baselines.infllm import InfLLM
 from nosa_jax.baselines.shadowkv import ShadowKV
 from nosa_jax.config import RopeConfig
 from nosa_jax.policy import Policy, Sizes, Store
+from nosa_jax.rope import Rotations
 from pallas_kernels.checks import (
     IntegersLike,
     as_integers,

@@ -36,10 +36,11 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from nosa_jax._pytree import pytree_dataclass
 from nosa_jax.baselines import common
-from nosa_jax.baselines.common import Rotations
 from nosa_jax.policy import Policy, Prompted, Sizes, Stepped, Store
+from nosa_jax.rope import Rotations
 from pallas_kernels import Chunks, Exact, Factors, fetch_blocks, rebuilt_attention
 from pallas_kernels.checks import bad_value, require_size
+from pallas_kernels.formulas import dot
 
 _SCORE_DIM = 128  # by the root of which the original divides at any head dim
 
@@ -192,10 +193,10 @@ def factor_keys(
     batch, heads, tokens, dim = k_pre.shape
     keys = jnp.moveaxis(k_pre, 1, 2).reshape(batch, tokens, heads * dim)
     keys = jnp.where((jnp.arange(tokens) < lengths[:, None])[..., None], keys, 0)
-    gram = common.dot("btx,bty->bxy", keys, keys)
+    gram = dot("btx,bty->bxy", keys, keys)
     _, vectors = jnp.linalg.eigh(gram)  # ascending
     vectors = vectors[..., : -policy.rank - 1 : -1]
-    left = common.dot("btx,bxr->btr", keys.astype(jnp.float32), vectors)
+    left = dot("btx,bxr->btr", keys.astype(jnp.float32), vectors)
     right = jnp.moveaxis(vectors.reshape(batch, heads, dim, policy.rank), 2, 3)
     return left.astype(k_pre.dtype), right.astype(k_pre.dtype)
 
@@ -292,7 +293,7 @@ def exact_positions(
 def score(landmarks: Landmarks, q: Float[Array, "B N D"]) -> Float[Array, "B K M"]:
     """float32: the largest share that a query head of the KV head gives to a landmark; 0 where there is none."""
     batch, heads, _, dim = landmarks.keys.shape
-    logits = common.dot("bkgd,bkld->bkgl", q.reshape(batch, heads, -1, dim), landmarks.keys)
+    logits = dot("bkgd,bkld->bkgl", q.reshape(batch, heads, -1, dim), landmarks.keys)
     return common.softmax(logits / jnp.sqrt(jnp.float32(_SCORE_DIM)), (landmarks.ids >= 0)[:, :, None]).max(2)
 
 

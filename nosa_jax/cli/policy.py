@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Literal
 
 from nosa_jax import CacheConfig, baselines
 from nosa_jax.config import Variant
-from nosa_jax.policy import Policy
 from pallas_kernels.checks import bad_value
 
 PolicyName = Literal["shadowkv", "arkvale"]
-_POLICIES: dict[PolicyName, type[Policy]] = {"shadowkv": baselines.ShadowKV, "arkvale": baselines.ArkVale}
+_POLICIES: dict[PolicyName, type[baselines.ShadowKV | baselines.ArkVale]] = {
+    "shadowkv": baselines.ShadowKV,
+    "arkvale": baselines.ArkVale,
+}
 
 
 def cache_of(offload: bool, slots: int | None, policy: PolicyName | None, settings: tuple[str, ...]) -> CacheConfig:
@@ -20,7 +23,7 @@ def cache_of(offload: bool, slots: int | None, policy: PolicyName | None, settin
             raise bad_value("--policy-settings", "must go with --policy", " ".join(settings), "Name a policy, too.")
         return CacheConfig(offload=offload, slots=slots)
     given = {}
-    known = [name for name in vars(_POLICIES[policy])["__dataclass_fields__"]]
+    known = [field.name for field in dataclasses.fields(_POLICIES[policy])]
     for setting in settings:
         name, _, value = setting.partition("=")
         if name not in known or not value.isdecimal():

@@ -14,7 +14,6 @@ from nosa_jax import parallel, rope
 from nosa_jax._pytree import pytree_dataclass
 from nosa_jax.attention import layout
 from nosa_jax.attention.layer import Attention
-from nosa_jax.baselines.common import Rotations
 from nosa_jax.cache import by_policy, residence
 from nosa_jax.cache.state import DecodeState, specs
 from nosa_jax.config import ModelConfig
@@ -22,6 +21,7 @@ from nosa_jax.decode import checks
 from nosa_jax.decode.program import program
 from nosa_jax.model import NosaLM
 from nosa_jax.policy import Policy
+from nosa_jax.rope import Rotations
 from pallas_kernels.checks import IntegersLike
 from pallas_kernels.device import current_device
 from pallas_kernels.promotion import usual_promotion

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from pallas_kernels.formulas import rotate
+from pallas_kernels.formulas import dot, rotate
 from pallas_kernels.rebuilt_attention.arguments import Chunks, Exact, Factors
 
 
@@ -47,7 +47,7 @@ def _rebuild(
     factors: Factors,
 ) -> Float[Array, "B K A D"]:
     """Keys after RoPE from their factors, in the dtype of these; positions beyond the tables count as their end."""
-    keys = _dot("bkar,bkrd->bkad", tokens, heads)
+    keys = dot("bkar,bkrd->bkad", tokens, heads)
     at = jnp.minimum(positions, factors.cos.shape[0] - 1)
     return rotate(keys[..., None, :], factors.cos[at], factors.sin[at])[..., 0, :].astype(heads.dtype)
 
@@ -58,17 +58,10 @@ def _attend(
     scale: float,
 ) -> Float[Array, "B K G D"]:
     """float32, over keys, finite values and masks in several parts, which need not be put side by side."""
-    logits = [
-        jnp.where(mask[:, :, None], _dot("bkgd,bkad->bkga", q, keys) * scale, -jnp.inf) for keys, _, mask in parts
-    ]
+    logits = [jnp.where(mask[:, :, None], dot("bkgd,bkad->bkga", q, keys) * scale, -jnp.inf) for keys, _, mask in parts]
     top = jnp.max(jnp.stack([x.max(-1, keepdims=True, initial=-jnp.inf) for x in logits]), axis=0)
     weights = [jnp.exp(x - jnp.where(jnp.isfinite(top), top, 0)) for x in logits]
     total = sum(x.sum(-1, keepdims=True) for x in weights)
     pairs = zip(weights, (values for _, values, _ in parts), strict=True)
-    out = sum(_dot("bkga,bkad->bkgd", x.astype(values.dtype), values) for x, values in pairs)
+    out = sum(dot("bkga,bkad->bkgd", x.astype(values.dtype), values) for x, values in pairs)
     return out / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
-
-
-def _dot(spec: str, x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Summed in float32: float32 operands in full precision, 16-bit ones as they are, whose products fit."""
-    return jnp.einsum(spec, x, y, precision="highest", preferred_element_type=jnp.float32)
