@@ -181,23 +181,6 @@ def test_a_plan_counts_what_a_state_has(model, policy, offload):
     assert state.num_blocks == plan.num_blocks and "units" in str(plan)
 
 
-def test_settle_keeps_what_is_wanted_and_gives_the_rest_the_free_slots():
-    draw = np.random.default_rng(1)
-    held = np.stack([draw.permutation(20)[:6] for _ in range(50)]).astype(np.int32)
-    ids = np.stack([draw.permutation(20)[:6] for _ in range(50)]).astype(np.int32)
-    ids[:10, 4:], ids[10:12] = -1, -1
-    after, slots, missing = jax.device_get(common.settle(jnp.asarray(held), jnp.asarray(ids)))
-    for row in range(50):
-        wanted = [unit for unit in ids[row] if unit >= 0]
-        np.testing.assert_array_equal(missing[row], [unit >= 0 and unit not in held[row] for unit in ids[row]])
-        for unit, slot in zip(ids[row], slots[row], strict=True):
-            assert slot == -1 if unit < 0 else after[row, slot] == unit
-            if unit in held[row]:
-                assert held[row, slot] == unit
-        kept = [unit for unit in held[row] if unit in wanted]
-        assert set(kept) <= set(after[row]) and len(set(after[row])) == 6
-
-
 SHADOW = POLICIES["ShadowKV"]
 REFUSED = {
     "no policy": (lambda m: CacheConfig(policy="shadowkv"), "CacheConfig.policy", "Policy", "'shadowkv'", "Pass"),

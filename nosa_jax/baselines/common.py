@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int32
 
 
@@ -84,24 +83,6 @@ def put_token(
     return put.set(token.astype(store.dtype), mode="drop", unique_indices=True)
 
 
-def settle(
-    held: Int32[Array, "*rows slots"], ids: Int32[Array, "*rows n"]
-) -> tuple[Int32[Array, "*rows slots"], Int32[Array, "*rows n"], Bool[Array, "*rows n"]]:
-    """Slots for all of `ids`, distinct, -1 for none: (what each slot holds then, the slot of each id, was it missing).
-
-    Those that were there stay where they are; the others take the slots of units that are not wanted, in their order.
-    """
-    same = (ids[..., :, None] == held[..., None, :]) & (ids >= 0)[..., None]
-    missing, free = (ids >= 0) & ~same.any(-1), ~same.any(-2)
-    # How many came up to each: a comparison of all pairs, as above, is one launch where a cumulative sum is several.
-    rank = lambda x: (x[..., None, :] & np.tri(x.shape[-1], dtype=bool)).sum(-1, dtype=jnp.int32)
-    takes = (rank(missing)[..., :, None] == rank(free)[..., None, :]) & missing[..., :, None] & free[..., None, :]
-    at = same | takes
-    slots = jnp.where(at.any(-1), jnp.argmax(at, axis=-1).astype(jnp.int32), -1)
-    held = jnp.where(takes.any(-2), jnp.where(takes, ids[..., :, None], -1).max(-2), held)
-    return held, slots, missing
-
-
 def head_logits(q: Float[Array, "B N Q D"], keys: Float[Array, "B K A D"]) -> Float[Array, "B N Q A"]:
     """q . k / sqrt(D), each query head with the keys of its KV head."""
     batch, heads, queries, dim = q.shape
@@ -112,9 +93,9 @@ def head_logits(q: Float[Array, "B N Q D"], keys: Float[Array, "B K A D"]) -> Fl
 
 def softmax(logits: Float[Array, "*rows A"], mask: Bool[Array, "*#rows A"]) -> Float[Array, "*rows A"]:
     """Over what `mask` allows, 0 elsewhere; all 0 where it allows nothing."""
-    logits = jnp.where(mask, logits, -jnp.inf)
+    logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)  # finite, so that no row needs looking after
     top = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
-    weights = jnp.where(mask, jnp.exp(logits - jnp.where(jnp.isfinite(top), top, 0)), 0)
+    weights = jnp.where(mask, jnp.exp(logits - top), 0)
     return weights / jnp.maximum(weights.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
 
 

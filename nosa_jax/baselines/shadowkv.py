@@ -38,7 +38,7 @@ from nosa_jax._pytree import pytree_dataclass
 from nosa_jax.baselines import common
 from nosa_jax.policy import Policy, Prompted, Sizes, Stepped, Store
 from nosa_jax.rope import Rotations
-from pallas_kernels import Chunks, Exact, Factors, fetch_blocks, rebuilt_attention
+from pallas_kernels import Chunks, Exact, Factors, fetch_blocks, rebuilt_attention, resolve_slots
 from pallas_kernels.checks import bad_value, require_size
 from pallas_kernels.formulas import dot
 
@@ -122,7 +122,8 @@ class ShadowKV(Policy):
             ),
             exact,
             exact,
-            numbers(*heads, self.num_selected),
+            numbers(*heads, self.num_slots),
+            numbers(*heads, self.num_slots),
         )
 
     def read_bytes(self, kept: ShadowKVState) -> int:
@@ -165,7 +166,7 @@ class ShadowKVState:
     prompt_lengths [B]. token_factors [B, U, c, r], head_factors [B, K, r, D]: keys before RoPE are their product.
     exact_keys, exact_values [B, K, E, D]: local tokens, outliers, generated tokens, each with room for the most that
     any row may have; `exact_positions` says what lies where.
-    held [B, K, s]: the chunks that the step before selected, each in the place of its slot of the pool; -1 for none.
+    held, last_used [B, K, s]: the chunk in each slot of the pool and the position that selected it last, -1 for none.
     """
 
     prompt_lengths: Any
@@ -175,6 +176,7 @@ class ShadowKVState:
     exact_keys: Any
     exact_values: Any
     held: Any
+    last_used: Any
 
 
 def num_chunks(policy: ShadowKV, lengths: Int32[Array, " B"]) -> Int32[Array, " B"]:
@@ -260,7 +262,8 @@ def read_prompt(
     ids = select(policy, landmarks, score(landmarks, q_last))
     left, right = factor_keys(policy, k_pre, lengths)
     left = chunks_of(policy, left[:, None], units)[:, 0]
-    kept = ShadowKVState(lengths, left, right, landmarks, wider(k_post), wider(v), ids)
+    last_used = jnp.where(ids >= 0, lengths[:, None, None] - 1, -1)
+    kept = ShadowKVState(lengths, left, right, landmarks, wider(k_post), wider(v), ids, last_used)
     return Prompted(kept, chunks_of(policy, v, units)[:, :, :, None], num_chunks(policy, lengths), ids, ids)
 
 
@@ -315,7 +318,7 @@ def decode(
     """One layer of a token per row; see `Policy.decode`. state, store: of all layers."""
     q, k, v = token
     is_there = (positions >= 0)[:, None, None]
-    lengths, landmarks, held = common.at_layer((state.prompt_lengths, state.landmarks, state.held), layer)
+    lengths, landmarks = common.at_layer((state.prompt_lengths, state.landmarks), layer)
     room, new = _prompt_room(policy), state.exact_keys.shape[3] - _prompt_room(policy)
     places = jnp.where(positions >= 0, room + positions - lengths, -1)
     exact_keys = common.put_token(state.exact_keys, k, places, layer)
@@ -324,7 +327,8 @@ def decode(
     # Behind a barrier, or XLA copies landmarks and exact keys into one operand, since the same queries meet both.
     scores = score(landmarks, jax.lax.optimization_barrier(q))
     ids = jnp.where(is_there, select(policy, landmarks, scores), -1)
-    pool, (settled, slots, missing) = store.pool, common.settle(held, ids)
+    held, last_used, slots, missing = resolve_slots(state.held, state.last_used, ids, positions, layer)
+    pool = store.pool
     if store.host is None:
         slots = ids
     else:
@@ -335,12 +339,7 @@ def decode(
     exact = exact_positions(policy, lengths, landmarks.outlier_ids, positions, new)
     kept_exact = Exact(exact_keys, exact_values, exact)
     out = rebuilt_attention(q, factors, Chunks(pool, ids, slots), kept_exact, layer)
-    kept = dataclasses.replace(
-        state,
-        exact_keys=exact_keys,
-        exact_values=exact_values,
-        held=common.put_layer(state.held, settled, layer),
-    )
+    kept = dataclasses.replace(state, exact_keys=exact_keys, exact_values=exact_values, held=held, last_used=last_used)
     # In the order of the original: what it has of the prompt, then the selection, then what was generated.
     chosen = common.unit_tokens(ids, policy.chunk)
     attended = jnp.concatenate([exact[:, :, :room], chosen, exact[:, :, room:]], axis=2)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import _backend, blocks
+from pallas_kernels._lists import List
 from pallas_kernels.select_blocks.triton import with_ties
 
 _NEVER = jnp.iinfo(jnp.int32).max
@@ -109,30 +110,6 @@ def _choose(query_keys, fill, own, picks, lanes):
     return chosen, _Listed(sinks, sinks + jnp.sum(chosen, dtype=jnp.int32), window, own)
 
 
-class _List(NamedTuple):
-    """A list of integers in memory, at `here`, through which threads tell each other what they found."""
-
-    ref: Any
-    here: tuple[Any, ...]
-
-    def _at(self, index, mask):
-        mask &= (index >= 0) & (index < self.ref.shape[-1])
-        # Lanes that touch nothing still get an address of their own.
-        spare = self.ref.shape[-1] + jnp.arange(index.size, dtype=jnp.int32)
-        return self.ref.at[(*self.here, jnp.where(mask, index, spare))], mask
-
-    def store(self, index, value, mask):
-        where, mask = self._at(index, mask)
-        _backend.store(where, jnp.broadcast_to(value, index.shape), mask=mask)
-
-    def load(self, index, mask):
-        where, mask = self._at(index, mask)
-        return _backend.load(where, mask=mask, other=-1)
-
-    def lanes(self):
-        return jnp.arange(_backend.next_power_of_two(self.ref.shape[-1]), dtype=jnp.int32)
-
-
 def _slots_of(absent, age, slot):
     """[J]: the slots that the absent blocks are given, in the order in which they leave."""
     rank = _backend.running_count(absent) - 1
@@ -157,20 +134,20 @@ def select_kernel(
     head, row = (_backend.program_id(axis) for axis in range(2))
     here, position = (row, head), positions[row]
     own = jnp.minimum(blocks.query_blocks(position, picks.block_size), picks.num_blocks - 1)
-    listed_ids = _List(ids, here)
+    listed_ids = List(ids, here)
     lane, block = listed_ids.lanes(), jnp.arange(lanes, dtype=jnp.int32)
     in_list = lane < picks.selected
     # All is asked for before anything is waited for.
     every_lane = (*here, _backend.ds(0, lanes))
     by_query, by_importance = (None if ref is None else ref[every_lane] for ref in (query_keys, fill))
     if table is not None:
-        held, last_used = (_List(ref, (_backend.layer_index(layer, ref), *here)) for ref in table)
+        held, last_used = (List(ref, (_backend.layer_index(layer, ref), *here)) for ref in table)
         slot = held.lanes()
         in_table = slot < table[0].shape[-1]
         block_held, used = held.load(slot, in_table), last_used.load(slot, in_table)
     given, is_given = jnp.full_like(lane, -1), position != position  # none is given
     if forced is not None:
-        given = _List(forced, (_backend.layer_index(layer, forced), *here)).load(lane, in_list)
+        given = List(forced, (_backend.layer_index(layer, forced), *here)).load(lane, in_list)
         given = jnp.where(given < picks.num_blocks, given, -1)
         is_given = (position >= 0) & (jnp.max(given) >= 0)
 
@@ -180,12 +157,12 @@ def select_kernel(
     listed_ids.store(rank, block, chosen)
     listed_ids.store(lane, fixed, is_fixed)
     if table is not None:
-        of_block = _List(places, here)
+        of_block = List(places, here)
         every = of_block.lanes()
         if forced is not None:
             of_block.store(every, jnp.full_like(every, -1), is_given & (every >= 0))
         of_block.store(block, rank, ~is_given & (block >= 0))
-        of_place = _List(residents, here)
+        of_place = List(residents, here)
         of_place.store(lane, jnp.full_like(lane, -1), in_list)
     _backend.barrier()
     want = listed_ids.load(lane, in_list)
@@ -210,9 +187,9 @@ def select_kernel(
     age = jnp.where((place < 0) & in_table, age, _NEVER)
     where = jnp.where(absent, _slots_of(absent, age, slot), found)
     starts_now = (position % picks.block_size == 0) & (want == own)
-    _List(slots, here).store(lane, where, in_list)
+    List(slots, here).store(lane, where, in_list)
     missing = absent & ~starts_now
-    _List(loads, here).store(lane, jnp.where(missing, want, -1), in_list)
+    List(loads, here).store(lane, jnp.where(missing, want, -1), in_list)
     count[here] = jnp.sum(missing, dtype=jnp.int32)
     last_used.store(slot, position, place >= 0)
     held.store(where, want, absent)

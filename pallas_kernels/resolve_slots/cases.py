@@ -34,10 +34,12 @@ SMALL: dict[str, Case] = {
     "some_move": Case(40, 11, 7, 3, padding=2),
     "half_empty": Case(40, 12, 8, 4, empty=6, kv_heads=1),
     "one_slot": Case(5, 1, 1, 1),
+    "all_wanted": Case(90, 37, 37, 20, padding=2, empty=1),
 }
 REAL: dict[str, Case] = {
     "8b_16k": Case(256, 80, 64, 2, batch=16),
     "8b_96k_batch_64": Case(1536, 128, 64, 4, batch=64),
+    "8b_16k_chunks_of_8": Case(2016, 384, 384, 191, batch=16),
 }
 CASES = SMALL | REAL
 

@@ -1,4 +1,8 @@
-"""Slots in Pallas-Triton: one program per row and KV head; a slot's turn to leave is how many would leave before it."""
+"""Slots in Pallas-Triton: one program per row and KV head; a slot's turn to leave is how many would leave before it.
+
+Who is where is found by comparing what is wanted with a few slots at a time. Slots in the order of their turns go
+through memory, for which a wanted block takes which is known only once all are counted.
+"""
 
 from __future__ import annotations
 
@@ -9,61 +13,61 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32
 
 from pallas_kernels import _backend
+from pallas_kernels._lists import List
 
 _MOST = 1024  # slots, and wanted blocks
 _CHUNK = 16  # slots that all others are compared with at once
+_IN_USE = jnp.iinfo(jnp.int32).max  # as the time of last use: of a slot that stays
 
 
-def _kernel(layer, wanted, step, blocks_in, last_used_in, blocks, last_used, slots, missing, *, width, num_slots):
+def _kernel(
+    layer, wanted, step, blocks_in, last_used_in, blocks, last_used, slots, missing, ages, order, *, width, num_slots
+):
     head, row = (_backend.program_id(axis) for axis in range(2))
-    at = (_backend.layer_index(layer, blocks), row, head)
-    lanes = jnp.arange(_backend.next_power_of_two(width), dtype=jnp.int32)
+    here = (row, head)
+    at = (_backend.layer_index(layer, blocks), *here)
+    lane = jnp.arange(_backend.next_power_of_two(width), dtype=jnp.int32)
     slot = jnp.arange(_backend.next_power_of_two(num_slots), dtype=jnp.int32)
+    is_slot, chunks = slot < num_slots, -(-num_slots // _CHUNK)
+    held, used, turns = List(blocks_in, at), List(ages, here), List(order, here)
+    want = List(wanted, here).load(lane, lane < width)
 
-    def load(ref, at, index, size):
-        inside = index < size
-        return _backend.load(ref.at[(*at, jnp.where(inside, index, 0))], mask=inside, other=-1)
+    def of_chunk(chunk):
+        index = chunk * _CHUNK + jnp.arange(_CHUNK, dtype=jnp.int32)
+        return index, index < num_slots
 
-    want = load(wanted, (row, head), lanes, width)
+    def look(chunk, found):
+        block = held.load(*of_chunk(chunk))[None]
+        return jnp.maximum(found, jnp.where((want[:, None] == block) & (block >= 0), of_chunk(chunk)[0][None], -1))
 
-    def table(index):
-        """(matches with what is wanted, age, block) of these slots; what is in use or no slot at all is never old."""
-        block, used = load(blocks_in, at, index, num_slots), load(last_used_in, at, index, num_slots)
-        match = (want[:, None] == block[None]) & (want >= 0)[:, None] & (index < num_slots)[None]
-        in_use = jnp.max(match.astype(jnp.int32), axis=0) > 0
-        return match, jnp.where(in_use | (index >= num_slots), jnp.iinfo(jnp.int32).max, used), block
+    nowhere = jnp.full((lane.shape[0], _CHUNK), -1, jnp.int32)
+    place = jnp.max(jax.lax.fori_loop(0, chunks, look, nowhere), axis=1)
+    used.store(slot, List(last_used_in, at).load(slot, is_slot), is_slot)
+    _backend.barrier()
+    used.store(place, _IN_USE, place >= 0)
+    _backend.barrier()
 
-    match, age, block = table(slot)
+    age, block = (x.load(slot, is_slot)[:, None] for x in (used, held))
 
-    def count_older(chunk, turn):
-        other = chunk * _CHUNK + jnp.arange(_CHUNK, dtype=jnp.int32)
-        _, other_age, other_block = table(other)
-        mine, theirs = (age[:, None], block[:, None], slot[:, None]), (other_age[None], other_block[None], other[None])
-        before = (theirs[1] < mine[1]) | ((theirs[1] == mine[1]) & (theirs[2] < mine[2]))
-        before = (theirs[0] < mine[0]) | ((theirs[0] == mine[0]) & before)
-        return turn + jnp.sum((before & (theirs[2] < num_slots)).astype(jnp.int32), axis=1)
+    def count_older(chunk, older):
+        other, exists = of_chunk(chunk)
+        their_age, their_block = (x.load(other, exists)[None] for x in (used, held))
+        before = (their_block < block) | ((their_block == block) & (other[None] < slot[:, None]))
+        before = (their_age < age) | ((their_age == age) & before)
+        return older + (before & exists[None]).astype(jnp.int32)
 
-    turn = jax.lax.fori_loop(0, -(-num_slots // _CHUNK), count_older, jnp.zeros_like(slot))
-    resident = jnp.max(match.astype(jnp.int32), axis=1) > 0
-    absent = (want >= 0) & ~resident
+    older = jax.lax.fori_loop(0, chunks, count_older, jnp.zeros((slot.shape[0], _CHUNK), jnp.int32))
+    turns.store(jnp.sum(older, axis=1), slot, is_slot)
+    _backend.barrier()
+
     # The r-th missing block takes the slot whose turn is r.
+    absent = (want >= 0) & (place < 0)
     rank = jnp.minimum(_backend.running_count(absent) - 1, num_slots - 1)
-    takes = absent[:, None] & (turn[None] == rank[:, None]) & (slot < num_slots)[None]
-    placed = match | takes
-    chosen = jnp.where(want >= 0, jnp.max(jnp.where(placed, slot[None], -1), axis=1), -1)
-    filled = jnp.max(placed.astype(jnp.int32), axis=0) > 0
-    new_block = jnp.where(filled, jnp.max(jnp.where(placed, want[:, None], -1), axis=0), block)
-
-    def store(ref, at, index, size, value):
-        # Lanes that store nothing still get an address of their own.
-        _backend.store(ref.at[(*at, index)], value, mask=index < size)
-
-    new_used = jnp.where(filled, step[row], load(last_used_in, at, slot, num_slots))
-    _backend.barrier()  # the table is read by all, and written where it lies
-    store(slots, (row, head), lanes, width, chosen)
-    store(missing, (row, head), lanes, width, absent.astype(jnp.int32))
-    store(blocks, at, slot, num_slots, new_block)
-    store(last_used, at, slot, num_slots, new_used)
+    place = jnp.where(absent, turns.load(rank, absent), place)
+    List(slots, here).store(lane, place, lane < width)
+    List(missing, here).store(lane, absent.astype(jnp.int32), lane < width)
+    List(blocks, at).store(place, want, place >= 0)
+    List(last_used, at).store(place, step[row], place >= 0)
 
 
 def unsupported(blocks: Array, last_used: Array, wanted: Array, step: Array, layer: Array) -> str | None:
@@ -88,11 +92,12 @@ def resolve_slots(
 
     table = jax.ShapeDtypeStruct(blocks.shape, jnp.int32)
     listed = jax.ShapeDtypeStruct(wanted.shape, jnp.int32)
-    blocks, last_used, slots, missing = _backend.triton_call(
+    room = jax.ShapeDtypeStruct((batch, kv_heads, num_slots), jnp.int32)
+    blocks, last_used, slots, missing, _, _ = _backend.triton_call(
         kernel,
         name="resolve_slots",
         grid=(kv_heads, batch),
-        out_shape=(table, table, listed, listed),
+        out_shape=(table, table, listed, listed, room, room),
         num_warps=8 if max(width, num_slots) > 64 else 4,
         aliases={3: 0, 4: 1},
     )(jax.lax.reshape(layer, (1,)), wanted, step, blocks, last_used)
