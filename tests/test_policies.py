@@ -13,7 +13,6 @@ from support import SMALL, but_slow, lively_model, random_tokens, small_config
 
 import nosa_jax
 from nosa_jax import CacheConfig, baselines, rope
-from nosa_jax.baselines import common
 from nosa_jax.cache.state import device_bytes, with_pages
 
 LENGTHS = np.array([150, 93, 20])  # the last row attends to everything

@@ -113,8 +113,8 @@ class Arm:
     """name: in tables. budget: a name in `Size.budgets`. query_share: of J, picked by the query, or all that sink and
     window leave; None as the budget has it. halves: blocks of half the size and twice as many of them. start: A = 0 as
     the paper has it, or `train.fit_importance`. stages: how its first steps are trained. trained: what is, in the other
-    steps. rate, importance_rate: multiply the learning rate, and that of A and delta once more. asked: whether it is
-    asked tasks. seeds: that the arm is run with."""
+    steps. rate, importance_rate: multiply the learning rate, and that of A and delta once more. times: multiplies the
+    steps. asked: whether it is asked tasks. seeds: that the arm is run with."""
 
     name: str
     variant: Variant
@@ -126,6 +126,7 @@ class Arm:
     trained: Trained = "everything"
     rate: float = 1.0
     importance_rate: float = 1.0
+    times: float = 1.0
     asked: bool = False
     seeds: tuple[int, ...] = (0,)
 
@@ -180,7 +181,11 @@ RATES = (
     *(Arm(f"nosa, importance rate x {x:g}", "nosa", importance_rate=x) for x in (0.2, 4.0)),
     *(Arm(f"{variant}, rate x {x:g}", variant, rate=x) for x in (3.0, 0.3) for variant in ("nosa", "infllmv2", "full")),
 )
-ARMS = (*VARIANTS, *STARTS, *BUDGETS, *ABLATIONS, *RATES)
+LONG = tuple(
+    Arm(f"{variant}, 30M tokens, rate x 3", variant, rate=3.0, times=3.66, asked=True)
+    for variant in ("full", "infllmv2", "nosa", "dma")
+)
+ARMS = (*VARIANTS, *STARTS, *BUDGETS, *ABLATIONS, *RATES, *LONG)
 
 
 def started(dense: NosaLM, arm: Arm, size: Size, source: Source, seed: int) -> NosaLM:

@@ -68,10 +68,10 @@ def continued(dense: NosaLM, arm: Arm, seed: int, source: train.Source, size: Si
     """The model as the arm begins, as it ends, and the log of its training, stage after stage."""
     start = model = started(dense, arm, size, source, seed)
     log: list[Any] = []
-    left = size.steps
+    left = whole = round(arm.times * size.steps)
     for stage in arm.stages:
         model = with_attention(model, **arm.attention_of(stage, size))
-        steps = round(stage.share * size.steps)
+        steps = round(stage.share * whole)
         model, of_stage = _trained(
             training(arm, size, model, seed + left, steps=steps, trained=stage.trained), model, source
         )

@@ -110,10 +110,10 @@ def answers(seeds: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]
     ]
 
 
-def other_of(name: str, arms: Mapping[str, Any]) -> str:
-    """InfLLMv2 with the same budget, where that was run."""
+def other_of(name: str, arms: Mapping[str, Any], base: str) -> str:
+    """The base variant with the same budget and training, where that was run."""
     _, _, rest = name.partition(", ")
-    return f"{BASE}, {rest}" if f"{BASE}, {rest}" in arms else BASE
+    return f"{base}, {rest}" if f"{base}, {rest}" in arms else base
 
 
 def summary(arms: Mapping[str, Mapping[int, Any]]) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def summary(arms: Mapping[str, Mapping[int, Any]]) -> dict[str, Any]:
             if not measured:
                 continue
             entry[when] = over_seeds(measured)
-            for other in (other_of(name, arms), "full"):
+            for other in (other_of(name, arms, base) for base in (BASE, "full")):
                 if other != name and (gap := compared(arms, name, other, when)):
                     entry[when][f"less {other}"] = gap
         biases = [one["other_bias"] for one in by_seed.values() if "other_bias" in one]
