@@ -83,7 +83,7 @@ def test_arms_are_compared_by_the_seeds_that_both_have(folder):
 
 def test_an_arm_is_compared_to_the_same_budget(folder):
     arms = tables.read(folder)
-    others = {name: tables.other_of(name, arms) for name in arms}
+    others = {name: tables.other_of(name, arms, "infllmv2") for name in arms}
     half = {"infllmv2, half", "nosa, half"}
     assert {name for name, other in others.items() if other == "infllmv2, half"} == half
     assert {other for name, other in others.items() if name not in half} == {"infllmv2"}
