@@ -276,5 +276,7 @@ def test_bad_arguments_are_refused(name):
 
 def test_ties_go_to_the_lower_chunk():
     landmarks = shadowkv.Landmarks(None, jnp.array([[[1, 3, 4, 7, -1]]]), None)
-    ids = shadowkv.select(SMALL, landmarks, jnp.array([[[0.2, 0.3, 0.2, 0.2, 0.0]]]))
-    np.testing.assert_array_equal(ids[0, 0], [3, 1, 4])
+    length = jnp.array([(4 + SMALL.outlier_chunks + SMALL.local_chunks) * SMALL.chunk])
+    ids, order = shadowkv.select(SMALL, landmarks, jnp.array([[[0.2, 0.3, 0.2, 0.2, 0.0]]]), length)
+    np.testing.assert_array_equal(ids[0, 0], [1, 3, 4])
+    np.testing.assert_array_equal(ids[0, 0][order[0, 0]], [3, 1, 4])

@@ -38,7 +38,7 @@ from nosa_jax._pytree import pytree_dataclass
 from nosa_jax.baselines import common
 from nosa_jax.policy import Policy, Prompted, Sizes, Stepped, Store
 from nosa_jax.rope import Rotations
-from pallas_kernels import Chunks, Exact, Factors, fetch_blocks, rebuilt_attention, resolve_slots
+from pallas_kernels import Chunks, Exact, Factors, fetch_blocks, rebuilt_attention, resolve_slots, select_blocks
 from pallas_kernels.checks import bad_value, require_size
 from pallas_kernels.formulas import dot
 
@@ -259,7 +259,9 @@ def read_prompt(
     landmarks = find_landmarks(policy, k_post, lengths, units)
     positions = exact_positions(policy, lengths, landmarks.outlier_ids, lengths - 1, 0)
     wider = lambda x: jnp.pad(common.take_tokens(x, positions), ((0, 0), (0, 0), (0, sizes.new), (0, 0)))
-    ids = select(policy, landmarks, score(landmarks, q_last))
+    scores = score(landmarks, q_last)
+    ids, order = select(policy, landmarks, scores, lengths)
+    ids = jnp.take_along_axis(ids, order, axis=-1)
     left, right = factor_keys(policy, k_pre, lengths)
     left = chunks_of(policy, left[:, None], units)[:, 0]
     last_used = jnp.where(ids >= 0, lengths[:, None, None] - 1, -1)
@@ -300,10 +302,19 @@ def score(landmarks: Landmarks, q: Float[Array, "B N D"]) -> Float[Array, "B K M
     return common.softmax(logits / jnp.sqrt(jnp.float32(_SCORE_DIM)), (landmarks.ids >= 0)[:, :, None]).max(2)
 
 
-def select(policy: ShadowKV, landmarks: Landmarks, scores: Float[Array, "B K M"]) -> Int32[Array, "B K s"]:
-    """The chunks of the best landmarks, best first, ties to the lower chunk; -1 where there are no more."""
-    places = common.best(scores, landmarks.ids >= 0, policy.num_selected)
-    return jnp.where(places >= 0, jnp.take_along_axis(landmarks.ids, jnp.maximum(places, 0), axis=-1), -1)
+def select(
+    policy: ShadowKV, landmarks: Landmarks, scores: Float[Array, "B K M"], lengths: Int32[Array, " B"]
+) -> tuple[Int32[Array, "B K s"], Int32[Array, "B K s"]]:
+    """(the chunks of the best landmarks, their order by score). Chunks are ascending, -1 where there are no more; ties
+    go to the lower one. The order is of places in that list, best first. lengths: of prompts, 0 to select nothing."""
+    count = jnp.maximum(num_chunks(policy, lengths) - policy.outlier_chunks, 0)  # of landmarks, those of a head first
+    places = select_blocks(
+        scores[:, :, None], None, count[:, None] - 1, block_size=1, num_selected_blocks=policy.num_selected,
+        num_sink_blocks=0, num_local_blocks=0, num_query_blocks=0,
+    )[:, :, 0]  # fmt: skip
+    at_places = lambda x, none: jnp.where(places >= 0, jnp.take_along_axis(x, jnp.maximum(places, 0), axis=-1), none)
+    order = jnp.argsort(at_places(scores, -jnp.inf), axis=-1, stable=True, descending=True)
+    return at_places(landmarks.ids, -1), order.astype(jnp.int32)
 
 
 def decode(
@@ -317,7 +328,6 @@ def decode(
 ) -> Stepped:
     """One layer of a token per row; see `Policy.decode`. state, store: of all layers."""
     q, k, v = token
-    is_there = (positions >= 0)[:, None, None]
     lengths, landmarks = common.at_layer((state.prompt_lengths, state.landmarks), layer)
     room, new = _prompt_room(policy), state.exact_keys.shape[3] - _prompt_room(policy)
     places = jnp.where(positions >= 0, room + positions - lengths, -1)
@@ -326,7 +336,7 @@ def decode(
 
     # Behind a barrier, or XLA copies landmarks and exact keys into one operand, since the same queries meet both.
     scores = score(landmarks, jax.lax.optimization_barrier(q))
-    ids = jnp.where(is_there, select(policy, landmarks, scores), -1)
+    ids, order = select(policy, landmarks, scores, jnp.where(positions >= 0, lengths, 0))
     held, last_used, slots, missing = resolve_slots(state.held, state.last_used, ids, positions, layer)
     pool = store.pool
     if store.host is None:
@@ -340,9 +350,10 @@ def decode(
     kept_exact = Exact(exact_keys, exact_values, exact)
     out = rebuilt_attention(q, factors, Chunks(pool, ids, slots), kept_exact, layer)
     kept = dataclasses.replace(state, exact_keys=exact_keys, exact_values=exact_values, held=held, last_used=last_used)
-    # In the order of the original: what it has of the prompt, then the selection, then what was generated.
+    fetched = jnp.where(store.host is not None, missing.sum(-1, dtype=jnp.int32), 0)
+    # In the order of the original: best first; what it has of the prompt, then the selection, then what was generated.
+    ids, missing = (jnp.take_along_axis(x, order, axis=-1) for x in (ids, missing))
+    new_ids = common.compact(ids, missing)
     chosen = common.unit_tokens(ids, policy.chunk)
     attended = jnp.concatenate([exact[:, :, :room], chosen, exact[:, :, room:]], axis=2)
-    new_ids = common.compact(ids, missing)
-    fetched = jnp.where(store.host is not None, missing.sum(-1, dtype=jnp.int32), 0)
     return Stepped(kept, pool, out, ids, new_ids, fetched, scores, attended)
