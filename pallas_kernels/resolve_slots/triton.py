@@ -36,24 +36,31 @@ def _kernel(
         index = chunk * _CHUNK + jnp.arange(_CHUNK, dtype=jnp.int32)
         return index, index < num_slots
 
+    # Whole lists first, so that their parts are near when the loops ask for them.
+    block, last = held.load(slot, is_slot), List(last_used_in, at).load(slot, is_slot)
+    used.store(slot, last, is_slot)
+
     def look(chunk, found):
-        block = held.load(*of_chunk(chunk))[None]
-        return jnp.maximum(found, jnp.where((want[:, None] == block) & (block >= 0), of_chunk(chunk)[0][None], -1))
+        other, exists = of_chunk(chunk)
+        their_block = held.load(other, exists)[None]
+        return jnp.maximum(found, jnp.where((want[:, None] == their_block) & (their_block >= 0), other[None], -1))
 
     nowhere = jnp.full((lane.shape[0], _CHUNK), -1, jnp.int32)
     place = jnp.max(jax.lax.fori_loop(0, chunks, look, nowhere), axis=1)
-    used.store(slot, List(last_used_in, at).load(slot, is_slot), is_slot)
     _backend.barrier()
     used.store(place, _IN_USE, place >= 0)
     _backend.barrier()
 
-    age, block = (x.load(slot, is_slot)[:, None] for x in (used, held))
+    def tie_break(block, slot):
+        """Distinct numbers, by which slots leave that were used at the same time: empty ones first."""
+        return jnp.where(block >= 0, block, slot - _MOST)
+
+    age, tie = used.load(slot, is_slot)[:, None], tie_break(block, slot)[:, None]
 
     def count_older(chunk, older):
         other, exists = of_chunk(chunk)
-        their_age, their_block = (x.load(other, exists)[None] for x in (used, held))
-        before = (their_block < block) | ((their_block == block) & (other[None] < slot[:, None]))
-        before = (their_age < age) | ((their_age == age) & before)
+        their_age, their_tie = used.load(other, exists)[None], tie_break(held.load(other, exists), other)[None]
+        before = (their_age < age) | ((their_age == age) & (their_tie < tie))
         return older + (before & exists[None]).astype(jnp.int32)
 
     older = jax.lax.fori_loop(0, chunks, count_older, jnp.zeros((slot.shape[0], _CHUNK), jnp.int32))
@@ -68,6 +75,10 @@ def _kernel(
     List(missing, here).store(lane, absent.astype(jnp.int32), lane < width)
     List(blocks, at).store(place, want, place >= 0)
     List(last_used, at).store(place, step[row], place >= 0)
+
+
+def _warps(entries: int) -> int:
+    return 4 if entries <= 64 else 8 if entries <= 256 else 16
 
 
 def unsupported(blocks: Array, last_used: Array, wanted: Array, step: Array, layer: Array) -> str | None:
@@ -98,7 +109,7 @@ def resolve_slots(
         name="resolve_slots",
         grid=(kv_heads, batch),
         out_shape=(table, table, listed, listed, room, room),
-        num_warps=8 if max(width, num_slots) > 64 else 4,
+        num_warps=_warps(max(width, num_slots)),
         aliases={3: 0, 4: 1},
     )(jax.lax.reshape(layer, (1,)), wanted, step, blocks, last_used)
     return blocks, last_used, slots, missing > 0
