@@ -78,7 +78,7 @@ def _kernel(
 
 
 def _warps(entries: int) -> int:
-    return 4 if entries <= 64 else 8 if entries <= 256 else 16
+    return 4 if entries <= 128 else 8 if entries <= 256 else 32
 
 
 def unsupported(blocks: Array, last_used: Array, wanted: Array, step: Array, layer: Array) -> str | None:
