@@ -61,3 +61,46 @@ def position(above: Mapping[str, Float64[np.ndarray, "documents parts"]], path: 
         axes.legend()
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def query_share(table: Mapping[str, Any], path: Path) -> None:
+    """What it brings and costs that the query picks more of the blocks: loss, blocks fetched, needles found.
+
+    Nothing is drawn with fewer than three shares. Importance picks nothing for InfLLMv2, which stands at the right.
+    """
+    names = ["nosa", "infllmv2", *(name for name in table if name.startswith("nosa, query share"))]
+    shares = {name: _query_share(table[name]["attention"]) for name in names if "less full" in _after(table, name)}
+    if len(shares) < 3:
+        return
+    order = sorted(shares, key=shares.__getitem__)
+    x = [shares[name] for name in order]
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
+    lost = np.array([table[name]["after"]["less full"]["all"] for name in order])
+    axes[0].errorbar(x, lost[:, 0], (lost[:, 0] - lost[:, 1], lost[:, 2] - lost[:, 0]), fmt="o-", capsize=3)
+    for marker, label, at in zip(MARKERS, ("J slots", "1.25 J", "1.5 J", "2 J"), range(4), strict=True):
+        fetched = [list(table[name]["after"]["misses"].values())[at][0] for name in order]
+        axes[1].plot(x, fetched, f"{marker}-", label=label)
+    asked = {name: {(row["task"], row["length"]): row["tokens"][0] for row in table[name]["tasks"]} for name in order}
+    for task in ("niah_single", "niah_multikey", "niah_multivalue"):
+        longest = max(length for one, length in asked[order[0]] if one == task)
+        axes[2].plot(x, [asked[name][task, longest] for name in order], "o-", label=f"{task}, {longest}")
+    titles = ("loss above dense attention, nats", "blocks fetched per step and head", "answers' tokens right")
+    for one, title in zip(axes, titles, strict=True):
+        one.set(xlabel="share of blocks picked by the query", title=title, ylim=(0, None))
+    axes[1].legend(fontsize=8)
+    axes[2].legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _after(table: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """What was measured of an arm that was asked tasks, nothing where there is none."""
+    entry = table.get(name, {})
+    return entry["after"] if "tasks" in entry else {}
+
+
+def _query_share(attention: Mapping[str, Any]) -> float:
+    selected = attention["num_selected_blocks"]
+    if attention["variant"] == "nosa":
+        return float(attention["num_query_blocks"] / selected)
+    return float((selected - attention["num_sink_blocks"] - attention["num_local_blocks"]) / selected)

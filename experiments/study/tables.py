@@ -2,8 +2,8 @@
 
     python -m experiments.study.tables runs/study --output experiments/results/study_h200.json
 
-Beside the JSON come NAME_quality.png (what each pool costs, and what each variant loses) and NAME_position.png (loss by
-position in the document). Differences between arms are of the same documents and, for trained models, of the same
+Beside the JSON come NAME_quality.png (what each pool costs, and what each variant loses), NAME_position.png (loss by
+position in the document) and, of a run with several of them, NAME_query_share.png. Differences between arms are of the same documents and, for trained models, of the same
 seed; their intervals, 95 %, are by paired bootstrap over documents.
 """
 
@@ -189,6 +189,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(tasks_markdown(table))
     stem = args.output.with_suffix("")
     figures.quality(table, stem.with_name(f"{stem.name}_quality.png"))
+    figures.query_share(table, stem.with_name(f"{stem.name}_query_share.png"))
     above = {name: found[1] for name in arms if name != "full" and (found := difference(arms, name, "full", "after"))}
     figures.position(above, stem.with_name(f"{stem.name}_position.png"))
 
