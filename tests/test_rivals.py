@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
+import numpy as np
 import pytest
+from support import lively_model, random_tokens, small_config
 
+import nosa_jax
 from experiments.rivals import figure, quality, speed
-from nosa_jax import CacheConfig, baselines
+from experiments.rivals.repeated_heads import repeated_heads
+from nosa_jax import AttentionConfig, CacheConfig, baselines
 from nosa_jax.policy import Sizes
 
 
@@ -18,6 +23,22 @@ def test_a_run_is_a_policy_or_a_variant():
     assert found.cache == CacheConfig(offload=False, policy=baselines.ArkVale()) and found.variant == "full"
     assert speed.Run.parse("nosa:512:2:72") == speed.Run("nosa", 512, 2, CacheConfig(slots=72))
     assert speed.Run.parse("full:512:2:device").cache == CacheConfig(offload=False)
+
+
+def test_a_kv_head_for_every_query_head_is_the_same_function():
+    config = dataclasses.replace(small_config(attention=AttentionConfig(variant="full")), qkv_bias=True)
+    model = lively_model(config)
+    tokens = random_tokens(2, 40)
+    repeated = repeated_heads(model)
+    expected, ours = (nosa_jax.forward(one, tokens).logits for one in (model, repeated))
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-5)
+    assert (repeated.config.num_kv_heads, repeated.config.group_size) == (model.config.num_heads, 1)
+    cache = CacheConfig(policy=baselines.ArkVale(page=8, budget=4, page_topks=4, sink=1, window=2))
+    stored = [nosa_jax.plan(one.config, 2, 200, cache, prompt=160, new=40).host_bytes for one in (model, repeated)]
+    assert stored[1] == model.config.group_size * stored[0]
+    assert speed.Run.parse("arkvale:512:2:repeated").repeated
+    with pytest.raises(ValueError, match="must be dense"):
+        repeated_heads(nosa_jax.with_attention(model, variant="infllmv2"))
 
 
 def test_policies_attend_to_a_quarter_of_what_the_comparison_has():

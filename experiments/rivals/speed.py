@@ -3,7 +3,8 @@
     python -m experiments.rivals.speed --runs shadowkv:16384:16 arkvale:16384:16 full:16384:16:device \\
         nosa:16384:16:72 --output experiments/results/rivals_speed_h100.json
 
-A run is policy or variant:context:rows[:slots or "device"][:NAME=VALUE,...], the last of them settings of a policy.
+A run is policy or variant:context:rows[:slots or "device" or "repeated"][:NAME=VALUE,...], the last of them settings of
+a policy; "repeated" gives every query head a KV head of its own.
 Weights are random, so selections are made up. How many units cross the link per step decides the speed of what is
 offloaded, so each run is measured twice: fed random tokens, when queries jump about, and fed the same token again and
 again, when they hardly move. `fetched` says what crossed, per layer, row and KV head; between the two the time is
@@ -32,6 +33,7 @@ import nosa_jax
 from experiments.decode_throughput import launches
 from experiments.environment import gpu_arguments, save
 from experiments.profiling import link_rate, memory_rate, profile
+from experiments.rivals.repeated_heads import repeated_heads
 from nosa_jax import CacheConfig, NosaLM, baselines, decode, presets, with_attention
 from nosa_jax.cache.plan import plan
 from nosa_jax.cache.state import DecodeState, device_bytes
@@ -46,6 +48,7 @@ class Run:
     context: int
     rows: int
     cache: CacheConfig
+    repeated: bool = False
 
     @staticmethod
     def parse(text: str) -> Run:
@@ -55,7 +58,7 @@ class Run:
         settings = {key: int(value) for key, _, value in (pair.partition("=") for pair in given.split(",") if pair)}
         if name in POLICIES:
             cache = CacheConfig(offload=where != "device", policy=POLICIES[name](**settings))
-            return Run("full", int(context), int(rows), cache)
+            return Run("full", int(context), int(rows), cache, where == "repeated")
         slots = int(where) if where and where != "device" else None
         return Run(name, int(context), int(rows), CacheConfig(offload=where != "device", slots=slots))
 
@@ -76,6 +79,8 @@ def loop(
 
 def measure(run: Run, model: NosaLM, *, steps: int, repeats: int, prompts: int, rates: Rates) -> dict[str, Any]:
     model = with_attention(model, variant=run.variant)
+    if run.repeated:
+        model = repeated_heads(model)
     config = model.config
     max_length = run.context + steps * (2 * repeats + 5)
     draw = lambda key, shape: jax.random.randint(jax.random.key(key), shape, 0, config.vocab_size, jnp.int32)

@@ -3,8 +3,8 @@
     python -m experiments.study.tables runs/study --output experiments/results/study_h200.json
 
 Beside the JSON come NAME_quality.png (what each pool costs, and what each variant loses), NAME_position.png (loss by
-position in the document) and, of a run with several of them, NAME_query_share.png. Differences between arms are of the same documents and, for trained models, of the same
-seed; their intervals, 95 %, are by paired bootstrap over documents.
+position in the document) and, of a run with several of them, NAME_query_share.png. Differences between arms are of the
+same documents and, for trained models, of the same seed; their intervals, 95 %, are by paired bootstrap over documents.
 """
 
 from __future__ import annotations
