@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import lively_model, random_tokens, small_config
 
 import nosa_jax
-from experiments.rivals import figure, quality, speed
+from experiments.rivals import figure, losses, quality, speed
 from experiments.rivals.repeated_heads import repeated_heads
-from nosa_jax import AttentionConfig, CacheConfig, baselines
+from nosa_jax import AttentionConfig, CacheConfig, baselines, evals
 from nosa_jax.policy import Sizes
 
 
@@ -55,6 +56,35 @@ def test_policies_attend_to_a_quarter_of_what_the_comparison_has():
 def entry(run, still, moving):
     ends = {name: {"fetched": x, "step_ms": ms} for name, (x, ms) in {"still": still, "moving": moving}.items()}
     return {"run": run} | ends
+
+
+def test_losses_are_those_of_the_whole_text_where_all_of_it_is_attended_to(monkeypatch):
+    """The engine's under `full`, and InfLLM's with a window that everything fits in."""
+    monkeypatch.setattr(losses, "STEPS", 9)
+    model = lively_model(small_config(attention=AttentionConfig(variant="full")))
+    tokens = jnp.asarray(random_tokens(2, 50))
+    expected = -evals.log_likelihood(model, tokens)[:, -9:]
+    policy = baselines.InfLLM(block=8, n_init=4, n_local=64, topk=2, max_cached=2, exc=16, rep=2)
+    for ours, fetched in (
+        losses.decoded(model, tokens, CacheConfig(offload=False)), losses.replayed(model, tokens, policy, steps=9)
+    ):  # fmt: skip
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-5)
+        assert fetched == 0
+    small = baselines.InfLLM(block=8, n_init=4, n_local=8, topk=1, max_cached=1, exc=8, rep=2)
+    ours, fetched = losses.replayed(model, tokens, small, steps=9)
+    assert np.abs(ours - expected).max() > 1e-3 and fetched > 0
+
+
+def test_a_quarter_of_the_text_is_attended_to_in_losses():
+    shadow, arkvale = (losses.CASES[name][0].policy for name in ("shadowkv", "arkvale"))
+    infllm = losses.INFLLM
+    attended = {
+        shadow.budget + (shadow.local_chunks + shadow.outlier_chunks) * shadow.chunk,
+        arkvale.page * arkvale.budget,
+        losses.BLOCKS["num_selected_blocks"] * 64,
+        infllm.n_init + infllm.n_local + infllm.topk * infllm.block,
+    }
+    assert attended == {losses.PROMPT // 4}
 
 
 def test_speeds_lie_on_a_line():
