@@ -24,7 +24,7 @@ class List(NamedTuple):
 
     def store(self, index, value, mask):
         where, mask = self._at(index, mask)
-        _backend.store(where, jnp.broadcast_to(value, index.shape), mask=mask)
+        _backend.store(where, jnp.broadcast_to(jnp.asarray(value, self.ref.dtype), index.shape), mask=mask)
 
     def load(self, index, mask):
         where, mask = self._at(index, mask)

@@ -370,7 +370,7 @@ def test_one_step_of_the_cache():
 
 def test_the_rest_of_a_decode_step():
     """Slots as the Python loop finds them, summaries as XLA's."""
-    for case in (slot_cases.REAL["8b_16k"], slot_cases.REAL["8b_16k_chunks_of_8"], slot_cases.SMALL["all_wanted"]):
+    for case in (slot_cases.REAL["8b_16k"], slot_cases.REAL["8b_16k_chunks_of_8"], slot_cases.SMALL["many_slots"]):
         inputs = slot_cases.make_inputs(case, jax.random.key(0))
         expected = slot_reference.resolve_slots_ref(**on_numpy(inputs))
         for x, y in zip(compiled(resolve_slots, inputs), expected, strict=True):

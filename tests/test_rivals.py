@@ -24,6 +24,14 @@ def test_a_run_is_a_policy_or_a_variant():
     assert found.cache == CacheConfig(offload=False, policy=baselines.ArkVale()) and found.variant == "full"
     assert speed.Run.parse("nosa:512:2:72") == speed.Run("nosa", 512, 2, CacheConfig(slots=72))
     assert speed.Run.parse("full:512:2:device").cache == CacheConfig(offload=False)
+    found = speed.Run.parse("full:512:2:device:repeated")
+    assert found.repeated and not found.cache.offload
+
+
+@pytest.mark.parametrize("text", ["arkvale:512:2:repeat", "arkvale:512:2:80", "nosa:512:2:rank=4"])
+def test_what_no_run_takes_is_refused(text):
+    with pytest.raises(ValueError, match=f"--runs: .* got '{text}'"):
+        speed.Run.parse(text)
 
 
 def test_a_kv_head_for_every_query_head_is_the_same_function():
@@ -58,16 +66,14 @@ def entry(run, still, moving):
     return {"run": run} | ends
 
 
-def test_losses_are_those_of_the_whole_text_where_all_of_it_is_attended_to(monkeypatch):
+def test_losses_are_those_of_the_whole_text_where_all_of_it_is_attended_to():
     """The engine's under `full`, and InfLLM's with a window that everything fits in."""
-    monkeypatch.setattr(losses, "STEPS", 9)
     model = lively_model(small_config(attention=AttentionConfig(variant="full")))
     tokens = jnp.asarray(random_tokens(2, 50))
     expected = -evals.log_likelihood(model, tokens)[:, -9:]
     policy = baselines.InfLLM(block=8, n_init=4, n_local=64, topk=2, max_cached=2, exc=16, rep=2)
-    for ours, fetched in (
-        losses.decoded(model, tokens, CacheConfig(offload=False)), losses.replayed(model, tokens, policy, steps=9)
-    ):  # fmt: skip
+    on_engine = losses.decoded(model, tokens, CacheConfig(offload=False), steps=9)
+    for ours, fetched in (on_engine, losses.replayed(model, tokens, policy, steps=9)):
         np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-5)
         assert fetched == 0
     small = baselines.InfLLM(block=8, n_init=4, n_local=8, topk=1, max_cached=1, exc=8, rep=2)

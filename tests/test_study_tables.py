@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments.study import tables
+from experiments.study import figures, tables
 
 
 def losses(mean, by_document=(0.0, 0.0, 0.0)):
@@ -87,6 +87,26 @@ def test_an_arm_is_compared_to_the_same_budget(folder):
     half = {"infllmv2, half", "nosa, half"}
     assert {name for name, other in others.items() if other == "infllmv2, half"} == half
     assert {other for name, other in others.items() if name not in half} == {"infllmv2"}
+    arms = {"full", "full, rate x 3", "nosa, rate x 3", "nosa, half"}
+    assert [tables.other_of(name, arms, "full") for name in sorted(arms)] == [
+        "full", "full, rate x 3", "full", "full, rate x 3",
+    ]  # fmt: skip
+
+
+def test_query_shares_are_drawn_where_there_are_three(tmp_path):
+    def arm(variant, query, answered=True):
+        attention = {"variant": variant, "num_selected_blocks": 8, "num_sink_blocks": 1, "num_local_blocks": 3}
+        after = {"less full": {"all": [0.1, 0.05, 0.2]}, "misses": {str(n): [1.0, None] for n in (8, 10, 12, 16)}}
+        tasks = {"tasks": [{"task": "niah_single", "length": 64, "tokens": [0.5, None]}]} if answered else {}
+        return {"attention": attention | {"num_query_blocks": query}, "after": after, **tasks}
+
+    path = tmp_path / "shares.png"
+    table = {"nosa": arm("nosa", 2), "infllmv2": arm("infllmv2", 2), "nosa, query share 0.5": arm("nosa", 4, False)}
+    figures.query_share(table, path)
+    assert not path.exists()
+    figures.query_share(table | {"nosa, query share 0.125": arm("nosa", 1)}, path)
+    assert path.exists()
+    assert figures._query_share(table["infllmv2"]["attention"]) == 0.5
 
 
 def test_the_summary(folder):

@@ -1,4 +1,4 @@
-"""What policies lose on text, on any machine: the last tokens of documents, read one by one over a quarter of them.
+"""What policies lose on text, on any machine: each token fed attends to a quarter of its document.
 
     python -m experiments.rivals.losses --model models/smollm2-135m --output experiments/results/rivals_losses_cpu.json
 
@@ -43,15 +43,14 @@ CASES: dict[str, tuple[CacheConfig, dict[str, Any]]] = {
 Losses = Float[np.ndarray, "B steps"]
 
 
-def decoded(model: NosaLM, tokens: Int32[Array, "B T"], cache: CacheConfig) -> tuple[Losses, float]:
+def decoded(model: NosaLM, tokens: Int32[Array, "B T"], cache: CacheConfig, steps: int = STEPS) -> tuple[Losses, float]:
     """Losses of the last tokens on the engine, and units fetched per step, layer, row and KV head."""
-    steps = tokens[:, -STEPS:].T
     state, last = nosa_jax.prefill(
-        model, tokens[:, :-STEPS], max_length=tokens.shape[1], cache=cache, dense=model.config.attention.is_sparse
+        model, tokens[:, :-steps], max_length=tokens.shape[1], cache=cache, dense=model.config.attention.is_sparse
     )
-    first, rest, fetched = _fed(model, state, last, steps)
+    first, rest, fetched = _fed(model, state, last, tokens[:, -steps:].T)
     config = model.config
-    per_table = float(fetched) / ((STEPS - 1) * steps.shape[1] * config.num_layers * config.num_kv_heads)
+    per_table = float(fetched) / ((steps - 1) * len(tokens) * config.num_layers * config.num_kv_heads)
     return np.concatenate([first[None], rest]).T, per_table
 
 

@@ -3,8 +3,8 @@
     python -m experiments.rivals.speed --runs shadowkv:16384:16 arkvale:16384:16 full:16384:16:device \\
         nosa:16384:16:72 --output experiments/results/rivals_speed_h100.json
 
-A run is policy or variant:context:rows[:slots or "device" or "repeated"][:NAME=VALUE,...], the last of them settings of
-a policy; "repeated" gives every query head a KV head of its own.
+A run is policy:context:rows[:NAME=VALUE,...] with settings of the policy, or variant:context:rows[:slots], and in any
+place behind the rows `device` for a cache that lies there, `repeated` for a KV head for every query head.
 Weights are random, so selections are made up. How many units cross the link per step decides the speed of what is
 offloaded, so each run is measured twice: fed random tokens, when queries jump about, and fed the same token again and
 again, when they hardly move. `fetched` says what crossed, per layer, row and KV head; between the two the time is
@@ -53,14 +53,16 @@ class Run:
     @staticmethod
     def parse(text: str) -> Run:
         name, context, rows, *rest = text.split(":")
-        where = next((part for part in rest if part and "=" not in part), None)
         given = next((part for part in rest if "=" in part), "")
         settings = {key: int(value) for key, _, value in (pair.partition("=") for pair in given.split(",") if pair)}
-        if name in POLICIES:
-            cache = CacheConfig(offload=where != "device", policy=POLICIES[name](**settings))
-            return Run("full", int(context), int(rows), cache, where == "repeated")
-        slots = int(where) if where and where != "device" else None
-        return Run(name, int(context), int(rows), CacheConfig(offload=where != "device", slots=slots))
+        words = [part for part in rest if "=" not in part]
+        slots = next((int(word) for word in words if word.isdecimal()), None)
+        wrong = [word for word in words if word not in ("device", "repeated") and not word.isdecimal()]
+        if wrong or (settings and name not in POLICIES) or (slots and name in POLICIES):
+            raise ValueError(f"--runs: must be a run as --help describes it, got {text!r}.")
+        policy = POLICIES[name](**settings) if name in POLICIES else None
+        cache = CacheConfig(offload="device" not in words, slots=slots, policy=policy)
+        return Run("full" if policy else name, int(context), int(rows), cache, "repeated" in words)
 
 
 def loop(
@@ -133,7 +135,7 @@ def main() -> None:
     parser.add_argument("--preset", choices=("nosa_1b", "nosa_3b", "nosa_8b"), default="nosa_8b")
     parser.add_argument("--steps", type=int, default=16, help="decode steps per sample")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--prompts", type=int, default=2, help="how often they are read; 1 times decoding alone")
+    parser.add_argument("--prompts", type=int, default=2, help="how often they are read; with 1 they are not timed")
     args = gpu_arguments(parser)
     rates = Rates(memory=memory_rate(), link=link_rate())
     config = getattr(presets, args.preset)(variant="nosa")
@@ -149,7 +151,7 @@ def main() -> None:
         print(json.dumps(entries[-1]), flush=True)
         save(
             args.output, model=args.preset, link_bytes_per_second=rates.link, hbm_bytes_per_second=rates.memory,
-            steps=args.steps, repeats=args.repeats, entries=entries,
+            steps=args.steps, repeats=args.repeats, prompts=args.prompts, entries=entries,
         )  # fmt: skip
 
 

@@ -132,18 +132,18 @@ class Arm:
 
     def attention(self, size: Size) -> dict[str, Any]:
         """Fields of AttentionConfig."""
-        budget, times = size.budgets[self.budget], 2 if self.halves else 1
+        budget, parts = size.budgets[self.budget], 2 if self.halves else 1
         query = budget.query if self.query_share is None else round(self.query_share * budget.selected)
         query = min(query, budget.selected - budget.sink - budget.local)
         return {
             "variant": self.variant,
-            "block_size": size.block_size // times,
+            "block_size": size.block_size // parts,
             "pooling_stride": size.stride,
             "pooling_window": 2 * size.stride,
-            "num_selected_blocks": times * budget.selected,
-            "num_sink_blocks": times * budget.sink,
-            "num_local_blocks": times * budget.local,
-            "num_query_blocks": times * query,
+            "num_selected_blocks": parts * budget.selected,
+            "num_sink_blocks": parts * budget.sink,
+            "num_local_blocks": parts * budget.local,
+            "num_query_blocks": parts * query,
         }
 
     def attention_of(self, stage: Stage, size: Size) -> dict[str, Any]:
@@ -181,7 +181,7 @@ RATES = (
     *(Arm(f"nosa, importance rate x {x:g}", "nosa", importance_rate=x) for x in (0.2, 4.0)),
     *(Arm(f"{variant}, rate x {x:g}", variant, rate=x) for x in (3.0, 0.3) for variant in ("nosa", "infllmv2", "full")),
 )
-LONG = tuple(
+LONG = tuple(  # 30M tokens where a row has 8,192
     Arm(f"{variant}, 30M tokens, rate x 3", variant, rate=3.0, times=3.66, asked=True)
     for variant in ("full", "infllmv2", "nosa", "dma")
 )

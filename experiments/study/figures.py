@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float64
 
 COLORS = {"infllmv2": "tab:orange", "nosa": "tab:blue", "dma": "tab:green", "nosa, fitted start": "tab:purple"}
-MARKERS = "osD^"  # pools of J, 1.25 J, 1.5 J and 2 J slots
+MARKERS, POOLS = "osD^", ("J", "1.25 J", "1.5 J", "2 J")  # of pools of so many slots
 
 
 def quality(table: Mapping[str, Any], path: Path) -> None:
@@ -37,7 +37,7 @@ def quality(table: Mapping[str, Any], path: Path) -> None:
     axes.set(xlabel="MB from host memory per token and row (bfloat16)", ylabel="loss above dense attention, nats")
     axes.set_xscale("symlog", linthresh=0.1)
     axes.set_xlim(0, 1.5 * axes.get_xlim()[1])
-    for marker, slots in zip(MARKERS, ("J", "1.25 J", "1.5 J", "2 J"), strict=True):
+    for marker, slots in zip(MARKERS, POOLS, strict=True):
         axes.plot([], [], marker, color="black", label=f"{slots} slots")
     axes.legend(ncols=2, fontsize=8)
     figure.savefig(path, dpi=150)
@@ -69,21 +69,22 @@ def query_share(table: Mapping[str, Any], path: Path) -> None:
     Nothing is drawn with fewer than three shares. Importance picks nothing for InfLLMv2, which stands at the right.
     """
     names = ["nosa", "infllmv2", *(name for name in table if name.startswith("nosa, query share"))]
-    shares = {name: _query_share(table[name]["attention"]) for name in names if "less full" in _after(table, name)}
-    if len(shares) < 3:
+    names = [name for name in names if name in table and "tasks" in table[name]]
+    if len(names) < 3 or any("less full" not in table[name]["after"] for name in names):
         return
-    order = sorted(shares, key=shares.__getitem__)
-    x = [shares[name] for name in order]
+    shares = {name: _query_share(table[name]["attention"]) for name in names}
+    names.sort(key=shares.__getitem__)
+    x = [shares[name] for name in names]
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
-    lost = np.array([table[name]["after"]["less full"]["all"] for name in order])
+    lost = np.array([table[name]["after"]["less full"]["all"] for name in names])
     axes[0].errorbar(x, lost[:, 0], (lost[:, 0] - lost[:, 1], lost[:, 2] - lost[:, 0]), fmt="o-", capsize=3)
-    for marker, label, at in zip(MARKERS, ("J slots", "1.25 J", "1.5 J", "2 J"), range(4), strict=True):
-        fetched = [list(table[name]["after"]["misses"].values())[at][0] for name in order]
-        axes[1].plot(x, fetched, f"{marker}-", label=label)
-    asked = {name: {(row["task"], row["length"]): row["tokens"][0] for row in table[name]["tasks"]} for name in order}
-    for task in ("niah_single", "niah_multikey", "niah_multivalue"):
-        longest = max(length for one, length in asked[order[0]] if one == task)
-        axes[2].plot(x, [asked[name][task, longest] for name in order], "o-", label=f"{task}, {longest}")
+    pools = zip(*(table[name]["after"]["misses"].values() for name in names), strict=True)
+    for marker, pool, fetched in zip(MARKERS, POOLS, pools, strict=False):
+        axes[1].plot(x, [mean for mean, _ in fetched], f"{marker}-", label=f"{pool} slots")
+    asked = [{(row["task"], row["length"]): row["tokens"][0] for row in table[name]["tasks"]} for name in names]
+    for task, length in sorted(asked[0]):
+        if task.startswith("niah") and length == max(length for _, length in asked[0]):
+            axes[2].plot(x, [one[task, length] for one in asked], "o-", label=f"{task}, {length}")
     titles = ("loss above dense attention, nats", "blocks fetched per step and head", "answers' tokens right")
     for one, title in zip(axes, titles, strict=True):
         one.set(xlabel="share of blocks picked by the query", title=title, ylim=(0, None))
@@ -93,13 +94,8 @@ def query_share(table: Mapping[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def _after(table: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """What was measured of an arm that was asked tasks, nothing where there is none."""
-    entry = table.get(name, {})
-    return entry["after"] if "tasks" in entry else {}
-
-
 def _query_share(attention: Mapping[str, Any]) -> float:
+    """Of the selected blocks, those that the query picks: for InfLLMv2 all that are not forced."""
     selected = attention["num_selected_blocks"]
     if attention["variant"] == "nosa":
         return float(attention["num_query_blocks"] / selected)

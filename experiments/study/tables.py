@@ -190,7 +190,8 @@ def main(arguments: list[str] | None = None) -> None:
     stem = args.output.with_suffix("")
     figures.quality(table, stem.with_name(f"{stem.name}_quality.png"))
     figures.query_share(table, stem.with_name(f"{stem.name}_query_share.png"))
-    above = {name: found[1] for name in arms if name != "full" and (found := difference(arms, name, "full", "after"))}
+    less_full = {name: difference(arms, name, other_of(name, arms, "full"), "after") for name in arms if name != "full"}
+    above = {name: found[1] for name, found in less_full.items() if found}
     figures.position(above, stem.with_name(f"{stem.name}_position.png"))
 
 

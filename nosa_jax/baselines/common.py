@@ -1,4 +1,4 @@
-"""What the three policies do alike: lists of ids, tokens of units, and attention over the tokens of a list.
+"""What the three policies do alike: lists of ids, tokens of units, and what is kept of all layers.
 
 Shapes: B rows, K KV heads, N = K * G query heads (head n reads KV head n // G), D head dim, S tokens of a store, A of a
 list. Ids and positions are int32, -1 for nothing. All sums are float32.
@@ -53,15 +53,6 @@ def take_tokens(store: Float[Array, "B K S D"], positions: Int32[Array, "B #K A"
     return jnp.take_along_axis(store, jnp.clip(positions, 0, store.shape[2] - 1)[..., None], axis=2)
 
 
-def put_tokens(
-    store: Float[Array, "B K S D"], tokens: Float[Array, "B K Q D"], positions: Int32[Array, "B Q"]
-) -> Float[Array, "B K S D"]:
-    """The store with tokens written at their positions; those of a position outside of it are dropped."""
-    places = jnp.where(positions < 0, store.shape[2], positions)
-    tokens = jnp.moveaxis(tokens, 1, 2).astype(store.dtype)
-    return store.at[rows_of(store)[:, None], :, places].set(tokens, mode="drop")
-
-
 def at_layer(tree: Any, layer: Int32[Array, ""]) -> Any:
     """One layer of stacked arrays."""
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False), tree)
@@ -83,40 +74,13 @@ def put_token(
     return put.set(token.astype(store.dtype), mode="drop", unique_indices=True)
 
 
-def head_logits(q: Float[Array, "B N Q D"], keys: Float[Array, "B K A D"]) -> Float[Array, "B N Q A"]:
-    """q . k / sqrt(D), each query head with the keys of its KV head."""
-    batch, heads, queries, dim = q.shape
-    q = q.reshape(batch, keys.shape[1], -1, queries, dim).astype(jnp.float32)
-    logits = jnp.einsum("bkgqd,bkad->bkgqa", q, keys.astype(jnp.float32), precision="highest")
-    return logits.reshape(batch, heads, queries, -1) / jnp.sqrt(jnp.float32(dim))
-
-
 def softmax(logits: Float[Array, "*rows A"], mask: Bool[Array, "*#rows A"]) -> Float[Array, "*rows A"]:
     """Over what `mask` allows, 0 elsewhere; all 0 where it allows nothing."""
-    logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)  # finite, so that no row needs looking after
+    # Finite, so that a row with nothing allowed gives no NaN.
+    logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
     top = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
     weights = jnp.where(mask, jnp.exp(logits - top), 0)
     return weights / jnp.maximum(weights.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
-
-
-def weighted_sum(weights: Float[Array, "B N Q A"], values: Float[Array, "B K A D"]) -> Float[Array, "B N Q D"]:
-    """float32; each query head reads the values of its KV head, which must be finite."""
-    batch, heads, queries, tokens = weights.shape
-    weights = weights.reshape(batch, values.shape[1], -1, queries, tokens)
-    out = jnp.einsum("bkgqa,bkad->bkgqd", weights, values.astype(jnp.float32), precision="highest")
-    return out.reshape(batch, heads, queries, -1)
-
-
-def attend(
-    q: Float[Array, "B N D"],
-    keys: Float[Array, "B K A D"],
-    values: Float[Array, "B K A D"],
-    mask: Bool[Array, "B #K A"],
-) -> Float[Array, "B N D"]:
-    """softmax(q . k / sqrt(D)) v over the tokens that `mask` allows; what lies in others may be anything, NaN too."""
-    values = jnp.where(mask[..., None], values, 0)
-    by_head = jnp.repeat(mask, q.shape[1] // mask.shape[1], axis=1)[:, :, None]
-    return weighted_sum(softmax(head_logits(q[:, :, None], keys), by_head), values)[:, :, 0].astype(q.dtype)
 
 
 def num_units(tokens: Int[Array, " B"], size: int) -> Int[Array, " B"]:

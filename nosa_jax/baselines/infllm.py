@@ -240,7 +240,7 @@ def read(
     start, width = state.lengths, q.shape[2]
     own = start[:, None] + jnp.arange(width, dtype=jnp.int32)
     real = jnp.arange(width) < count[:, None]
-    put = lambda store, new: common.put_tokens(store, new, jnp.where(real, own, -1))
+    put = lambda store, new: _put_tokens(store, new, jnp.where(real, own, -1))
     state = dataclasses.replace(state, keys=put(state.keys, k), values=put(state.values, v), lengths=start + count)
 
     q_global = rotations.turn(q, jnp.full((1, 1, 1), policy.n_local - 1, jnp.int32))
@@ -251,14 +251,14 @@ def read(
     near, first, seen = local_tokens(policy, start, count, width)
     far = global_tokens(policy, state, common.ascending(ids), state.lengths, width)
     near_keys = rotations.turn(common.take_tokens(state.keys, near[:, None]), (near - first[:, None])[:, None])
-    near_logits = common.head_logits(rotations.turn(q, (own - first[:, None])[:, None]), near_keys)
-    far_logits = common.head_logits(q_global, common.take_tokens(state.keys, far[:, None]))
+    near_logits = _head_logits(rotations.turn(q, (own - first[:, None])[:, None]), near_keys)
+    far_logits = _head_logits(q_global, common.take_tokens(state.keys, far[:, None]))
     attended = jnp.concatenate([near, far], axis=1)
     reach = jnp.broadcast_to((far >= 0)[:, None] & real[:, :, None], (*real.shape, far.shape[1]))
     mask = jnp.concatenate([seen, reach], axis=2)
     weights = common.softmax(jnp.concatenate([near_logits, far_logits], axis=3), mask[:, None])
     values = jnp.where((attended >= 0)[:, None, :, None], common.take_tokens(state.values, attended[:, None]), 0)
-    out = common.weighted_sum(weights, values).astype(q.dtype)
+    out = _weighted_sum(weights, values).astype(q.dtype)
 
     given = jnp.moveaxis(weights[..., : near.shape[1]].sum(2), 1, 2)
     where = (common.rows_of(near)[:, None], slice(None), jnp.where(near < 0, state.weights.shape[2], near))
@@ -266,3 +266,28 @@ def read(
     # In decoding a window has one token more than its query sees.
     shown = jnp.where(mask.any(1), attended, -1)
     return store_blocks(policy, state, width), InfLLMStep(ids, new_ids, scores, shown, out)
+
+
+def _put_tokens(
+    store: Float[Array, "B K S D"], tokens: Float[Array, "B K Q D"], positions: Int32[Array, "B Q"]
+) -> Float[Array, "B K S D"]:
+    """The store with tokens written at their positions; those of a position outside of it are dropped."""
+    places = jnp.where(positions < 0, store.shape[2], positions)
+    tokens = jnp.moveaxis(tokens, 1, 2).astype(store.dtype)
+    return store.at[common.rows_of(store)[:, None], :, places].set(tokens, mode="drop")
+
+
+def _head_logits(q: Float[Array, "B N Q D"], keys: Float[Array, "B K A D"]) -> Float[Array, "B N Q A"]:
+    """q . k / sqrt(D), each query head with the keys of its KV head."""
+    batch, heads, queries, dim = q.shape
+    q = q.reshape(batch, keys.shape[1], -1, queries, dim).astype(jnp.float32)
+    logits = jnp.einsum("bkgqd,bkad->bkgqa", q, keys.astype(jnp.float32), precision="highest")
+    return logits.reshape(batch, heads, queries, -1) / jnp.sqrt(jnp.float32(dim))
+
+
+def _weighted_sum(weights: Float[Array, "B N Q A"], values: Float[Array, "B K A D"]) -> Float[Array, "B N Q D"]:
+    """float32; each query head reads the values of its KV head, which must be finite."""
+    batch, heads, queries, tokens = weights.shape
+    weights = weights.reshape(batch, values.shape[1], -1, queries, tokens)
+    out = jnp.einsum("bkgqa,bkad->bkgqd", weights, values.astype(jnp.float32), precision="highest")
+    return out.reshape(batch, heads, queries, -1)

@@ -307,7 +307,8 @@ def select(
 ) -> tuple[Int32[Array, "B K s"], Int32[Array, "B K s"]]:
     """(the chunks of the best landmarks, their order by score). Chunks are ascending, -1 where there are no more; ties
     go to the lower one. The order is of places in that list, best first. lengths: of prompts, 0 to select nothing."""
-    count = jnp.maximum(num_chunks(policy, lengths) - policy.outlier_chunks, 0)  # of landmarks, those of a head first
+    # Landmarks come first in their lists.
+    count = jnp.maximum(num_chunks(policy, lengths) - policy.outlier_chunks, 0)
     places = select_blocks(
         scores[:, :, None], None, count[:, None] - 1, block_size=1, num_selected_blocks=policy.num_selected,
         num_sink_blocks=0, num_local_blocks=0, num_query_blocks=0,
@@ -351,7 +352,7 @@ def decode(
     out = rebuilt_attention(q, factors, Chunks(pool, ids, slots), kept_exact, layer)
     kept = dataclasses.replace(state, exact_keys=exact_keys, exact_values=exact_values, held=held, last_used=last_used)
     fetched = jnp.where(store.host is not None, missing.sum(-1, dtype=jnp.int32), 0)
-    # In the order of the original: best first; what it has of the prompt, then the selection, then what was generated.
+    # As the original has them. ids: best first; attended: exact tokens of the prompt, the selection, generated tokens.
     ids, missing = (jnp.take_along_axis(x, order, axis=-1) for x in (ids, missing))
     new_ids = common.compact(ids, missing)
     chosen = common.unit_tokens(ids, policy.chunk)

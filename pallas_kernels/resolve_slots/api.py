@@ -27,9 +27,9 @@ def resolve_slots(
 ) -> tuple[Int32[Array, "L B K slots"], Int32[Array, "L B K slots"], Int32[Array, "B K J"], Bool[Array, "B K J"]]:
     """Finds a slot for every wanted block of one layer, evicting where it must.
 
-    blocks: block id in each slot, -1 where it is empty. last_used: step of its last use, -1 where it is empty.
-    wanted: distinct block ids, -1 for padding, whose slots are -1. step: grows from call to call. layer: which of the L
-    layers; one out of range is refused, or means nothing where it is traced.
+    blocks: distinct block ids, one in each slot, -1 where it is empty. last_used: step of its last use, -1 where it is
+        empty. wanted: distinct block ids, -1 for padding, whose slots are -1. step: grows from call to call.
+    layer: which of the L layers; one out of range is refused, or means nothing where it is traced.
 
     Returns (blocks, last_used, slot of each wanted block, whether it was missing), the tables up to date. Raises
     ValueError or TypeError for arguments that do not go together.

@@ -34,7 +34,7 @@ SMALL: dict[str, Case] = {
     "some_move": Case(40, 11, 7, 3, padding=2),
     "half_empty": Case(40, 12, 8, 4, empty=6, kv_heads=1),
     "one_slot": Case(5, 1, 1, 1),
-    "all_wanted": Case(90, 37, 37, 20, padding=2, empty=1),
+    "many_slots": Case(90, 37, 37, 20, padding=2, empty=1),
 }
 REAL: dict[str, Case] = {
     "8b_16k": Case(256, 80, 64, 2, batch=16),

@@ -1,12 +1,10 @@
 """Slots in Pallas-Triton: one program per row and KV head; a slot's turn to leave is how many would leave before it.
 
-Who is where is found by comparing what is wanted with a few slots at a time. Slots in the order of their turns go
-through memory, for which a wanted block takes which is known only once all are counted.
+Who is where is found by comparing what is wanted with a few slots at a time. The slots, in the order in which they
+leave, go through memory: which one a missing block takes is known only when all are counted.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,25 +18,23 @@ _CHUNK = 16  # slots that all others are compared with at once
 _IN_USE = jnp.iinfo(jnp.int32).max  # as the time of last use: of a slot that stays
 
 
-def _kernel(
-    layer, wanted, step, blocks_in, last_used_in, blocks, last_used, slots, missing, ages, order, *, width, num_slots
-):
+def _kernel(layer, wanted, step, blocks_in, last_used_in, blocks, last_used, slots, missing, ages, leaving):
     head, row = (_backend.program_id(axis) for axis in range(2))
     here = (row, head)
     at = (_backend.layer_index(layer, blocks), *here)
-    lane = jnp.arange(_backend.next_power_of_two(width), dtype=jnp.int32)
-    slot = jnp.arange(_backend.next_power_of_two(num_slots), dtype=jnp.int32)
-    is_slot, chunks = slot < num_slots, -(-num_slots // _CHUNK)
-    held, used, turns = List(blocks_in, at), List(ages, here), List(order, here)
-    want = List(wanted, here).load(lane, lane < width)
+    held, ages, leaving = List(blocks_in, at), List(ages, here), List(leaving, here)
+    lane, slot = List(wanted, here).lanes(), held.lanes()
+    num_slots = blocks.shape[-1]
+    everywhere, chunks = slot >= 0, -(-num_slots // _CHUNK)
+    want = List(wanted, here).load(lane, lane >= 0)
 
     def of_chunk(chunk):
         index = chunk * _CHUNK + jnp.arange(_CHUNK, dtype=jnp.int32)
         return index, index < num_slots
 
-    # Whole lists first, so that their parts are near when the loops ask for them.
-    block, last = held.load(slot, is_slot), List(last_used_in, at).load(slot, is_slot)
-    used.store(slot, last, is_slot)
+    # Whole lists first, so that their parts are in the cache when the loops ask for them.
+    block, last = (List(ref, at).load(slot, everywhere) for ref in (blocks_in, last_used_in))
+    ages.store(slot, last, everywhere)
 
     def look(chunk, found):
         other, exists = of_chunk(chunk)
@@ -48,31 +44,30 @@ def _kernel(
     nowhere = jnp.full((lane.shape[0], _CHUNK), -1, jnp.int32)
     place = jnp.max(jax.lax.fori_loop(0, chunks, look, nowhere), axis=1)
     _backend.barrier()
-    used.store(place, _IN_USE, place >= 0)
+    ages.store(place, _IN_USE, place >= 0)
     _backend.barrier()
 
     def tie_break(block, slot):
         """Distinct numbers, by which slots leave that were used at the same time: empty ones first."""
         return jnp.where(block >= 0, block, slot - _MOST)
 
-    age, tie = used.load(slot, is_slot)[:, None], tie_break(block, slot)[:, None]
+    age, tie = ages.load(slot, everywhere)[:, None], tie_break(block, slot)[:, None]
 
-    def count_older(chunk, older):
+    def count_older(chunk, counts):
         other, exists = of_chunk(chunk)
-        their_age, their_tie = used.load(other, exists)[None], tie_break(held.load(other, exists), other)[None]
+        their_age, their_tie = ages.load(other, exists)[None], tie_break(held.load(other, exists), other)[None]
         before = (their_age < age) | ((their_age == age) & (their_tie < tie))
-        return older + (before & exists[None]).astype(jnp.int32)
+        return counts + (before & exists[None]).astype(jnp.int32)
 
-    older = jax.lax.fori_loop(0, chunks, count_older, jnp.zeros((slot.shape[0], _CHUNK), jnp.int32))
-    turns.store(jnp.sum(older, axis=1), slot, is_slot)
+    counts = jax.lax.fori_loop(0, chunks, count_older, jnp.zeros((slot.shape[0], _CHUNK), jnp.int32))
+    leaving.store(jnp.sum(counts, axis=1), slot, slot < num_slots)
     _backend.barrier()
 
-    # The r-th missing block takes the slot whose turn is r.
+    # The r-th missing block takes the slot that leaves r-th.
     absent = (want >= 0) & (place < 0)
-    rank = jnp.minimum(_backend.running_count(absent) - 1, num_slots - 1)
-    place = jnp.where(absent, turns.load(rank, absent), place)
-    List(slots, here).store(lane, place, lane < width)
-    List(missing, here).store(lane, absent.astype(jnp.int32), lane < width)
+    place = jnp.where(absent, leaving.load(_backend.running_count(absent) - 1, absent), place)
+    List(slots, here).store(lane, place, lane >= 0)
+    List(missing, here).store(lane, absent.astype(jnp.int32), lane >= 0)
     List(blocks, at).store(place, want, place >= 0)
     List(last_used, at).store(place, step[row], place >= 0)
 
@@ -98,14 +93,11 @@ def resolve_slots(
     batch, kv_heads, width = wanted.shape
     num_slots = blocks.shape[-1]
 
-    def kernel(*refs: Any) -> None:
-        _kernel(*refs, width=width, num_slots=num_slots)
-
     table = jax.ShapeDtypeStruct(blocks.shape, jnp.int32)
     listed = jax.ShapeDtypeStruct(wanted.shape, jnp.int32)
     room = jax.ShapeDtypeStruct((batch, kv_heads, num_slots), jnp.int32)
     blocks, last_used, slots, missing, _, _ = _backend.triton_call(
-        kernel,
+        _kernel,
         name="resolve_slots",
         grid=(kv_heads, batch),
         out_shape=(table, table, listed, listed, room, room),
