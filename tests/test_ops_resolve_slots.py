@@ -40,6 +40,12 @@ def test_cases(name, implementation):
     assert_like_python(implementation, make_inputs(SMALL[name], jax.random.key(1)))
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_64_bit_numbers(implementation):
+    with jax.enable_x64(True):
+        assert_like_python(implementation, make_inputs(SMALL["many_slots"], jax.random.key(1)))
+
+
 @settings(max_examples=15)
 @given(st.data())
 def test_any_table(data):
