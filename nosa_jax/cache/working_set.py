@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -112,8 +113,8 @@ def plan_reading(
         rule = f"must hold {'a chunk of ' + str(chunk) + ' tokens of ' if chunk else ''}one row, {least} bytes"
         raise bad_value("working_set", rule, budget, _remedy(whole_rows, fresh))
     most = batch
-    while most > 1 and size(most, chunk) > limit:
-        most -= 1
+    if size(batch, chunk) > limit:
+        most = max(1, bisect.bisect_right(range(1, batch), limit, key=lambda rows: size(rows, chunk)))
     # Where groups do not divide the batch the last one reads rows again: the least work, and the largest groups of it.
     rows = min(range(most // 2 + 1, most + 1), key=lambda rows: (-(-batch // rows) * rows, -rows))
     return Reading(rows, chunk, size(rows, chunk))
