@@ -339,9 +339,17 @@ def test_extras_are_those_of_the_package():
         (["plan", "--policy", "arkvale", "--variant", "nosa"], "--policy: must go with a model of variant 'full'"),
         (
             ["plan", "--policy", "arkvale", "--policy-settings", "chunk=8"],
-            "--policy-settings: must be whole numbers as page=",
+            "--policy-settings: must be settings of arkvale, which has page, ",
         ),
         (["plan", "--policy-settings", "chunk=8"], "--policy-settings: must go with --policy"),
+        (
+            ["generate", "x", "--policy", "shadowkv", "--policy-settings", "chunk=-8"],
+            "--policy-settings: must be NAME=NUMBER, got 'chunk=-8'",
+        ),
+        (
+            ["plan", "--policy", "shadowkv", "--policy-settings", "rank=4", "rank=8"],
+            "--policy-settings: must name a setting once",
+        ),
         (["plan", "--policy", "shadowkv", "--policy-settings", "chunk=0"], "ShadowKV.chunk: must be"),
         (["plan", "--batch", "0"], "--batch: must be a whole number >= 1"),
         (["train", "--files", "nowhere/*.txt"], "--files: must each find a file"),

@@ -13,7 +13,7 @@ import pytest
 from support import lively_model, random_tokens, small_config
 
 import nosa_jax
-from nosa_jax import CacheConfig, presets
+from nosa_jax import CacheConfig, baselines, presets
 from nosa_jax.cache import memory
 from nosa_jax.cache.plan import default_rates, expected_misses, parameter_bytes, step_bytes
 from nosa_jax.cache.state import empty_state
@@ -202,3 +202,14 @@ def test_configurations_hold_numbers_of_python(without_type_checker):
     assert hash(rope) and "np." not in repr(rope)
     plan = nosa_jax.plan(config, np.int64(2), 30.0)
     assert plan == nosa_jax.plan(config, 2, 30) and isinstance(plan.max_length, int)
+
+
+def test_rows_without_number_are_planned_at_once():
+    plan = nosa_jax.plan(presets.nosa_8b(), 10**9, 10**6)
+    assert plan.batch == 10**9 and plan.reading.rows == nosa_jax.plan(presets.nosa_8b(), 100, 10**6).reading.rows
+
+
+def test_a_policy_that_has_room_for_all_units_fetches_none():
+    config, policy = presets.nosa_8b(variant="full"), baselines.ShadowKV()
+    short, long = (nosa_jax.plan(config, 1, n, CacheConfig(policy=policy)).misses_per_step for n in (3072, 8192))
+    assert short == 0 and long == pytest.approx(policy.fetch_share * 384)

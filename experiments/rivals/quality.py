@@ -67,7 +67,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="folder of a dense model")
     parser.add_argument("--text", type=Path, required=True, help="text.pickle of a run of the study")
     parser.add_argument("--count", type=int, default=40, help="examples of each task")
-    parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=tuple(CASES))
+    parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=tuple(CASES), metavar="NAME",
+                        help="; ".join(map(repr, CASES)))  # fmt: skip
     args = gpu_arguments(parser)
     dense = from_pretrained(args.model, variant="full", dtype=jnp.bfloat16)
     tokenizer = load_tokenizer(args.model, dense.config.vocab_size)

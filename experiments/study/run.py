@@ -152,16 +152,24 @@ def materials(size: Size, folder: Path | None, output: Path, asks: bool) -> Mate
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = "; ".join(repr(arm.name) for arm in ARMS)
     parser.add_argument("--size", choices=tuple(SIZES), default="gpu")
     parser.add_argument("--model", type=Path, help="folder of the dense model (gpu); OUTPUT/dense unless given")
-    parser.add_argument("--arms", nargs="+", choices=[arm.name for arm in ARMS], help="instead of all")
+    parser.add_argument(
+        "--arms", nargs="+", choices=[arm.name for arm in ARMS], metavar="NAME", help=f"instead of all: {names}"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="of an arm, at most")
     parser.add_argument("--shard", type=shard, default=(0, 1), help="which part of the work, INDEX/COUNT")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args(arguments)
+    if args.seeds < 1:
+        parser.error(f"--seeds: must be at least 1, got {args.seeds}. Leave it out for three.")
     size = SIZES[args.size]
     (args.output / "arms").mkdir(parents=True, exist_ok=True)
     todo = [job for job in jobs(args.arms, args.shard, args.seeds) if not is_done(args.output, *job, size)]
+    if not todo:
+        print(f"nothing to do: {args.output} has all that was asked for.")
+        return
     folder = (args.model or args.output / "dense") if args.size == "gpu" else None
     shared = materials(size, folder, args.output, any(arm.asked for arm, _ in todo))
     if args.shard[0] == 0:

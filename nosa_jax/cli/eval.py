@@ -100,7 +100,7 @@ class Eval:
                     chat=self.chat,
                     label=self.path.name or str(self.path),
                 )
-            heading(f"{self.path}: {model.config.attention.variant}, {self.count} examples each")
+            heading(f"{table.label}: {model.config.attention.variant}, {self.count} examples each")
             indented(str(table))
             written = [self.output / name for name in _FILES]
             table.save(written[0])

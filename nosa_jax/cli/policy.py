@@ -22,13 +22,17 @@ def cache_of(offload: bool, slots: int | None, policy: PolicyName | None, settin
         if settings:
             raise bad_value("--policy-settings", "must go with --policy", " ".join(settings), "Name a policy, too.")
         return CacheConfig(offload=offload, slots=slots)
-    given = {}
+    given: dict[str, int] = {}
     known = [field.name for field in dataclasses.fields(_POLICIES[policy])]
     for setting in settings:
         name, _, value = setting.partition("=")
-        if name not in known or not value.isdecimal():
-            rule = f"must be whole numbers as {known[0]}=8, for {policy} of {', '.join(known)}"
-            raise bad_value("--policy-settings", rule, repr(setting), "Correct it.")
+        if name not in known:
+            rule = f"must be settings of {policy}, which has {', '.join(known)}"
+            raise bad_value("--policy-settings", rule, repr(setting), "Use one of these names.")
+        if not value.isdecimal():
+            raise bad_value("--policy-settings", "must be NAME=NUMBER", repr(setting), "Give a whole number.")
+        if name in given:
+            raise bad_value("--policy-settings", "must name a setting once", repr(setting), "Leave one of them out.")
         given[name] = int(value)
     return CacheConfig(offload=offload, slots=slots, policy=_POLICIES[policy](**given))
 

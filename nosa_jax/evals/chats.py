@@ -35,7 +35,7 @@ def as_template(template: TemplateLike, files: Mapping[str, bytes] | None = None
     if isinstance(stored, list):  # several, by name
         stored = next((entry.get("template") for entry in stored if entry.get("name") == "default"), None)
     if not isinstance(stored, str):
-        raise bad_value("template", "must be given, as the model comes without a chat template,", template, _REMEDY)
+        raise bad_value("template", "must be given, as the model comes without a chat template", template, _REMEDY)
     return ChatTemplate(stored, special_texts(config), "chat_template")
 
 

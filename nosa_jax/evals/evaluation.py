@@ -67,7 +67,7 @@ def evaluate(
     haystack, chat: see `make`.
     template: see `make`; None for the one that the model came with.
     difficulty: options by task, such as {"niah_multikey": {"keys": 16}}.
-    label: of the table; None for the model's variant.
+    label: of the table, which names the cache's policy behind it; None for the model's variant.
     progress: whether a bar is shown on a terminal.
 
     Raises TypeError or ValueError, before the model runs, for bad input, a length too short for a task included;
@@ -127,7 +127,11 @@ def evaluate(
         "cache": dataclasses.asdict(cache) | {"policy": None if cache.policy is None else repr(cache.policy)},
         "difficulty": options,
     }
-    return Table(model.config.attention.variant if label is None else label, rows, examples, settings)
+    policy = None if cache.policy is None else type(cache.policy).__name__
+    named = model.config.attention.variant if label is None else label
+    if policy is not None:
+        named = f"{named}, {policy}"
+    return Table(named, rows, examples, settings)
 
 
 def judge(
