@@ -28,6 +28,7 @@ from support import (
 import nosa_jax
 from nosa_jax import CacheConfig
 from nosa_jax.attention.layout import as_segment_ids
+from nosa_jax.cache.working_set import Limits
 from nosa_jax.decode.checks import as_prompt
 from nosa_jax.decode.prompt import read_prompt
 
@@ -301,6 +302,6 @@ def test_state_after_forced_prefill_holds_the_forced_selection():
     gen = nosa_jax.generate(model, tokens, max_new_tokens=1, forced_block_ids=forced, record=True)
     np.testing.assert_array_equal(gen.block_ids, forced)
     prompt = as_prompt(model, tokens, None)
-    state, out = read_prompt(model, prompt, forced[:, :, :, 0], max_length=208, cache=CacheConfig(), chunk=64)
+    state, out = read_prompt(model, prompt, forced[:, :, :, 0], max_length=208, cache=CacheConfig(), limits=Limits(64))
     np.testing.assert_array_equal(state.table.blocks[..., :8], forced[:, :, :, 0])
     np.testing.assert_allclose(out.logits, gen.logits[:, 0], atol=TOLERANCE)
