@@ -22,11 +22,11 @@ class List(NamedTuple):
         spare = self.ref.shape[-1] + jnp.arange(index.size, dtype=jnp.int32)
         return self.ref.at[(*self.here, jnp.where(mask, index, spare))], mask
 
-    def store(self, index, value, mask):
+    def store(self, index, value, mask=True):
         where, mask = self._at(index, mask)
         _backend.store(where, jnp.broadcast_to(jnp.asarray(value, self.ref.dtype), index.shape), mask=mask)
 
-    def load(self, index, mask):
+    def load(self, index, mask=True):
         where, mask = self._at(index, mask)
         return _backend.load(where, mask=mask, other=-1)
 

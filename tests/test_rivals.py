@@ -82,8 +82,7 @@ def test_losses_are_those_of_the_whole_text_where_all_of_it_is_attended_to():
 
 
 def test_a_quarter_of_the_text_is_attended_to_in_losses():
-    shadow, arkvale = (losses.CASES[name][0].policy for name in ("shadowkv", "arkvale"))
-    infllm = losses.INFLLM
+    shadow, arkvale, infllm = (losses.CASES[name][0].policy for name in ("shadowkv", "arkvale", "infllm"))
     attended = {
         shadow.budget + (shadow.local_chunks + shadow.outlier_chunks) * shadow.chunk,
         arkvale.page * arkvale.budget,

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
+from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
 
 import nosa_jax
 from experiments.environment import save
@@ -30,7 +31,6 @@ from nosa_jax.hf import load_tokenizer
 from pallas_kernels.device import current_device
 
 PROMPT, STEPS, ROWS = 2048, 128, 4
-INFLLM = baselines.InfLLM(block=32, n_init=32, n_local=128, topk=11, max_cached=11, exc=64, rep=4)
 BLOCKS = {"num_selected_blocks": 8, "num_sink_blocks": 1, "num_local_blocks": 3, "num_query_blocks": 4}
 # By name: the cache that decodes, and the fields of AttentionConfig where that is not `full`.
 CASES: dict[str, tuple[CacheConfig, dict[str, Any]]] = {
@@ -38,6 +38,7 @@ CASES: dict[str, tuple[CacheConfig, dict[str, Any]]] = {
     "shadowkv": (CacheConfig(policy=baselines.ShadowKV(8, 30, budget=384, local_chunks=4, outlier_chunks=12)), {}),
     "arkvale": (CacheConfig(policy=baselines.ArkVale(page=32, budget=16, page_topks=9, sink=1, window=4)), {}),
     "infllmv2, not trained": (CacheConfig(), {"variant": "infllmv2", **BLOCKS}),
+    "infllm": (CacheConfig(policy=baselines.InfLLM(32, 32, n_local=128, topk=11, max_cached=11, exc=64, rep=4)), {}),
 }
 
 Losses = Float[np.ndarray, "B steps"]
@@ -61,15 +62,10 @@ def _fed(model: NosaLM, state: Any, last: Array, steps: Int32[Array, "steps B"])
         token, target = pair
         state, out = decode.run_step(model, state, token)
         moved = 0 if out.fetched is None else jnp.sum(out.fetched)
-        return (state, fetched + moved), loss_of(out.logits, target)
+        return (state, fetched + moved), cross_entropy(out.logits, target)
 
     (_, fetched), losses = jax.lax.scan(body, (state, jnp.int32(0)), (steps[:-1], steps[1:]))
-    return loss_of(last, steps[0]), losses, fetched
-
-
-def loss_of(logits: Float[Array, "*rest V"], targets: Int32[Array, "*rest"]) -> Float[Array, "*rest"]:
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - chosen
+    return cross_entropy(last, steps[0]), losses, fetched
 
 
 def replayed(
@@ -94,7 +90,7 @@ def replayed(
         layer = jax.tree.map(lambda stacked, at=number: stacked[at], model.layers)
         x, _ = layer.block(config, x, attend)
     logits = model.logits(model.final_norm(x[:, -steps - 1 : -1]))
-    return np.asarray(loss_of(logits, tokens[:, -steps:])), float(np.mean(fetched))
+    return np.asarray(cross_entropy(logits, tokens[:, -steps:])), float(np.mean(fetched))
 
 
 def documents(tokenizer: Any, count: int, length: int) -> Int32[np.ndarray, "N T"]:
@@ -110,15 +106,14 @@ def documents(tokenizer: Any, count: int, length: int) -> Int32[np.ndarray, "N T
 
 
 def measure(name: str, model: NosaLM, rows: Int32[np.ndarray, "N T"]) -> tuple[Losses, float]:
-    """Losses of all rows by one case or by InfLLM, and what it fetched."""
+    """Losses of all rows by one case, and what it fetched."""
+    cache, attention = CASES[name]
+    model = with_attention(model, **attention) if attention else model
     results = []
     for begin in range(0, len(rows), ROWS):
         tokens = jnp.asarray(rows[begin : begin + ROWS])
-        if name == "infllm":
-            results.append(replayed(model, tokens, INFLLM))
-        else:
-            cache, attention = CASES[name]
-            results.append(decoded(with_attention(model, **attention) if attention else model, tokens, cache))
+        by_replay = isinstance(cache.policy, baselines.InfLLM)
+        results.append(replayed(model, tokens, cache.policy) if by_replay else decoded(model, tokens, cache))
     return np.concatenate([losses for losses, _ in results]), float(np.mean([fetched for _, fetched in results]))
 
 
@@ -134,19 +129,15 @@ def main() -> None:
     entries: list[dict[str, Any]] = []
     dense = None
     print("| | loss | above dense attention | fetched |\n|---|---|---|---|")
-    for name in (*CASES, "infllm"):
+    for name, (cache, attention) in CASES.items():
         losses, fetched = measure(name, model, rows)
         dense = losses if dense is None else dense
         above = tables.interval(np.asarray(losses - dense, np.float64))
         entries.append({"name": name, "loss": round(float(losses.mean()), 5), "above": above,
-                        "fetched": round(fetched, 3), "policy": repr(_policy(name))})  # fmt: skip
+                        "fetched": round(fetched, 3), "policy": repr(cache.policy or attention)})  # fmt: skip
         mean, low, high = above
         print(f"| {name} | {losses.mean():.4f} | {mean:+.4f} ({low:+.4f} to {high:+.4f}) | {fetched:.2f} |", flush=True)
         save(args.output, model=args.model.name, prompt=PROMPT, steps=STEPS, documents=len(rows), entries=entries)
-
-
-def _policy(name: str) -> Any:
-    return INFLLM if name == "infllm" else CASES[name][0].policy or CASES[name][1]
 
 
 if __name__ == "__main__":

@@ -213,9 +213,9 @@ def plan(
         room = rounded_room(max_length - width if new is None else require_size("new", new, 0))
         sizes = policy_sizes(config, batch, max_length, width, room)
         require_policy(config, cache.policy, sizes, chunk)
-        if misses is None or not cache.offload:
+        if misses is None:
             fits = blocks.num_blocks(max_length, cache.policy.unit) <= cache.policy.num_slots
-            misses = 0.0 if fits or not cache.offload else cache.policy.fetch_share * cache.policy.num_wanted
+            misses = 0.0 if fits else cache.policy.fetch_share * cache.policy.num_wanted
         return _plan_policy(config, sizes, cache, dtype, limits, misses, link, memory_rate)
     attention, itemsize = config.attention, jnp.dtype(dtype).itemsize
     m = blocks.num_blocks(max_length, attention.block_size)

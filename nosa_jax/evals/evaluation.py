@@ -127,11 +127,10 @@ def evaluate(
         "cache": dataclasses.asdict(cache) | {"policy": None if cache.policy is None else repr(cache.policy)},
         "difficulty": options,
     }
-    policy = None if cache.policy is None else type(cache.policy).__name__
-    named = model.config.attention.variant if label is None else label
-    if policy is not None:
-        named = f"{named}, {policy}"
-    return Table(named, rows, examples, settings)
+    label = model.config.attention.variant if label is None else label
+    if cache.policy is not None:
+        label = f"{label}, {type(cache.policy).__name__}"
+    return Table(label, rows, examples, settings)
 
 
 def judge(

@@ -12,10 +12,10 @@ from jaxtyping import Array, Bool, Int32
 
 from pallas_kernels import _backend
 from pallas_kernels._lists import List
+from pallas_kernels.resolve_slots.xla import IN_USE
 
 _MOST = 1024  # slots, and wanted blocks
 _CHUNK = 16  # slots that all others are compared with at once
-_IN_USE = jnp.iinfo(jnp.int32).max  # as the time of last use: of a slot that stays
 
 
 def _kernel(layer, wanted, step, blocks_in, last_used_in, blocks, last_used, slots, missing, ages, leaving):
@@ -25,16 +25,16 @@ def _kernel(layer, wanted, step, blocks_in, last_used_in, blocks, last_used, slo
     held, ages, leaving = List(blocks_in, at), List(ages, here), List(leaving, here)
     lane, slot = List(wanted, here).lanes(), held.lanes()
     num_slots = blocks.shape[-1]
-    everywhere, chunks = slot >= 0, -(-num_slots // _CHUNK)
-    want = List(wanted, here).load(lane, lane >= 0)
+    chunks = -(-num_slots // _CHUNK)
+    want = List(wanted, here).load(lane)
 
     def of_chunk(chunk):
         index = chunk * _CHUNK + jnp.arange(_CHUNK, dtype=jnp.int32)
         return index, index < num_slots
 
     # Whole lists first, so that their parts are in the cache when the loops ask for them.
-    block, last = (List(ref, at).load(slot, everywhere) for ref in (blocks_in, last_used_in))
-    ages.store(slot, last, everywhere)
+    block, last = (List(ref, at).load(slot) for ref in (blocks_in, last_used_in))
+    ages.store(slot, last)
 
     def look(chunk, found):
         other, exists = of_chunk(chunk)
@@ -44,14 +44,14 @@ def _kernel(layer, wanted, step, blocks_in, last_used_in, blocks, last_used, slo
     nowhere = jnp.full((lane.shape[0], _CHUNK), -1, jnp.int32)
     place = jnp.max(jax.lax.fori_loop(0, chunks, look, nowhere), axis=1)
     _backend.barrier()
-    ages.store(place, _IN_USE, place >= 0)
+    ages.store(place, IN_USE, place >= 0)
     _backend.barrier()
 
     def tie_break(block, slot):
         """Distinct numbers, by which slots leave that were used at the same time: empty ones first."""
         return jnp.where(block >= 0, block, slot - _MOST)
 
-    age, tie = ages.load(slot, everywhere)[:, None], tie_break(block, slot)[:, None]
+    age, tie = ages.load(slot)[:, None], tie_break(block, slot)[:, None]
 
     def count_older(chunk, counts):
         other, exists = of_chunk(chunk)
@@ -66,8 +66,8 @@ def _kernel(layer, wanted, step, blocks_in, last_used_in, blocks, last_used, slo
     # The r-th missing block takes the slot that leaves r-th.
     absent = (want >= 0) & (place < 0)
     place = jnp.where(absent, leaving.load(_backend.running_count(absent) - 1, absent), place)
-    List(slots, here).store(lane, place, lane >= 0)
-    List(missing, here).store(lane, absent.astype(jnp.int32), lane >= 0)
+    List(slots, here).store(lane, place)
+    List(missing, here).store(lane, absent.astype(jnp.int32))
     List(blocks, at).store(place, want, place >= 0)
     List(last_used, at).store(place, step[row], place >= 0)
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Int32
 from pallas_kernels.promotion import usual_promotion
 
 EMPTY = -1
-_IN_USE = jnp.iinfo(jnp.int32).max
+IN_USE = jnp.iinfo(jnp.int32).max  # as the time of last use: of a slot that stays
 
 
 @usual_promotion
@@ -27,7 +27,7 @@ def resolve_table(
     in_use = match.any(-2)
     missing = valid & ~resident
 
-    age = jnp.where(in_use, _IN_USE, last_used)
+    age = jnp.where(in_use, IN_USE, last_used)
     slot_ids = jnp.broadcast_to(jnp.arange(num_slots, dtype=jnp.int32), age.shape)
     _, _, victims = jax.lax.sort((age, blocks, slot_ids), num_keys=2, dimension=-1)
     rank = jnp.cumsum(missing, axis=-1) - 1  # the r-th missing block takes the r-th victim
