@@ -96,13 +96,10 @@ def forced_and_visible(
     return visible & ((m - first < sink) | (m > q - local)), visible
 
 
-def to_load(
-    block_ids: Int32[Array, "B K J"], missing: Bool[Array, "B K J"], positions: Int32[Array, " B"], block_size: int
-) -> Int32[Array, "B K J"]:
-    """The missing blocks, -1 for the others and for one that starts with the very token at its row's position."""
-    own = (positions // block_size)[:, None, None]
-    starts_now = (positions % block_size == 0)[:, None, None] & (block_ids == own)
-    return jnp.where(missing & ~starts_now, block_ids, -1)
+def to_load(missing: Int32[Array, "B K J"], positions: Int32[Array, " B"], block_size: int) -> Int32[Array, "B K J"]:
+    """The missing blocks but for one that starts with the very token at its row's position; -1 for none."""
+    own = jnp.where(positions % block_size == 0, positions // block_size, -1)[:, None, None]
+    return jnp.where(missing == own, -1, missing)
 
 
 def replace_selection(

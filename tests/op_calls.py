@@ -40,7 +40,7 @@ STORE = Store(floats(L, B, K, J, 2, P, D), HOST, ints(B, M), floats(L, B, K, M, 
 RESIDENCE = Residence(ints(B, K, J), ints(B, K, J), ints(B, K, J))
 FACTORS = Factors(floats(L, B, M, C, 3), floats(L, B, K, 3, D), floats(M * C, D // 2), floats(M * C, D // 2))
 CHUNKS = Chunks(floats(L, B, K, J, 1, C, D), ints(B, K, J), ints(B, K, J))
-EXACT = Exact(floats(L, B, K, S, D), floats(L, B, K, S, D), ints(B, K, S))
+EXACT = Exact(floats(L, B, K, 2, S, D), ints(B))
 
 # For each op: array arguments that are right, static arguments.
 CALLS = {

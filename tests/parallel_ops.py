@@ -25,6 +25,7 @@ from pallas_kernels.fetch_blocks import cases as fetch_cases
 from pallas_kernels.pooled_keys import cases as key_cases
 from pallas_kernels.rebuilt_attention import Chunks, Exact, Factors
 from pallas_kernels.rebuilt_attention import cases as rebuilt_cases
+from pallas_kernels.resolve_slots import Resolved
 from pallas_kernels.resolve_slots import cases as slot_cases
 from pallas_kernels.rms_norm import cases as norm_cases
 from pallas_kernels.select_blocks import cases as select_cases
@@ -59,12 +60,12 @@ AXES: dict[str, tuple[dict[str, str], Any]] = {
     "rebuilt_attention": (
         dict(
             q="bk", factors=Factors(".b", ".bk", "", ""), chunks=Chunks(".bk", "bk", "bk"),
-            exact=Exact(".bk", ".bk", "bk"), layer="",
+            exact=Exact(".bk", "b"), layer="",
         ),
         "bk",
     ),
     "resolve_slots": (
-        dict(blocks=".bk", last_used=".bk", wanted="bk", step="b", layer=""), (".bk", ".bk", "bk", "bk"),
+        dict(blocks=".bk", last_used=".bk", wanted="bk", step="b", layer=""), Resolved(".bk", ".bk", "bk", "bk", "bk"),
     ),
     "fetch_blocks": (dict(pool=".bk", host=".bk", page_table="b", block_ids="bk", slots="bk", layer=""), ".bk"),
     "write_back_blocks": (dict(host=".bk", pool=".bk", page_table="b", block_ids=".bk", slots=".bk"), ".bk"),

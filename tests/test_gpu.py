@@ -411,8 +411,8 @@ def test_selection_and_slots_of_a_step(name):
     for x, y in zip(found, expected, strict=False):
         np.testing.assert_array_equal(x, y)
     own = (positions // 64)[:, None, None]
-    missing = expected[3] & ~((positions % 64 == 0)[:, None, None] & (ids == own))
-    np.testing.assert_array_equal(ours[2].loads, np.where(missing, ids, -1))
+    starts_now = (positions % 64 == 0)[:, None, None] & (ids == own)
+    np.testing.assert_array_equal(ours[2].loads, np.where(starts_now, -1, expected[3]))
     np.testing.assert_array_equal(ours[3], missing.sum(-1))
 
 

@@ -260,7 +260,7 @@ def test_rebuilt_attention(chunk, rank, dtype):
         of(dtype, 2, 2, 800, chunk, rank), of(dtype, 2, 2, 2, rank, 128), *(of("float32", 800 * chunk, 64),) * 2
     )
     chunks = Chunks(of(dtype, 2, 2, 2, 384, 1, chunk, 128), *(of("int32", 2, 2, 384),) * 2)
-    exact = Exact(*(of(dtype, 2, 2, 2, 1096, 128),) * 2, of("int32", 2, 2, 1096))
+    exact = Exact(of(dtype, 2, 2, 2, 2, 1096, 128), of("int32", 2))
     operands = (of(dtype, 2, 32, 128), factors, chunks, exact, of("int32"))
     assert kernels(rebuilt_attention, *operands) == ["rebuilt_attention", "decode_attention_sum"]
 

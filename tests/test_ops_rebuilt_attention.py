@@ -12,7 +12,7 @@ from support import but_slow
 
 from pallas_kernels import _backend, rebuilt_attention
 from pallas_kernels.bench.work import on_numpy
-from pallas_kernels.rebuilt_attention import Chunks
+from pallas_kernels.rebuilt_attention import Chunks, Exact
 from pallas_kernels.rebuilt_attention.cases import SMALL, make_inputs
 from pallas_kernels.rebuilt_attention.reference import rebuilt_attention_ref
 
@@ -71,3 +71,15 @@ def test_what_changes_no_bit(implementation):
     ids[1:, :, 4:], slots[1:, :, 4:] = WILD[:2], [0, 1]
     ids[2, :, :4], slots[2, :, :4] = [*WILD[2:], units, 0], [2, 3, 0, few]
     np.testing.assert_array_equal(answer(jnp.nan_to_num(chunks.pool, nan=1e3), ids, slots), expected)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("wild, means", [(-(2**31), 0), (-1, 0), (2**31 - 1, 70)])
+def test_lengths_out_of_range(implementation, wild, means):
+    """None of the exact tokens, or all that there is room for."""
+    inputs = made("ragged")
+    tokens = jnp.nan_to_num(inputs["exact"].tokens, nan=0.5)
+    answer = lambda length: run(
+        inputs | {"exact": Exact(tokens, jnp.array([50, length, 0], jnp.int32))}, implementation
+    )
+    np.testing.assert_array_equal(answer(wild), answer(means))

@@ -64,13 +64,16 @@ def put_layer(whole: Array, part: Array, layer: Int32[Array, ""]) -> Array:
 
 
 def put_token(
-    store: Float[Array, "L B K S D"], token: Float[Array, "B K D"], places: Int32[Array, " B"], layer: Int32[Array, ""]
-) -> Float[Array, "L B K S D"]:
+    store: Float[Array, "L B K *n S D"],
+    token: Float[Array, "B K *n D"],
+    places: Int32[Array, " B"],
+    layer: Int32[Array, ""],
+) -> Float[Array, "L B K *n S D"]:
     """The stack with a token of each row written at its place; one outside of it is dropped. Writes these alone."""
-    places = jnp.where(places < 0, store.shape[3], places)
+    places = jnp.where(places < 0, store.shape[-2], places)
     # Every axis but the last by index: of a slice in between XLA would turn the whole stack around.
-    heads = jnp.arange(token.shape[1], dtype=jnp.int32)
-    put = store.at[layer, rows_of(token)[:, None], heads, places[:, None]]
+    cells = jnp.meshgrid(*(jnp.arange(size, dtype=jnp.int32) for size in token.shape[:-1]), indexing="ij", sparse=True)
+    put = store.at[layer, *cells, places.reshape(-1, *(1,) * (token.ndim - 2))]
     return put.set(token.astype(store.dtype), mode="drop", unique_indices=True)
 
 

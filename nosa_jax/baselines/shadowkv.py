@@ -110,7 +110,6 @@ class ShadowKV(Policy):
         rows, heads = (sizes.layers, sizes.rows), (sizes.layers, sizes.rows, sizes.kv_heads)
         units, dim = self.num_units(sizes), sizes.dim
         numbers = lambda *shape: jnp.full(shape, -1, jnp.int32)
-        exact = jnp.zeros((*heads, _prompt_room(self) + sizes.new, dim), dtype)
         return ShadowKVState(
             jnp.zeros(rows, jnp.int32),
             jnp.zeros((*rows, units, self.chunk, self.rank), dtype),
@@ -120,8 +119,7 @@ class ShadowKV(Policy):
                 numbers(*heads, units - self.outlier_chunks),
                 numbers(*heads, self.outlier_chunks),
             ),
-            exact,
-            exact,
+            jnp.zeros((*heads, 2, _prompt_room(self) + sizes.new, dim), dtype),
             numbers(*heads, self.num_slots),
             numbers(*heads, self.num_slots),
         )
@@ -134,7 +132,7 @@ class ShadowKV(Policy):
     def sizes_of(self, kept: ShadowKVState) -> dict[str, int]:
         units = kept.token_factors.shape[2]
         prompt = (units + self.local_chunks) * self.chunk  # or less, where the text is short
-        return {"prompt": prompt, "new": kept.exact_keys.shape[3] - _prompt_room(self)}
+        return {"prompt": prompt, "new": kept.exact.shape[4] - _prompt_room(self)}
 
     def read_prompt(self, *args: Any) -> Prompted:
         return read_prompt(self, *args)
@@ -164,8 +162,8 @@ class ShadowKVState:
     """What is remembered while decoding; in an engine with an axis L before all others.
 
     prompt_lengths [B]. token_factors [B, U, c, r], head_factors [B, K, r, D]: keys before RoPE are their product.
-    exact_keys, exact_values [B, K, E, D]: local tokens, outliers, generated tokens, each with room for the most that
-    any row may have; `exact_positions` says what lies where.
+    exact [B, K, 2, E, D]: keys and values of outliers, local tokens and generated tokens, one right after the other,
+    with room for the most that any row may have.
     held, last_used [B, K, s]: the chunk in each slot of the pool and the position that selected it last, -1 for none.
     """
 
@@ -173,8 +171,7 @@ class ShadowKVState:
     token_factors: Any
     head_factors: Any
     landmarks: Landmarks
-    exact_keys: Any
-    exact_values: Any
+    exact: Any
     held: Any
     last_used: Any
 
@@ -182,6 +179,11 @@ class ShadowKVState:
 def num_chunks(policy: ShadowKV, lengths: Int32[Array, " B"]) -> Int32[Array, " B"]:
     """Chunks of a prompt before its local part, outliers among them."""
     return jnp.maximum(lengths // policy.chunk - policy.local_chunks, 0)
+
+
+def num_landmarks(policy: ShadowKV, lengths: Int32[Array, " B"]) -> Int32[Array, " B"]:
+    """Chunks of a prompt that have a landmark."""
+    return jnp.maximum(num_chunks(policy, lengths) - policy.outlier_chunks, 0)
 
 
 def factor_keys(
@@ -257,15 +259,17 @@ def read_prompt(
     """
     units = policy.num_units(sizes)
     landmarks = find_landmarks(policy, k_post, lengths, units)
-    positions = exact_positions(policy, lengths, landmarks.outlier_ids, lengths - 1, 0)
-    wider = lambda x: jnp.pad(common.take_tokens(x, positions), ((0, 0), (0, 0), (0, sizes.new), (0, 0)))
-    scores = score(landmarks, q_last)
+    outliers, others = exact_positions(policy, lengths, landmarks.outlier_ids, _prompt_room(policy) + sizes.new)
+    # Behind the end of the prompt lies anything, until tokens are generated.
+    positions = jnp.where(outliers >= 0, outliers, others[:, None])
+    exact = jnp.stack([common.take_tokens(x, positions) for x in (k_post, v)], axis=2)
+    scores = score(policy, landmarks, q_last, lengths)
     ids, order = select(policy, landmarks, scores, lengths)
     ids = jnp.take_along_axis(ids, order, axis=-1)
     left, right = factor_keys(policy, k_pre, lengths)
     left = chunks_of(policy, left[:, None], units)[:, 0]
     last_used = jnp.where(ids >= 0, lengths[:, None, None] - 1, -1)
-    kept = ShadowKVState(lengths, left, right, landmarks, wider(k_post), wider(v), ids, last_used)
+    kept = ShadowKVState(lengths, left, right, landmarks, exact, ids, last_used)
     return Prompted(kept, chunks_of(policy, v, units)[:, :, :, None], num_chunks(policy, lengths), ids, ids)
 
 
@@ -275,31 +279,50 @@ def _prompt_room(policy: ShadowKV) -> int:
     return (policy.local_chunks + 1 + policy.outlier_chunks) * policy.chunk
 
 
+def num_skipped(policy: ShadowKV, prompt_lengths: Int32[Array, " B"]) -> Int32[Array, " B"]:
+    """Tokens that are not exact: behind the outliers, the token at position p lies at place p less these."""
+    return num_landmarks(policy, prompt_lengths) * policy.chunk
+
+
 def exact_positions(
+    policy: ShadowKV, prompt_lengths: Int32[Array, " B"], outlier_ids: Int32[Array, "B K o"], room: int
+) -> tuple[Int32[Array, "B K E"], Int32[Array, "B E"]]:
+    """Which token lies at every place of the exact ones: (of an outlier, -1 elsewhere; local or generated, -1
+    elsewhere), the latter as if generation went on until the room is full."""
+    outliers = common.unit_tokens(outlier_ids, policy.chunk)
+    outliers = jnp.pad(outliers, ((0, 0), (0, 0), (0, room - outliers.shape[2])), constant_values=-1)
+    tokens = num_skipped(policy, prompt_lengths)[:, None] + jnp.arange(room, dtype=jnp.int32)
+    is_later = tokens >= num_chunks(policy, prompt_lengths)[:, None] * policy.chunk
+    return outliers, jnp.where(is_later, tokens, -1)
+
+
+def attended_positions(
     policy: ShadowKV,
     prompt_lengths: Int32[Array, " B"],
     outlier_ids: Int32[Array, "B K o"],
+    ids: Int32[Array, "B K s"],
     positions: Int32[Array, " B"],
-    new: int,
-) -> Int32[Array, "B K E"]:
-    """Which token lies where among the exact ones once that at `positions` does, -1 for none. new: room for generated
-    tokens."""
-    listed = lambda first, count, end: jnp.where(
-        (tokens := first[:, None] + jnp.arange(count, dtype=jnp.int32)) < end[:, None], tokens, -1
+    room: int,
+) -> Int32[Array, "B K _"]:
+    """Tokens attended to by that at `positions`, in the original's order, -1 for none at any place: local ones,
+    outliers, those of selected chunks, generated ones."""
+    outliers, others = exact_positions(policy, prompt_lengths, outlier_ids, room)
+    local = jnp.where(others < prompt_lengths[:, None], others, -1)
+    generated = jnp.where((others >= prompt_lengths[:, None]) & (others <= positions[:, None]), others, -1)
+    by_head = lambda x: jnp.broadcast_to(x[:, None], outliers.shape)
+    return jnp.concatenate(
+        [by_head(local), outliers, common.unit_tokens(ids, policy.chunk), by_head(generated)], axis=2
     )
-    local_room = (policy.local_chunks + 1) * policy.chunk
-    local = listed(num_chunks(policy, prompt_lengths) * policy.chunk, local_room, prompt_lengths)
-    generated = listed(prompt_lengths, new, positions + 1)
-    by_head = lambda x: jnp.broadcast_to(x[:, None], (*outlier_ids.shape[:2], x.shape[1]))
-    outliers = common.unit_tokens(outlier_ids, policy.chunk)
-    return jnp.concatenate([by_head(local), outliers, by_head(generated)], axis=2)
 
 
-def score(landmarks: Landmarks, q: Float[Array, "B N D"]) -> Float[Array, "B K M"]:
+def score(
+    policy: ShadowKV, landmarks: Landmarks, q: Float[Array, "B N D"], prompt_lengths: Int32[Array, " B"]
+) -> Float[Array, "B K M"]:
     """float32: the largest share that a query head of the KV head gives to a landmark; 0 where there is none."""
-    batch, heads, _, dim = landmarks.keys.shape
+    batch, heads, room, dim = landmarks.keys.shape
     logits = dot("bkgd,bkld->bkgl", q.reshape(batch, heads, -1, dim), landmarks.keys)
-    return common.softmax(logits / jnp.sqrt(jnp.float32(_SCORE_DIM)), (landmarks.ids >= 0)[:, :, None]).max(2)
+    exists = jnp.arange(room, dtype=jnp.int32) < num_landmarks(policy, prompt_lengths)[:, None, None, None]
+    return common.softmax(logits / jnp.sqrt(jnp.float32(_SCORE_DIM)), exists).max(2)
 
 
 def select(
@@ -308,10 +331,9 @@ def select(
     """(the chunks of the best landmarks, their order by score). Chunks are ascending, -1 where there are no more; ties
     go to the lower one. The order is of places in that list, best first. lengths: of prompts, 0 to select nothing."""
     # Landmarks come first in their lists.
-    count = jnp.maximum(num_chunks(policy, lengths) - policy.outlier_chunks, 0)
     places = select_blocks(
-        scores[:, :, None], None, count[:, None] - 1, block_size=1, num_selected_blocks=policy.num_selected,
-        num_sink_blocks=0, num_local_blocks=0, num_query_blocks=0,
+        scores[:, :, None], None, num_landmarks(policy, lengths)[:, None] - 1, block_size=1,
+        num_selected_blocks=policy.num_selected, num_sink_blocks=0, num_local_blocks=0, num_query_blocks=0,
     )[:, :, 0]  # fmt: skip
     at_places = lambda x, none: jnp.where(places >= 0, jnp.take_along_axis(x, jnp.maximum(places, 0), axis=-1), none)
     order = jnp.argsort(at_places(scores, -jnp.inf), axis=-1, stable=True, descending=True)
@@ -330,31 +352,24 @@ def decode(
     """One layer of a token per row; see `Policy.decode`. state, store: of all layers."""
     q, k, v = token
     lengths, landmarks = common.at_layer((state.prompt_lengths, state.landmarks), layer)
-    room, new = _prompt_room(policy), state.exact_keys.shape[3] - _prompt_room(policy)
-    places = jnp.where(positions >= 0, room + positions - lengths, -1)
-    exact_keys = common.put_token(state.exact_keys, k, places, layer)
-    exact_values = common.put_token(state.exact_values, v, places, layer)
+    places = jnp.where(positions >= 0, positions - num_skipped(policy, lengths), -1)
+    exact = common.put_token(state.exact, jnp.stack([k, v], axis=2), places, layer)
 
     # Behind a barrier, or XLA copies landmarks and exact keys into one operand, since the same queries meet both.
-    scores = score(landmarks, jax.lax.optimization_barrier(q))
+    scores = score(policy, landmarks, jax.lax.optimization_barrier(q), lengths)
     ids, order = select(policy, landmarks, scores, jnp.where(positions >= 0, lengths, 0))
-    held, last_used, slots, missing = resolve_slots(state.held, state.last_used, ids, positions, layer)
+    held, last_used, slots, loads, fetched = resolve_slots(state.held, state.last_used, ids, positions, layer)
     pool = store.pool
     if store.host is None:
-        slots = ids
+        slots, fetched = ids, jnp.zeros_like(fetched)
     else:
-        loads = jnp.where(missing, ids, -1)
         pool = fetch_blocks(pool, store.host, store.page_table, loads, slots, layer, transport=store.transport)
 
     factors = Factors(state.token_factors, state.head_factors, *rotations)
-    exact = exact_positions(policy, lengths, landmarks.outlier_ids, positions, new)
-    kept_exact = Exact(exact_keys, exact_values, exact)
-    out = rebuilt_attention(q, factors, Chunks(pool, ids, slots), kept_exact, layer)
-    kept = dataclasses.replace(state, exact_keys=exact_keys, exact_values=exact_values, held=held, last_used=last_used)
-    fetched = jnp.where(store.host is not None, missing.sum(-1, dtype=jnp.int32), 0)
-    # As the original has them. ids: best first; attended: exact tokens of the prompt, the selection, generated tokens.
-    ids, missing = (jnp.take_along_axis(x, order, axis=-1) for x in (ids, missing))
-    new_ids = common.compact(ids, missing)
-    chosen = common.unit_tokens(ids, policy.chunk)
-    attended = jnp.concatenate([exact[:, :, :room], chosen, exact[:, :, room:]], axis=2)
+    out = rebuilt_attention(q, factors, Chunks(pool, ids, slots), Exact(exact, places + 1), layer)
+    kept = dataclasses.replace(state, exact=exact, held=held, last_used=last_used)
+    # As the original has them, best first.
+    ids, loads = (jnp.take_along_axis(x, order, axis=-1) for x in (ids, loads))
+    new_ids = common.compact(loads, loads >= 0)
+    attended = attended_positions(policy, lengths, landmarks.outlier_ids, ids, positions, exact.shape[4])
     return Stepped(kept, pool, out, ids, new_ids, fetched, scores, attended)

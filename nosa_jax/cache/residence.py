@@ -83,8 +83,8 @@ def _admit_every(
     if state.host is None:
         return state, Residence(block_ids, block_ids, None)
     table = state.table
-    held, last_used, slots, missing = resolve_slots(table.blocks, table.last_used, block_ids, positions, layer)
-    loads = blocks.to_load(block_ids, missing, positions, state.block_size)
+    held, last_used, slots, missing, _ = resolve_slots(table.blocks, table.last_used, block_ids, positions, layer)
+    loads = blocks.to_load(missing, positions, state.block_size)
     return dataclasses.replace(state, table=SlotTable(held, last_used)), Residence(block_ids, slots, loads)
 
 

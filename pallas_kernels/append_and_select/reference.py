@@ -51,15 +51,14 @@ def append_and_select_ref(
         forced = forced_block_ids[layer]
         ids = np.where((positions >= 0)[:, None, None] & (forced >= 0).any(-1, keepdims=True), forced, ids)
     if table is None:
-        residence, missing = Residence(ids, ids, None), np.zeros(ids.shape, bool)
+        residence, count = Residence(ids, ids, None), np.zeros(ids.shape[:2], np.int32)
     else:
         held, last_used = table
         slots: Any
-        held, last_used, slots, missing = resolve_slots_ref(held, last_used, ids, positions, layer)
+        held, last_used, slots, missing, _ = resolve_slots_ref(held, last_used, ids, positions, layer)
         table = held, last_used
         # Nothing of a block that starts with this very token is in the host's memory.
-        missing &= ids * size != positions[:, None, None]
-        loads: Any = np.where(missing, ids, -1)
-        residence = Residence(ids, slots, loads)
+        loads: Any = np.where(missing * size == positions[:, None, None], -1, missing)
+        residence, count = Residence(ids, slots, loads), (loads >= 0).sum(-1, dtype=np.int32)
     kept = Selectable(summaries, scale, delta, table)
-    return Token(q, k, v), kept, residence, missing.sum(-1, dtype=np.int32)
+    return Token(q, k, v), kept, residence, count

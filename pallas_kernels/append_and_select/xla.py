@@ -49,8 +49,8 @@ def append_and_select(
         residence, count = Residence(ids, ids, None), jnp.zeros(ids.shape[:2], jnp.int32)
     else:
         held, last_used = table
-        held, last_used, slots, missing = resolve_slots(held, last_used, ids, positions, layer)
+        held, last_used, slots, missing, _ = resolve_slots(held, last_used, ids, positions, layer)
         table = jax.tree.unflatten(jax.tree.structure(table), (held, last_used))
-        loads = blocks.to_load(ids, missing, positions, sizes.block_size)
+        loads = blocks.to_load(missing, positions, sizes.block_size)
         residence, count = Residence(ids, slots, loads), jnp.sum(loads >= 0, axis=-1, dtype=jnp.int32)
     return Token(q, k, v), Selectable(summaries, scale, delta, table), residence, count

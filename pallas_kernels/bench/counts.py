@@ -167,11 +167,11 @@ def append_and_select(case: Case, inputs: dict[str, Any]) -> Floor:
 def rebuilt_attention(inputs: dict[str, Any]) -> Floor:
     """Counts what is attended to alone; factors of tokens once for every head that selects them."""
     q, factors, chunks, exact = (inputs[name] for name in ("q", "factors", "chunks", "exact"))
-    ids, positions = jax.device_get((chunks.ids, exact.positions))
+    ids, lengths = jax.device_get((chunks.ids, exact.lengths))
     rank, dim, group = factors.tokens.shape[-1], q.shape[-1], q.shape[1] // ids.shape[1]
-    selected, kept = int((ids >= 0).sum()) * factors.tokens.shape[3], int((positions >= 0).sum())
+    selected, kept = int((ids >= 0).sum()) * factors.tokens.shape[3], int(lengths.sum()) * ids.shape[1]
     moved = (selected * (rank + dim) + kept * 2 * dim) * q.dtype.itemsize + 2 * nbytes(q)
-    moved += nbytes(factors.heads[0], factors.cos, factors.sin, ids, chunks.slots, positions)
+    moved += nbytes(factors.heads[0], factors.cos, factors.sin, ids, chunks.slots, lengths)
     return Floor(moved, 2 * dim * (selected * rank + 2 * group * (selected + kept)), q.dtype.name)
 
 

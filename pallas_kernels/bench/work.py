@@ -347,7 +347,7 @@ def _rms_norm(case: norm_cases.Case, inputs: dict[str, Any]) -> Work:
 
 
 def _resolve_slots(case: resolve_cases.Case, inputs: dict[str, Any]) -> Work:
-    names = ("blocks", "last_used", "slots", "missing")
+    names = ("blocks", "last_used", "slots", "loads", "num_loads")
     listed = nbytes(*(inputs[name][0] for name in ("blocks", "last_used"))) * 2 + 3 * nbytes(inputs["wanted"])
     return Work(
         inputs,

@@ -42,12 +42,12 @@ def rebuilt_attention(
     for name, value, kind in (("factors", factors, Factors), ("chunks", chunks, Chunks), ("exact", exact, Exact)):
         require_type(name, value, kind, f"Pass pallas_kernels.{kind.__name__}(...).")
     given = {f"factors.{name}": x for name, x in factors._asdict().items()}
-    listed = {"chunks.ids": chunks.ids, "chunks.slots": chunks.slots, "exact.positions": exact.positions}
-    given |= {"chunks.pool": chunks.pool, "exact.keys": exact.keys, "exact.values": exact.values}
+    given |= {"chunks.pool": chunks.pool, "exact.tokens": exact.tokens}
+    listed = {"chunks.ids": chunks.ids, "chunks.slots": chunks.slots, "exact.lengths": exact.lengths}
     require_given(q=q, **given, **listed, layer=layer)
-    q, *factored, pool, keys, values = as_floats(q=q, **given)
-    ids, slots, positions = as_integers(**listed)
-    factors, chunks, exact = Factors(*factored), Chunks(pool, ids, slots), Exact(keys, values, positions)
+    q, *factored, pool, tokens = as_floats(q=q, **given)
+    ids, slots, lengths = as_integers(**listed)
+    factors, chunks, exact = Factors(*factored), Chunks(pool, ids, slots), Exact(tokens, lengths)
     _check(q, factors, chunks, exact)
     layer, scale = as_layer(layer, pool.shape[0]), as_scale(scale, q.shape[-1])
     with jax.named_scope("rebuilt_attention"):
@@ -67,9 +67,8 @@ def _check(q: Array, factors: Factors, chunks: Chunks, exact: Exact) -> None:
     require_shape("factors.heads", factors.heads, (*cells, factors.tokens.shape[-1], dim), "[L, B, K, r, D]")
     require_shape("factors.cos", factors.cos, (None, dim // 2), "[S, D / 2]")
     require_shape("factors.sin", factors.sin, factors.cos.shape, "[S, D / 2]")
-    require_shape("exact.keys", exact.keys, (*cells, None, dim), "[L, B, K, E, D]")
-    require_shape("exact.values", exact.values, exact.keys.shape, "[L, B, K, E, D]")
-    require_shape("exact.positions", exact.positions, exact.keys.shape[1:4], "[B, K, E]")
+    require_shape("exact.tokens", exact.tokens, (*cells, 2, None, dim), "[L, B, K, 2, E, D]")
+    require_shape("exact.lengths", exact.lengths, (batch,), "[B]")
     if dim % 2:
         raise bad_value("q", "must have an even head dim, which is rotated in halves", dim, "Pad it.")
     if heads % kv_heads:

@@ -31,8 +31,8 @@ class Chunks(NamedTuple):
 
 
 class Exact(NamedTuple):
-    """Tokens whose keys, after RoPE, and values are kept as they are; attended where positions >= 0."""
+    """Tokens whose keys, after RoPE, and values are kept as they are, the two of all tokens behind each other. The
+    first `lengths` of each row are attended to."""
 
-    keys: Float[Array, "L B K E D"]
-    values: Float[Array, "L B K E D"]
-    positions: Int32[Array, "B K E"]
+    tokens: Float[Array, "L B K 2 E D"]
+    lengths: Int32[Array, " B"]

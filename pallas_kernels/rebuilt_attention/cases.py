@@ -15,7 +15,7 @@ from pallas_kernels.rebuilt_attention.arguments import Chunks, Exact, Factors
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """chunks: of each row's prompt, 0 for a row that selects nothing. exact: filled places of each row.
+    """chunks: of each row's prompt, 0 for a row that selects nothing. exact: tokens of each row.
 
     slots: of the pool, at least as many as are selected. room: E.
     """
@@ -62,9 +62,7 @@ def make_inputs(case: Case, key: Key[Array, ""]) -> dict[str, Any]:
     slots = np.full_like(ids, -1)
     pool = _inputs.alike(rng, (*lead, case.slots, 1, case.chunk, case.dim), -2, case.dtype)
     tokens = _inputs.alike(rng, (*lead[:2], units, case.chunk, case.rank), -2, case.dtype)
-    keys, values = (_inputs.alike(rng, (*lead, case.room, case.dim), -2, case.dtype) for _ in range(2))
-    places = np.arange(case.room, dtype=np.int32)
-    positions = np.broadcast_to(places, (*lead[1:], case.room)).copy()
+    exact = _inputs.alike(rng, (*lead, 2, case.room, case.dim), -2, case.dtype)
     for b, head in np.ndindex(*lead[1:]):
         count = min(case.chunks[b], case.num_selected)
         ids[b, head, :count] = rng.permutation(case.chunks[b])[:count]
@@ -72,9 +70,7 @@ def make_inputs(case: Case, key: Key[Array, ""]) -> dict[str, Any]:
         slots[b, head, :count] = order[:count]
         pool[:, b, head, order[count:]] = np.nan
         tokens[:, b, case.chunks[b] :] = np.nan
-        empty = rng.permutation(case.room)[case.exact[b] :]
-        positions[b, head, empty] = -1
-        keys[:, b, head, empty] = values[:, b, head, empty] = np.nan
+        exact[:, b, head, :, case.exact[b] :] = np.nan
     angles = np.outer(np.arange(units * case.chunk), 10000.0 ** -np.linspace(0, 1, case.dim // 2, endpoint=False))
     heads = _inputs.alike(rng, (*lead, case.rank, case.dim), -2, case.dtype) / np.sqrt(case.rank)
     on_device = lambda *arrays: (jnp.asarray(x) for x in arrays)
@@ -83,6 +79,6 @@ def make_inputs(case: Case, key: Key[Array, ""]) -> dict[str, Any]:
         "q": jnp.asarray(_inputs.alike(rng, (batch, case.kv_heads * case.group, case.dim), 1, case.dtype)),
         "factors": Factors(*on_device(tokens, heads.astype(case.dtype), *tables)),
         "chunks": Chunks(*on_device(pool, ids, slots)),
-        "exact": Exact(*on_device(keys, values, positions)),
+        "exact": Exact(*on_device(exact, np.asarray(case.exact, np.int32))),
         "layer": jnp.int32(case.layers - 1),
     }

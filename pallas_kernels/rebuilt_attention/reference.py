@@ -25,9 +25,9 @@ def rebuilt_attention_ref(
     out = np.zeros(q.shape)
     for b, head in np.ndindex(*chunks.ids.shape[:2]):
         keys, values = [], []
-        for i in np.flatnonzero(exact.positions[b, head] >= 0):
-            keys.append(wide(exact.keys[layer, b, head, i]))
-            values.append(wide(exact.values[layer, b, head, i]))
+        for i in range(min(int(exact.lengths[b]), exact.tokens.shape[4])):
+            keys.append(wide(exact.tokens[layer, b, head, 0, i]))
+            values.append(wide(exact.tokens[layer, b, head, 1, i]))
         for chunk, slot in zip(chunks.ids[b, head].tolist(), chunks.slots[b, head].tolist(), strict=True):
             if not (0 <= chunk < factors.tokens.shape[2] and 0 <= slot < num_slots):
                 continue

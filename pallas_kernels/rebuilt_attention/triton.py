@@ -26,13 +26,13 @@ _HALF, _FULL = (Launch(rows=16, num_warps=4, num_stages=2, keys=keys) for keys i
 
 
 def _kernel(
-    layer, q, tokens, heads, cos, sin, pool, ids, slots, exact_keys, exact_values, positions, sums, tops, totals,
+    layer, q, tokens, heads, cos, sin, pool, ids, slots, exact, lengths, sums, tops, totals,
     *, tile, runs, softmax,
 ):  # fmt: skip
     run, head, row = (_backend.program_id(axis) for axis in range(3))
     at, query = (_backend.layer_index(layer, pool), row, head), q[row, head]
     (_, _, units, size, rank), (rows, dim), half = tokens.shape, query.shape, query.shape[1] // 2
-    num_slots, num_exact, num_listed = pool.shape[3], positions.shape[2], ids.shape[2]
+    num_slots, num_listed, num_exact = pool.shape[3], ids.shape[2], jnp.minimum(lengths[row], exact.shape[4])
     lane = jnp.arange(tile, dtype=jnp.int32)
 
     def listed(tiles):
@@ -46,19 +46,11 @@ def _kernel(
         valid = inside & (chunk >= 0) & (chunk < units) & (slot >= 0) & (slot < num_slots)
         return jnp.where(valid, chunk, 0), jnp.where(valid, slot, 0), place, valid
 
-    def kept(tiles):
-        """Of the exact tokens in tiles: (place, is it there)."""
-        token = tiles * tile + lane
-        inside = token < num_exact
-        token = jnp.where(inside, token, 0)
-        return token, inside & (positions[row, head, token] >= 0)
-
-    def trips(is_there, count):
-        """How many of a run's tiles there are up to the last one that holds a token, of `count` tokens in all."""
-        tiles = -(-count // (tile * runs))
+    def last_listed():
+        """How many of a run's tiles of chunks there are up to the last one that holds a token."""
+        tiles = -(-num_listed * size // (tile * runs))
         number = jnp.arange(_backend.next_power_of_two(tiles), dtype=jnp.int32)[:, None]
-        found = is_there(run + number * runs)[-1]
-        return jnp.max(jnp.where(found, number + 1, 0))
+        return jnp.max(jnp.where(listed(run + number * runs)[-1], number + 1, 0))
 
     def attend(carry, products, valid, values):
         acc, top, total = carry
@@ -103,9 +95,10 @@ def _kernel(
         return attend(carry, products, valid[:, 0], values)
 
     def visit_exact(number, carry):
-        token, valid = (x[:, None] for x in kept(run + number * runs))
+        token = (run + number * runs) * tile + lane[:, None]
+        valid = token < num_exact
         across = jnp.broadcast_to(valid, (tile, dim))
-        keys, values = (load(ref, (*at, token, whole), across) for ref in (exact_keys, exact_values))
+        keys, values = (load(exact, (*at, i, token, whole), across) for i in range(2))
         return attend(carry, _backend.dot(query, keys.T), valid[:, 0], values)
 
     carry = (
@@ -113,16 +106,19 @@ def _kernel(
         jnp.full((rows,), -LARGE, jnp.float32),
         jnp.zeros((rows,), jnp.float32),
     )
-    carry = jax.lax.fori_loop(0, trips(listed, num_listed * size), visit_chunks, carry)
+    carry = jax.lax.fori_loop(0, last_listed(), visit_chunks, carry)
+    # The run's tiles among those that exact tokens fill, the last one in part.
+    tiles = jax.lax.div(num_exact + tile - 1, tile)
+    visits = jax.lax.div(jnp.maximum(tiles - run + runs - 1, 0), runs)
     part = (row, head, run)
-    sums[part], tops[part], totals[part] = jax.lax.fori_loop(0, trips(kept, num_exact), visit_exact, carry)
+    sums[part], tops[part], totals[part] = jax.lax.fori_loop(0, visits, visit_exact, carry)
 
 
 def unsupported(q: Array, factors: Factors, chunks: Chunks, exact: Exact, layer: Array, *, scale: float) -> str | None:
     """Why these arguments cannot take the kernels; None where they can."""
     given = {
         "q": q, "factors.tokens": factors.tokens, "factors.heads": factors.heads, "chunks.pool": chunks.pool,
-        "exact.keys": exact.keys, "exact.values": exact.values,
+        "exact.tokens": exact.tokens,
     }  # fmt: skip
     if any(x.dtype != q.dtype for x in given.values()):
         dtypes = ", ".join(str(x.dtype) for x in given.values())
@@ -150,7 +146,7 @@ def rebuilt_attention(
     by_head = _backend.heads_as_rows(q, kv_heads)
     default = _FULL if q.dtype == jnp.float32 else _HALF
     launch = launch_of("rebuilt_attention", default, dim=dim, group=by_head.shape[2], dtype=q.dtype.name)
-    total = chunks.ids.shape[2] * size + exact.positions.shape[2]
+    total = chunks.ids.shape[2] * size + exact.tokens.shape[4]
     # Of the selection alone: the room for exact tokens is that of the row that may grow most, and bits of a row must
     # not depend on others.
     runs = _runs(-(-chunks.ids.shape[2] * size // launch.keys))

@@ -31,9 +31,10 @@ def rebuilt_attention(
     positions = (ids[..., None] * size + jnp.arange(size, dtype=jnp.int32)).reshape(mask.shape)
     of_layer = lambda x: jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
     keys = _rebuild(tokens, of_layer(factors.heads), positions, factors)
-    there = exact.positions >= 0
+    there = (jnp.arange(exact.tokens.shape[4], dtype=jnp.int32) < exact.lengths[:, None])[:, None]
+    exact_keys, exact_values = (of_layer(exact.tokens)[:, :, i] for i in range(2))
     parts = (
-        (of_layer(exact.keys), jnp.where(there[..., None], of_layer(exact.values), 0), there),
+        (exact_keys, jnp.where(there[..., None], exact_values, 0), there),
         (keys, values.reshape(keys.shape), mask),
     )
     out = _attend(q.reshape(batch, kv_heads, heads // kv_heads, dim), parts, scale)
@@ -54,7 +55,7 @@ def _rebuild(
 
 def _attend(
     q: Float[Array, "B K G D"],
-    parts: tuple[tuple[Float[Array, "B K _ D"], Float[Array, "B K _ D"], Bool[Array, "B K _"]], ...],
+    parts: tuple[tuple[Float[Array, "B K _ D"], Float[Array, "B K _ D"], Bool[Array, "B #K _"]], ...],
     scale: float,
 ) -> Float[Array, "B K G D"]:
     """float32, over keys, finite values and masks in several parts, which need not be put side by side."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import jax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Int32, Integer
+from jaxtyping import Integer
 
 from pallas_kernels._arguments import as_integers, as_layer
 from pallas_kernels._dispatch import register
 from pallas_kernels.checks import require_given, require_shape
 from pallas_kernels.resolve_slots import triton, xla
+from pallas_kernels.resolve_slots.xla import Resolved
 
 RESOLVE_SLOTS = register(
     "resolve_slots", {"xla": xla.resolve_slots, "triton": triton.resolve_slots}, {"triton": triton.unsupported}
@@ -24,15 +25,15 @@ def resolve_slots(
     layer: Integer[ArrayLike, ""],
     *,
     implementation: str = "auto",
-) -> tuple[Int32[Array, "L B K slots"], Int32[Array, "L B K slots"], Int32[Array, "B K J"], Bool[Array, "B K J"]]:
+) -> Resolved:
     """Finds a slot for every wanted block of one layer, evicting where it must.
 
     blocks: distinct block ids, one in each slot, -1 where it is empty. last_used: step of its last use, -1 where it is
         empty. wanted: distinct block ids, -1 for padding, whose slots are -1. step: grows from call to call.
     layer: which of the L layers; one out of range is refused, or means nothing where it is traced.
 
-    Returns (blocks, last_used, slot of each wanted block, whether it was missing), the tables up to date. Raises
-    ValueError or TypeError for arguments that do not go together.
+    Returns `Resolved`, whose tables are up to date. Raises ValueError or TypeError for arguments that do not go
+    together.
     """
     require_given(blocks=blocks, last_used=last_used, wanted=wanted, step=step, layer=layer)
     blocks, last_used, wanted, step = as_integers(blocks=blocks, last_used=last_used, wanted=wanted, step=step)

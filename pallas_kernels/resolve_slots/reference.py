@@ -7,7 +7,7 @@ import numpy as np
 
 def resolve_slots_ref(
     blocks: np.ndarray, last_used: np.ndarray, wanted: np.ndarray, step: np.ndarray, layer: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, ...]:
     blocks, last_used = blocks.copy(), last_used.copy()
     slots, missing = np.full(wanted.shape, -1, np.int32), np.zeros(wanted.shape, bool)
     for b, k in np.ndindex(*wanted.shape[:2]):
@@ -23,4 +23,4 @@ def resolve_slots_ref(
             slots[b, k, j] = where[0] if where.size else next(leaving)
         taken = wanted[b, k] >= 0
         table[slots[b, k, taken]], used[slots[b, k, taken]] = wanted[b, k, taken], step[b]
-    return blocks, last_used, slots, missing
+    return blocks, last_used, slots, np.where(missing, wanted, -1), missing.sum(-1, dtype=np.int32)

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int32
+from jaxtyping import Array, Int32
 
 from pallas_kernels import _backend
 from pallas_kernels._lists import List
-from pallas_kernels.resolve_slots.xla import IN_USE
+from pallas_kernels.resolve_slots.xla import IN_USE, Resolved
 
 _MOST = 1024  # slots, and wanted blocks
 _CHUNK = 16  # slots that all others are compared with at once
 
 
-def _kernel(layer, wanted, step, blocks_in, last_used_in, blocks, last_used, slots, missing, ages, leaving):
+def _kernel(layer, wanted, step, blocks_in, last_used_in, blocks, last_used, slots, loads, num_loads, ages, leaving):
     head, row = (_backend.program_id(axis) for axis in range(2))
     here = (row, head)
     at = (_backend.layer_index(layer, blocks), *here)
@@ -67,7 +67,8 @@ def _kernel(layer, wanted, step, blocks_in, last_used_in, blocks, last_used, slo
     absent = (want >= 0) & (place < 0)
     place = jnp.where(absent, leaving.load(_backend.running_count(absent) - 1, absent), place)
     List(slots, here).store(lane, place)
-    List(missing, here).store(lane, absent.astype(jnp.int32))
+    List(loads, here).store(lane, jnp.where(absent, want, -1))
+    num_loads[here] = jnp.sum(absent.astype(jnp.int32))
     List(blocks, at).store(place, want, place >= 0)
     List(last_used, at).store(place, step[row], place >= 0)
 
@@ -89,19 +90,20 @@ def resolve_slots(
     wanted: Int32[Array, "B K J"],
     step: Int32[Array, " B"],
     layer: Int32[Array, ""],
-) -> tuple[Int32[Array, "L B K slots"], Int32[Array, "L B K slots"], Int32[Array, "B K J"], Bool[Array, "B K J"]]:
+) -> Resolved:
     batch, kv_heads, width = wanted.shape
     num_slots = blocks.shape[-1]
 
     table = jax.ShapeDtypeStruct(blocks.shape, jnp.int32)
     listed = jax.ShapeDtypeStruct(wanted.shape, jnp.int32)
+    num_loads = jax.ShapeDtypeStruct((batch, kv_heads), jnp.int32)
     room = jax.ShapeDtypeStruct((batch, kv_heads, num_slots), jnp.int32)
-    blocks, last_used, slots, missing, _, _ = _backend.triton_call(
+    *resolved, _, _ = _backend.triton_call(
         _kernel,
         name="resolve_slots",
         grid=(kv_heads, batch),
-        out_shape=(table, table, listed, listed, room, room),
+        out_shape=(table, table, listed, listed, num_loads, room, room),
         num_warps=_warps(max(width, num_slots)),
         aliases={3: 0, 4: 1},
     )(jax.lax.reshape(layer, (1,)), wanted, step, blocks, last_used)
-    return blocks, last_used, slots, missing > 0
+    return Resolved(*resolved)

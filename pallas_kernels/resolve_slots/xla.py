@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32
@@ -10,6 +12,17 @@ from pallas_kernels.promotion import usual_promotion
 
 EMPTY = -1
 IN_USE = jnp.iinfo(jnp.int32).max  # as the time of last use: of a slot that stays
+
+
+class Resolved(NamedTuple):
+    """What `resolve_slots` returns. slots: of the wanted blocks. loads: those of them that were missing, -1 for the
+    others. num_loads: how many those are."""
+
+    blocks: Int32[Array, "L B K slots"]
+    last_used: Int32[Array, "L B K slots"]
+    slots: Int32[Array, "B K J"]
+    loads: Int32[Array, "B K J"]
+    num_loads: Int32[Array, "B K"]
 
 
 @usual_promotion
@@ -49,8 +62,9 @@ def resolve_slots(
     wanted: Int32[Array, "B K J"],
     step: Int32[Array, " B"],
     layer: Int32[Array, ""],
-) -> tuple[Int32[Array, "L B K slots"], Int32[Array, "L B K slots"], Int32[Array, "B K J"], Bool[Array, "B K J"]]:
+) -> Resolved:
     steps = jnp.broadcast_to(step[:, None], wanted.shape[:2])
     new_blocks, new_used, slots, missing = resolve_table(blocks[layer], last_used[layer], wanted, steps)
     put = lambda whole, part: jax.lax.dynamic_update_index_in_dim(whole, part, layer, 0)
-    return put(blocks, new_blocks), put(last_used, new_used), slots, missing
+    loads = jnp.where(missing, wanted, EMPTY)
+    return Resolved(put(blocks, new_blocks), put(last_used, new_used), slots, loads, missing.sum(-1, dtype=jnp.int32))
