@@ -1,11 +1,14 @@
 """What policies lose on text, on any machine: each token fed attends to a quarter of its document.
 
     python -m experiments.rivals.losses --model models/smollm2-135m --output experiments/results/rivals_losses_cpu.json
+    python -m experiments.rivals.losses --repetition --output experiments/results/rivals_repetition_cpu.json
 
 Documents are of packages that the study holds out. Their first 2,048 tokens are the prompt, read with dense attention
 but by InfLLM, which reads prompts in its own way; the next 128 are fed one by one, with 512 tokens attended. `loss` is
 in nats per token, `above` how much more than dense attention, with its 95 % interval by paired bootstrap over
 documents; `fetched` are units per step, layer, row and KV head (InfLLM: row) that were not on the device.
+With `--repetition` the prompt ends with 32 tokens that stand in it before, from token 512 on, and those behind them
+are fed: text that lies in the context word for word, nearly all of which must be extracted.
 
 The model was trained for none of this: `infllmv2` stands for blocks by query in an untrained model. InfLLM runs layer
 by layer through `baselines.replay`, in which it is golden; the others decode on the engine.
@@ -31,6 +34,7 @@ from nosa_jax.hf import load_tokenizer
 from pallas_kernels.device import current_device
 
 PROMPT, STEPS, ROWS = 2048, 128, 4
+CUE, BEGIN = 32, 512  # of a repetition: tokens of it in the prompt, and where they stand before
 BLOCKS = {"num_selected_blocks": 8, "num_sink_blocks": 1, "num_local_blocks": 3, "num_query_blocks": 4}
 # By name: the cache that decodes, and the fields of AttentionConfig where that is not `full`.
 CASES: dict[str, tuple[CacheConfig, dict[str, Any]]] = {
@@ -105,6 +109,12 @@ def documents(tokenizer: Any, count: int, length: int) -> Int32[np.ndarray, "N T
     raise ValueError(f"--documents: must be at most {len(found)}, as many as the packages installed here have.")
 
 
+def repetitions(rows: Int32[np.ndarray, "N T"]) -> Int32[np.ndarray, "N T"]:
+    """Documents, cut, and behind them what they say from BEGIN on."""
+    cut = rows[:, : PROMPT - CUE]
+    return np.concatenate([cut, cut[:, BEGIN : BEGIN + CUE + STEPS]], axis=1)
+
+
 def measure(name: str, model: NosaLM, rows: Int32[np.ndarray, "N T"]) -> tuple[Losses, float]:
     """Losses of all rows by one case, and what it fetched."""
     cache, attention = CASES[name]
@@ -121,11 +131,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("models/smollm2-135m"), help="folder of a dense model")
     parser.add_argument("--documents", type=int, default=8)
+    parser.add_argument("--repetition", action="store_true", help="feed what stands in the prompt before")
     parser.add_argument("--output", type=Path, help="where the JSON goes")
     args = parser.parse_args()
     dtype = jnp.bfloat16 if current_device().is_gpu else jnp.float32
     model = from_pretrained(args.model, variant="full", dtype=dtype)
     rows = documents(load_tokenizer(args.model, model.config.vocab_size), args.documents, PROMPT + STEPS)
+    rows = repetitions(rows) if args.repetition else rows
     entries: list[dict[str, Any]] = []
     dense = None
     print("| | loss | above dense attention | fetched |\n|---|---|---|---|")
@@ -137,7 +149,8 @@ def main() -> None:
                         "fetched": round(fetched, 3), "policy": repr(cache.policy or attention)})  # fmt: skip
         mean, low, high = above
         print(f"| {name} | {losses.mean():.4f} | {mean:+.4f} ({low:+.4f} to {high:+.4f}) | {fetched:.2f} |", flush=True)
-        save(args.output, model=args.model.name, prompt=PROMPT, steps=STEPS, documents=len(rows), entries=entries)
+        save(args.output, model=args.model.name, prompt=PROMPT, steps=STEPS, documents=len(rows),
+             repetition=args.repetition, entries=entries)  # fmt: skip
 
 
 if __name__ == "__main__":
