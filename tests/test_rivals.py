@@ -85,13 +85,9 @@ def test_what_is_fed_of_a_repetition_stands_in_the_prompt():
     rows = np.arange(2 * (losses.PROMPT + losses.STEPS), dtype=np.int32).reshape(2, -1)  # no two tokens alike
     found = losses.repetitions(rows)
     assert found.shape == rows.shape
-    begin = found[:, losses.PROMPT - losses.CUE, None]
-    np.testing.assert_array_equal(begin, rows[:, [losses.BEGIN]])
-    said = begin + np.arange(losses.CUE + losses.STEPS)
-    np.testing.assert_array_equal(found[:, losses.PROMPT - losses.CUE :], said)
-    assert all(
-        np.isin(again, before[: losses.PROMPT - losses.CUE]).all() for again, before in zip(said, found, strict=True)
-    )
+    before, again = np.split(found, [losses.PROMPT - losses.CUE], axis=1)
+    np.testing.assert_array_equal(again, rows[:, [losses.BEGIN]] + np.arange(losses.CUE + losses.STEPS))
+    assert np.isin(again, before).all()
 
 
 def test_a_quarter_of_the_text_is_attended_to_in_losses():

@@ -8,7 +8,7 @@ but by InfLLM, which reads prompts in its own way; the next 128 are fed one by o
 in nats per token, `above` how much more than dense attention, with its 95 % interval by paired bootstrap over
 documents; `fetched` are units per step, layer, row and KV head (InfLLM: row) that were not on the device.
 With `--repetition` the prompt ends with 32 tokens that stand in it before, from token 512 on, and those behind them
-are fed: text that lies in the context word for word, nearly all of which must be extracted.
+are fed: all of this text lies in the context word for word, where each token must be found.
 
 The model was trained for none of this: `infllmv2` stands for blocks by query in an untrained model. InfLLM runs layer
 by layer through `baselines.replay`, in which it is golden; the others decode on the engine.
