@@ -1,4 +1,4 @@
-"""The command `nosa`: every subcommand through `main`, and what it says to mistakes."""
+"""The command `nosa`: every subcommand through `main`, and what it says to a mistaken use of a checkpoint."""
 
 from __future__ import annotations
 
@@ -7,24 +7,23 @@ import inspect
 import json
 import re
 import shutil
-import sys
 import tomllib
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from cli_checks import fails
 from flax import nnx
 
 import nosa_jax
-from nosa_jax._extras import EXTRAS, Extra, require_extras
+from nosa_jax._extras import EXTRAS
 from nosa_jax.cli import main
-from nosa_jax.cli.app import TRACEBACK_VARIABLE
 from nosa_jax.cli.demo import _lines, _window, same_bits
 from nosa_jax.cli.eval import Eval
 from nosa_jax.cli.terminal import duration, size
 from nosa_jax.cli.train import Train
-from nosa_jax.hf import ByteTokenizer, GrowingText, load_tokenizer, stop_tokens
+from nosa_jax.hf import ByteTokenizer
 from nosa_jax.locality import record
 from nosa_jax.train import OptimizerConfig, TrainConfig, read_log
 from pallas_kernels import OPS
@@ -63,15 +62,6 @@ def trained(text, tmp_path_factory) -> Path:
     assert main(train_arguments(text, out)) == 0
     assert main([*train_arguments(text, out), "--resume"]) == 0
     return out
-
-
-def fails(arguments: list[str], capsys) -> str:
-    """Runs `nosa`, expects exit code 2 and one line on stderr, and returns what it says."""
-    assert main(arguments) == 2
-    captured = capsys.readouterr()
-    (line,) = [line for line in captured.err.splitlines() if not line.endswith(" ...")]
-    assert line.startswith("nosa: error: ") and "Traceback" not in captured.err
-    return line.removeprefix("nosa: error: ")
 
 
 # --- train, generate, locality ------------------------------------------------------------------------------------
@@ -318,51 +308,16 @@ def test_extras_are_those_of_the_package():
     assert set(EXTRAS) == set(declared) - {"all", "notebooks", "test", "lint", "dev"}
 
 
-# --- mistakes -----------------------------------------------------------------------------------------------------
+def test_texts_beyond_the_context_are_noted(trained, capsys, monkeypatch):
+    """Before anything is generated."""
 
+    def nothing(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["generate", "nowhere", "--prompt", "x"], "path: must be a local checkpoint folder"),
-        (["generate", "nowhere", "--prompt", "x", "--temperature", "-1"], "--temperature: must be >= 0.0 and finite"),
-        (["generate", "nowhere", "--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens: must be >= 1"),
-        (
-            ["generate", "nowhere", "--prompt", "x", "--no-offload", "--slots", "9"],
-            "--slots: has a meaning only with --offload, got",
-        ),
-        (["eval", "nowhere", "--tasks", "needle"], "--tasks: must be one of niah_single, "),
-        (["eval", "nowhere", "--count", "0"], "--count: must be >= 1"),
-        (["eval", "nowhere", "--no-offload", "--slots", "9"], "--slots: has a meaning only with --offload, got"),
-        (["plan", "--slots", "3"], "--slots: must hold one selection"),
-        (["plan", "--policy", "arkvale", "--slots", "80"], "--slots: has no meaning with a policy"),
-        (["plan", "--policy", "arkvale", "--variant", "nosa"], "--policy: must go with a model of variant 'full'"),
-        (
-            ["plan", "--policy", "arkvale", "--policy-settings", "chunk=8"],
-            "--policy-settings: must be settings of arkvale, which has page, ",
-        ),
-        (["plan", "--policy-settings", "chunk=8"], "--policy-settings: must go with --policy"),
-        (
-            ["generate", "x", "--policy", "shadowkv", "--policy-settings", "chunk=-8"],
-            "--policy-settings: must be NAME=NUMBER, got 'chunk=-8'",
-        ),
-        (
-            ["plan", "--policy", "shadowkv", "--policy-settings", "rank=4", "rank=8"],
-            "--policy-settings: must name a setting once",
-        ),
-        (["plan", "--policy", "shadowkv", "--policy-settings", "chunk=0"], "ShadowKV.chunk: must be"),
-        (["plan", "--batch", "0"], "--batch: must be a whole number >= 1"),
-        (["train", "--files", "nowhere/*.txt"], "--files: must each find a file"),
-        (["train", "--learning-rate", "3"], "--learning-rate: must lie between"),
-        (["locality", "nowhere", "--variants", "full"], "--variants: must name methods that select blocks"),
-        (["locality", "nowhere", "--new-tokens", "1"], "--new-tokens: must be >= 2"),
-        (["demo", "--slots", "4"], "--slots: must hold one selection"),
-        (["demo", "--new-tokens", "0"], "--new-tokens: must be >= 2"),
-    ],
-)
-def test_mistakes_are_one_line_and_exit_code_2(arguments, message, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert fails(arguments, capsys).startswith(message)
+    monkeypatch.setattr("nosa_jax.stream", nothing)
+    for room, said in ((191, False), (192, True)):
+        assert main(["generate", str(trained / "model"), "--prompt", "x", "--max-new-tokens", str(room)]) == 130
+        assert ("longer than the 192 that the checkpoint was made for" in capsys.readouterr().err) == said
 
 
 def test_mistakes_that_need_a_checkpoint(trained, tmp_path, capsys):
@@ -379,85 +334,6 @@ def test_mistakes_that_need_a_checkpoint(trained, tmp_path, capsys):
     file = tmp_path / "file"
     file.touch()
     assert "File exists" in fails(["locality", model, "--out", str(file)], capsys)
-
-
-def test_arguments_that_do_not_parse_exit_with_2(capsys):
-    for arguments in (["plan", "--preset", "nosa_9b"], ["dmeo"], ["generate"]):
-        with pytest.raises(SystemExit) as exit_:
-            main(arguments)
-        assert exit_.value.code == 2
-    assert "nosa_9b" in capsys.readouterr().err
-
-
-def test_help_and_version(capsys):
-    with pytest.raises(SystemExit) as exit_:
-        main([])
-    assert exit_.value.code == 0
-    printed = capsys.readouterr().out
-    assert all(name in printed for name in ("demo", "train", "generate", "locality", "plan", "doctor", "--version"))
-    assert main(["--version"]) == 0
-    assert capsys.readouterr().out == f"nosa-jax {nosa_jax.__version__}\n"
-
-
-def test_traceback_on_request(monkeypatch):
-    monkeypatch.setenv(TRACEBACK_VARIABLE, "1")
-    with pytest.raises(ValueError, match="must hold one selection"):
-        main(["plan", "--slots", "3"])
-
-
-def test_missing_packages_are_named_with_their_extra(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "tyro", None)
-    assert fails(["plan"], capsys) == (
-        'tyro is needed for the command line: pip install "nosa-jax[cli]", or pip install ".[cli]" in a checkout'
-    )
-    monkeypatch.undo()
-    monkeypatch.setitem(EXTRAS, "plots", Extra("figures", ("no_such_module",)))
-    monkeypatch.setitem(EXTRAS, "hf", Extra("checkpoints", ("no_such_other",)))
-    with pytest.raises(
-        ImportError, match=re.escape('needs no_such_other, no_such_module: pip install "nosa-jax[hf,plo')
-    ):
-        require_extras("train", "hf", "plots")
-
-
-def test_interrupt_exits_with_130(monkeypatch, capsys):
-    def interrupt(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("nosa_jax.cli.plan.plan", interrupt)
-    assert main(["plan"]) == 130
-    assert "interrupted" in capsys.readouterr().err
-
-
-# --- small parts --------------------------------------------------------------------------------------------------
-
-
-def test_growing_text_waits_for_whole_characters():
-    text = GrowingText(ByteTokenizer())
-    pieces = [text.add(byte) for byte in "aé€\n".encode()]
-    assert pieces == ["a", "", "é", "", "", "€", "\n"] and text.finish() == ""
-    assert [text.add(0xE2), text.add(0x82), text.finish()] == ["", "", "\ufffd"]
-
-
-def test_growing_text_keeps_the_space_before_a_word(tmp_path):
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    tokenizer = Tokenizer(models.WordLevel({"\u2581Hello": 0, "\u2581world": 1, "!": 2, "?": 3}, unk_token="?"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    text = GrowingText(load_tokenizer(tmp_path, 4), [0])
-    assert [text.add(1), text.add(2), text.finish()] == [" world", "!", ""]
-
-
-def test_tokenizer_and_stop_tokens_come_from_the_folder(tmp_path):
-    assert isinstance(load_tokenizer(tmp_path, 256), ByteTokenizer)
-    with pytest.raises(ValueError, match="for a vocabulary of 73448"):
-        load_tokenizer(tmp_path, 73448)
-    assert stop_tokens(tmp_path) == ()
-    (tmp_path / "config.json").write_text('{"eos_token_id": 2}', encoding="utf-8")
-    assert stop_tokens(tmp_path) == (2,)
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 7]}', encoding="utf-8")
-    assert stop_tokens(tmp_path) == (2, 7)
 
 
 def test_units():

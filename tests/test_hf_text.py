@@ -191,3 +191,32 @@ def test_bytes_have_a_tokenizer_json_for_any_vocabulary(tmp_path):
         assert isinstance(load_tokenizer(tmp_path, vocab_size), ByteTokenizer)
     byte_level(tmp_path)
     assert isinstance(load_tokenizer(tmp_path, 300), FileTokenizer)
+
+
+def test_growing_text_waits_for_whole_characters():
+    text = GrowingText(ByteTokenizer())
+    pieces = [text.add(byte) for byte in "aé€\n".encode()]
+    assert pieces == ["a", "", "é", "", "", "€", "\n"] and text.finish() == ""
+    assert [text.add(0xE2), text.add(0x82), text.finish()] == ["", "", "\ufffd"]
+
+
+def test_growing_text_keeps_the_space_before_a_word(tmp_path):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({"\u2581Hello": 0, "\u2581world": 1, "!": 2, "?": 3}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    text = GrowingText(load_tokenizer(tmp_path, 4), [0])
+    assert [text.add(1), text.add(2), text.finish()] == [" world", "!", ""]
+
+
+def test_tokenizer_and_stop_tokens_come_from_the_folder(tmp_path):
+    assert isinstance(load_tokenizer(tmp_path, 256), ByteTokenizer)
+    with pytest.raises(ValueError, match="for a vocabulary of 73448"):
+        load_tokenizer(tmp_path, 73448)
+    assert stop_tokens(tmp_path) == ()
+    (tmp_path / "config.json").write_text('{"eos_token_id": 2}', encoding="utf-8")
+    assert stop_tokens(tmp_path) == (2,)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 7]}', encoding="utf-8")
+    assert stop_tokens(tmp_path) == (2, 7)

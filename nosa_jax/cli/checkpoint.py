@@ -22,6 +22,13 @@ def load(path: Path, variant: Variant | None, dtype: Dtype) -> NosaLM:
         return from_pretrained(path, dtype=dtype, variant=variant)
 
 
+def note_context(model: NosaLM, length: int) -> None:
+    """Says so where texts of `length` tokens are longer than what the model was made for."""
+    if length > model.config.max_context:
+        most = f"the {model.config.max_context:,} that the checkpoint was made for"
+        note(f"texts of {length:,} tokens are longer than {most} (max_position_embeddings); expect poor answers there")
+
+
 def encode(tokenizer: ByteTokenizer | FileTokenizer, text: bytes, name: str) -> list[int]:
     """Token ids of a text as it lies in a file: where tokens are bytes its own, whatever its encoding.
 

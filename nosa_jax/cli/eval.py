@@ -9,8 +9,8 @@ from typing import Literal
 from nosa_jax import evals, train
 from nosa_jax._extras import require_extras
 from nosa_jax._paths import only_run
-from nosa_jax.cli.checkpoint import Dtype, load
-from nosa_jax.cli.policy import PolicyName, cache_of, variant_of
+from nosa_jax.cli.checkpoint import Dtype, load, note_context
+from nosa_jax.cli.policy import PolicyName, cache_of, require_whole_prompts, variant_of
 from nosa_jax.cli.terminal import facts, heading, indented, working
 from nosa_jax.config import Variant
 from nosa_jax.evals.examples import find_task
@@ -77,12 +77,17 @@ class Eval:
         for task in tasks:
             find_task(task)
         cache = cache_of(self.offload, self.slots, self.policy, self.policy_settings)
+        require_whole_prompts(self.policy, self.chunk)
+        if not self.generation and (self.policy is not None or self.prefill == "dense"):
+            rule = "must not go with --policy or --prefill dense, which only answers show"
+            raise bad_value("--no-generation", rule, "both", "Leave out one.")
         haystack = None
         if self.haystack is not None:
             haystack = train.read_text(self.haystack, argument="--haystack").tobytes().decode("utf-8", errors="replace")
         model = load(self.path, variant_of(self.variant, self.policy), self.dtype)
         tokenizer = tokenizer_of(model.origin.files, model.config.vocab_size, self.path)
         with only_run("--output", self.output):
+            note_context(model, max(self.lengths))
             with working(f"evaluating {self.count} examples of each task and length"):
                 table = evals.evaluate(
                     model,

@@ -14,8 +14,8 @@ import numpy as np
 
 import nosa_jax
 from nosa_jax import CacheConfig, NosaLM, Sampling, Step
-from nosa_jax.cli.checkpoint import Dtype, encode, load
-from nosa_jax.cli.policy import PolicyName, cache_of, variant_of
+from nosa_jax.cli.checkpoint import Dtype, encode, load, note_context
+from nosa_jax.cli.policy import PolicyName, cache_of, require_whole_prompts, variant_of
 from nosa_jax.cli.terminal import facts, show, size, working
 from nosa_jax.config import Variant
 from nosa_jax.decode import room_for
@@ -62,6 +62,7 @@ class Generate:
             raise bad_value("--max-new-tokens", "must be >= 1", self.max_new_tokens, "Raise it.")
         sampling = Sampling(self.temperature, self.top_k, self.top_p)
         cache = cache_of(self.offload, self.slots, self.policy, self.policy_settings)
+        require_whole_prompts(self.policy, self.chunk)
         prompt = self._read_prompt()
         model = load(self.path, variant_of(self.variant, self.policy), self.dtype)
         # As the model says, not the folder, in which another model may lie by now.
@@ -69,7 +70,7 @@ class Generate:
         tokens = encode(tokenizer, prompt, "the prompt")
         if not tokens:
             raise bad_value("--prompt", "must hold at least one token", repr(prompt), "Give some text to continue.")
-
+        note_context(model, len(tokens) + self.max_new_tokens)
         waits = timed(
             nosa_jax.stream(
                 model,

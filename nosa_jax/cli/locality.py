@@ -13,7 +13,7 @@ import numpy as np
 from nosa_jax import CacheConfig, NosaLM, Plan, Selections, train
 from nosa_jax._extras import require_extras
 from nosa_jax._paths import only_run, replacing
-from nosa_jax.cli.checkpoint import Dtype, encode, load
+from nosa_jax.cli.checkpoint import Dtype, encode, load, note_context
 from nosa_jax.cli.terminal import facts, heading, indented, working
 from nosa_jax.cli.train import read_corpus
 from nosa_jax.config import ModelConfig, Variant
@@ -86,6 +86,7 @@ class Locality:
                 tokens = self._read_tokens(model)
                 tokenizer = tokenizer_of(model.origin.files, model.config.vocab_size, self.path)
                 stack.enter_context(only_run("--out", self.out))  # no folder is made for what cannot be read
+                note_context(model, self.prompt_length + self.new_tokens)
             with working(f"decoding {self.new_tokens} tokens with {variant}"):
                 forced = None if self.free_running else tokens[self.prompt_length :]
                 selections[variant] = record(

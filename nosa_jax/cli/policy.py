@@ -37,6 +37,12 @@ def cache_of(offload: bool, slots: int | None, policy: PolicyName | None, settin
     return CacheConfig(offload=offload, slots=slots, policy=_POLICIES[policy](**given))
 
 
+def require_whole_prompts(policy: PolicyName | None, chunk: int | None) -> None:
+    """Raises ValueError where prompts are to be read in parts, which no policy does."""
+    if policy is not None and chunk is not None:
+        raise bad_value("--chunk", "must not go with --policy, which reads whole prompts", chunk, "Leave out one.")
+
+
 def variant_of(variant: Variant | None, policy: PolicyName | None) -> Variant | None:
     """The variant that a model is loaded with: a policy takes the place of the attention of a full one."""
     return "full" if variant is None and policy is not None else variant
