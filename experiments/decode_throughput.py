@@ -38,8 +38,8 @@ from nosa_jax import CacheConfig, ModelConfig, NosaLM, Selections, decode, from_
 from nosa_jax.cache import slots
 from nosa_jax.cache.plan import plan, step_bytes
 from nosa_jax.cache.state import DecodeState, empty_state
+from nosa_jax.convert import with_attention
 from nosa_jax.locality import replay_misses
-from nosa_jax.model import with_attention
 from pallas_kernels import blocks
 from pallas_kernels.device import Rates
 

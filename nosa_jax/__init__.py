@@ -8,6 +8,7 @@ from nosa_jax.cache.memory import set_host_memory_limit
 from nosa_jax.cache.plan import CacheTooLargeError, Plan, plan
 from nosa_jax.cache.state import DecodeState
 from nosa_jax.config import AttentionConfig, CacheConfig, ModelConfig, RopeConfig
+from nosa_jax.convert import cast, num_parameters, with_attention
 from nosa_jax.decode import (
     COMPILER_OPTIONS,
     Generation,
@@ -23,7 +24,7 @@ from nosa_jax.decode import (
 )
 from nosa_jax.hf import from_pretrained, load_importance, save_importance, save_pretrained
 from nosa_jax.locality import Selections
-from nosa_jax.model import ForwardOutput, NosaLM, cast, forward, num_parameters, with_attention
+from nosa_jax.model import ForwardOutput, NosaLM, forward
 from pallas_kernels import KernelUnsupportedError
 
 if TYPE_CHECKING:

@@ -18,7 +18,6 @@ from jaxtyping import Array, Float, Int32
 from nosa_jax import parallel
 from nosa_jax._pytree import pytree_dataclass
 from nosa_jax.attention import layout
-from nosa_jax.attention.importance import Importance
 from nosa_jax.attention.layer import SELECTION, Attention, Recorded
 from nosa_jax.config import ModelConfig
 from nosa_jax.origin import Origin
@@ -379,39 +378,3 @@ def as_block_ids(
                 "Use ids recorded on rows of the same lengths.",
             )
     return block_ids
-
-
-def with_attention(model: NosaLM, **overrides: Any) -> NosaLM:
-    """The same weights under another AttentionConfig, e.g. `variant="infllmv2"`; parameters are shared, not copied.
-
-    A variant that needs importance the model does not have gets a fresh one with A = 0.
-    """
-    require_type("model", model, NosaLM, "Build one with NosaLM(...) or from_pretrained(...).")
-    changed = _shallow_copy(model)
-    changed.config = model.config.with_attention(**overrides)
-    config = changed.config
-    if config.attention.uses_importance and changed.layers.attention.importance is None:
-        changed.layers.attention.importance = nnx.data(
-            Importance(config.num_layers, config.num_kv_heads, config.head_dim, rngs=nnx.Rngs(0))
-        )
-    return changed
-
-
-def cast(model: NosaLM, dtype: Any) -> NosaLM:
-    """The model in another dtype for parameters and computation; importance stays float32."""
-    require_type("model", model, NosaLM, "Build one with NosaLM(...) or from_pretrained(...).")
-    dtype = as_float_dtype("dtype", dtype)
-    changed = jax.tree.map(lambda x: x.astype(dtype), model)
-    if model.layers.attention.importance is not None:
-        changed.layers.attention.importance = model.layers.attention.importance
-    return changed
-
-
-def num_parameters(model: NosaLM) -> int:
-    require_type("model", model, NosaLM, "Build one with NosaLM(...) or from_pretrained(...).")
-    return sum(x.size for x in jax.tree.leaves(model))
-
-
-def _shallow_copy(model: NosaLM) -> NosaLM:
-    leaves, structure = jax.tree.flatten(model)
-    return jax.tree.unflatten(structure, leaves)

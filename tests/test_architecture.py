@@ -26,7 +26,7 @@ FLOORS: list[set[str]] = [
     {"nosa_jax.parallel"},
     {"nosa_jax.attention", "nosa_jax.rope"},
     {"nosa_jax.baselines"},
-    {"nosa_jax.model"},
+    {"nosa_jax.convert", "nosa_jax.model"},
     {"nosa_jax.cache"},
     {f"nosa_jax.decode.{name}" for name in ("checks", "program", "sampling", "step", "widths")},
     {"nosa_jax.decode.prompt", "nosa_jax.decode.reading"},

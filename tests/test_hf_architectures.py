@@ -10,9 +10,9 @@ import pytest
 from hf_folders import CONFIG, assert_same, edit_config, make_model, raw_config
 
 from nosa_jax.config import AttentionConfig, ModelConfig
+from nosa_jax.convert import with_attention
 from nosa_jax.hf import from_pretrained, save_pretrained
 from nosa_jax.hf.config_json import parse_config, render_config
-from nosa_jax.model import with_attention
 
 FULL = dataclasses.replace(CONFIG, attention=AttentionConfig(variant="full"))
 SIZES = {

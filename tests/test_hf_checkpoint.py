@@ -110,7 +110,7 @@ def test_dtype_of_the_files_can_be_chosen(tmp_path):
 
 
 def test_saving_a_variant_that_ignores_importance_keeps_it_where_the_model_has_it(tmp_path):
-    from nosa_jax.model import with_attention
+    from nosa_jax.convert import with_attention
 
     save_pretrained(with_attention(make_model(), variant="infllmv2"), tmp_path / "out")
     assert from_pretrained(tmp_path / "out").config.attention.variant == "infllmv2"

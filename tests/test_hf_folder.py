@@ -21,8 +21,8 @@ from hf_folders import CONFIG, GOLDEN, assert_same, edit_config, make_model, raw
 from safetensors.numpy import load_file, save_file
 
 from nosa_jax.config import AttentionConfig
+from nosa_jax.convert import cast, with_attention
 from nosa_jax.hf import ByteTokenizer, from_pretrained, load_tokenizer, save_pretrained, stop_tokens
-from nosa_jax.model import cast, with_attention
 
 FULL = dataclasses.replace(CONFIG, attention=AttentionConfig(variant="full"))
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n"

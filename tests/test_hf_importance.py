@@ -14,8 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 import nosa_jax
 from nosa_jax.config import AttentionConfig
+from nosa_jax.convert import with_attention
 from nosa_jax.hf import from_pretrained
-from nosa_jax.model import with_attention
 
 
 @pytest.fixture

@@ -17,7 +17,8 @@ from flax import nnx
 
 from nosa_jax import presets, save_pretrained
 from nosa_jax.config import ModelConfig, RopeConfig
-from nosa_jax.model import NosaLM, forward, with_attention
+from nosa_jax.convert import with_attention
+from nosa_jax.model import NosaLM, forward
 from nosa_jax.train import (
     Checkpoints,
     Corpus,

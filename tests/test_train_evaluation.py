@@ -13,7 +13,8 @@ import pytest
 from support import lively_model, random_tokens, small_config
 
 from nosa_jax import locality
-from nosa_jax.model import forward, with_attention
+from nosa_jax.convert import with_attention
+from nosa_jax.model import forward
 from nosa_jax.train import Batch, Corpus, evaluate, measure_selection, mixture
 
 LENGTH = 200

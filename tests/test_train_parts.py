@@ -10,7 +10,8 @@ import pytest
 from support import but_slow, lively_model, random_tokens, small_config
 
 from nosa_jax._pytree import by_name
-from nosa_jax.model import cast, forward
+from nosa_jax.convert import cast
+from nosa_jax.model import forward
 from nosa_jax.train import (
     OptimizerConfig,
     Skipped,

@@ -172,11 +172,19 @@ def _empty_by_policy(policy: Policy, sizes: Sizes, cache: CacheConfig, dtype: An
     )
 
 
+@functools.lru_cache(maxsize=32)
+def policy_shapes(sizes: Sizes, cache: CacheConfig, dtype: Any) -> dict[str, Any]:
+    """`fields_of` an empty state with a policy, as shapes."""
+    policy = cache.policy
+    assert policy is not None
+    return fields_of(jax.eval_shape(lambda: _empty_by_policy(policy, sizes, cache, dtype, None)))
+
+
 def policy_bytes(sizes: Sizes, cache: CacheConfig, dtype: Any) -> tuple[dict[str, int], int, int]:
     """What a policy's cache takes on the device, by part; in host memory; and what of it a step reads."""
     policy = cache.policy
     assert policy is not None
-    state = _policy_shapes(sizes, cache, dtype)
+    state = policy_shapes(sizes, cache, dtype)
     size = lambda part: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(part))
     kept = {name.replace("_", " "): size(part) for name, part in vars(state["kept"]).items()}
     read = policy.read_bytes(state["kept"]) + size(state["pool"]) // state["pool"].shape[3] * policy.num_slots
@@ -210,7 +218,7 @@ def with_rows(state: DecodeState, part: DecodeState, first: Int32[Array, ""]) ->
 
 def _by_rows(function: Callable[[int], Callable[..., Array]], state: DecodeState, *others: DecodeState) -> DecodeState:
     """`function(axis of rows)` of every array but the host store."""
-    names = [name for name in _fields(state) if name != "host"]
+    names = [name for name in fields_of(state) if name != "host"]
     axes = {name: 0 if name in ("lengths", "limits", "page_table") else 1 for name in names}
     parts = {
         name: jax.tree.map(function(axes[name]), *(getattr(each, name) for each in (state, *others))) for name in names
@@ -296,99 +304,12 @@ def _require_pages(ids: np.ndarray, pages: range) -> None:
         raise bad_value("ids", "must be distinct", ids.tolist(), "Give every block a page of its own.")
 
 
-def require_fitting(state: DecodeState, config: ModelConfig, dtype: Any) -> None:
-    """Raises ValueError or TypeError unless a model of this configuration and dtype could have made the state.
-
-    Each array must also lie in the memory where it belongs, as those of a restored state do not.
-    """
-    remedy = "Prefill with this model: a state fits no other layers, heads, attention or dtype."
-    max_length = require_int("state.max_length", state.max_length, 1)
-    for name, axes in (("pool", 7), ("host", 6), ("page_table", 2), ("lengths", 1), ("limits", 1)):
-        value = getattr(state, name)
-        if getattr(value, "ndim", None) != axes and not (name in ("host", "page_table") and value is None):
-            raise bad_value(
-                "state", f"{name} must be an array of {axes} axes", f"{_names(value) or value!r:.200}", remedy
-            )
-    slots, offload = state.num_slots, state.host is not None
-    if state.policy is not None:
-        if config.attention.is_sparse:
-            rule = f"made with a policy, {type(state.policy).__name__}, must go with a model of variant 'full'"
-            remedy = "Take the full model that made it, or prefill with this one and no policy."
-            raise bad_value("state", rule, f"variant {config.attention.variant!r}", remedy)
-        _require_fields(state, _fitting_policy_state(state, config, dtype), remedy)
-        return
-    selected = config.attention.num_selected_blocks
-    if offload and slots < min(selected, state.num_blocks):
-        raise bad_value("state", f"must hold one selection of the model, {selected} blocks", f"{slots} slots", remedy)
-    cache = CacheConfig(offload=False)
-    if offload and config.attention.is_sparse:
-        cache = CacheConfig(slots=max(slots, selected))  # slots of all blocks may be fewer
-    pages = state.host.shape[1] if offload else None  # any number of them
-    _require_fields(state, _fitting_shapes(config, state.lengths.shape[0], max_length, cache, dtype, pages), remedy)
-
-
-def _require_fields(state: DecodeState, fitting: dict[str, Any], remedy: str) -> None:
-    """Raises ValueError unless the arrays are those of `fitting`, each where it belongs."""
-    for name, value in _fields(state).items():
-        if _names(value) != _names(fitting[name]):
-            rule = f"must go with the model, whose {name} has {_names(fitting[name])}"
-            raise bad_value("state", rule, f"{_names(value)!s:.200}", remedy)
-        if isinstance(fitting[name], tuple) and type(value) is not type(fitting[name]):
-            rule = f"must hold a {type(fitting[name]).__name__} as {name}"
-            restore = "Restore into the tree of a state: jax.tree.unflatten(jax.tree.structure(state), leaves)."
-            raise bad_value("state", rule, type(value).__name__, restore)
-        _require_at_hand(name, value)
-
-
-def _require_at_hand(name: str, value: Any) -> None:
-    """Raises ValueError unless the arrays of a field are there, in the memory where it belongs."""
-    wanted = jax.memory.Space.Host if name == "host" else jax.memory.Space.Device
-    for x in jax.tree.leaves(value):
-        if isinstance(x, jax.Array) and is_concrete(x) and x.is_deleted():
-            remedy = "A state that was donated is gone: go on with the one returned."
-            raise bad_value("state", "must still hold its arrays", f"a deleted one in {name}", remedy)
-        if jax.typeof(x).memory_space != wanted:
-            put = f"jax.device_put(state.{name}, jax.memory.Space.{wanted.name})"
-            remedy = f"Put it there: dataclasses.replace(state, {name}={put})."
-            rule = f"{name} must lie in {wanted.name.lower()} memory"
-            raise bad_value("state", rule, "a restored state, which has it elsewhere", remedy)
-
-
-def _fields(state: DecodeState) -> dict[str, Any]:
-    """Those that hold arrays."""
+def fields_of(state: DecodeState) -> dict[str, Any]:
+    """What of a state, or of shapes of one, holds arrays, by name."""
     names = (
         field.name for field in dataclasses.fields(state) if field.name not in ("max_length", "transport", "policy")
     )
     return {name: getattr(state, name) for name in names}
-
-
-def _names(value: Any) -> list[str]:
-    """Names the arrays in a field, each by dtype and shape."""
-    is_array = lambda x: isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
-    return [f"{x.dtype}{list(x.shape)}" if is_array(x) else f"{x!r:.60}" for x in jax.tree.leaves(value)]
-
-
-@functools.lru_cache(maxsize=32)
-def _fitting_shapes(
-    config: ModelConfig, batch: int, max_length: int, cache: CacheConfig, dtype: Any, pages: int | None
-) -> dict[str, Any]:
-    return _fields(jax.eval_shape(lambda: empty_state(config, batch, max_length, cache, dtype, pages=pages)))
-
-
-def _fitting_policy_state(state: DecodeState, config: ModelConfig, dtype: Any) -> dict[str, Any]:
-    """What a policy's state of this model has; what only the state can tell is taken from it."""
-    assert state.policy is not None
-    own = state.policy.sizes_of(state.kept)
-    sizes = policy_sizes(config, state.lengths.shape[0], state.max_length, own.get("prompt", 0), own.get("new", 0))
-    cache = CacheConfig(offload=state.host is not None, policy=state.policy)
-    return _policy_shapes(sizes, cache, dtype)
-
-
-@functools.lru_cache(maxsize=32)
-def _policy_shapes(sizes: Sizes, cache: CacheConfig, dtype: Any) -> dict[str, Any]:
-    policy = cache.policy
-    assert policy is not None
-    return _fields(jax.eval_shape(lambda: _empty_by_policy(policy, sizes, cache, dtype, None)))
 
 
 def table_at(state: DecodeState, layer: Array) -> SlotTable:

@@ -14,10 +14,11 @@ from jaxtyping import Array, Int32
 from nosa_jax import parallel
 from nosa_jax._pytree import pytree_dataclass
 from nosa_jax.attention import layout
+from nosa_jax.cache.fitting import require_fitting
 from nosa_jax.cache.memory import device_limit, host_limit
 from nosa_jax.cache.pages import as_row_limits, blocks_of, pages_of_a_device
 from nosa_jax.cache.plan import GB, CacheTooLargeError, plan
-from nosa_jax.cache.state import DecodeState, device_bytes, require_fitting
+from nosa_jax.cache.state import DecodeState, device_bytes
 from nosa_jax.cache.working_set import Limits, plan_reading, rounded_room
 from nosa_jax.config import CacheConfig
 from nosa_jax.model import NosaLM, as_block_ids

@@ -16,9 +16,10 @@ from nosa_jax._extras import import_extra
 from nosa_jax._paths import replacing, user_path
 from nosa_jax.attention.importance import Importance
 from nosa_jax.config import ModelConfig
+from nosa_jax.convert import with_attention
 from nosa_jax.hf.files import open_safetensors
 from nosa_jax.hf.keymap import Piece, model_pieces
-from nosa_jax.model import NosaLM, with_attention
+from nosa_jax.model import NosaLM
 from pallas_kernels.checks import bad_value, require_type
 
 _SIZES_KEY = "nosa_importance"  # of the metadata; one key, as several have no order in the file

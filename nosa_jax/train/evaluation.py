@@ -15,7 +15,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Integer
 
 from nosa_jax import parallel
-from nosa_jax.model import NosaLM, cast
+from nosa_jax.convert import cast
+from nosa_jax.model import NosaLM
 from nosa_jax.train.data import Batch, Corpus, Source, check_vocabulary, heldout_bytes_per_token
 from nosa_jax.train.data.documents import Tokens
 from nosa_jax.train.data.rows import MixedRows, WindowRows

@@ -18,7 +18,8 @@ from nosa_jax.attention.dense import dense_attention
 from nosa_jax.attention.importance import Importance
 from nosa_jax.attention.layout import Layout, packed_layout, row_layout
 from nosa_jax.config import AttentionConfig
-from nosa_jax.model import Layers, NosaLM, with_attention
+from nosa_jax.convert import with_attention
+from nosa_jax.model import Layers, NosaLM
 from nosa_jax.train.data import Source, check_blocks, check_vocabulary
 from pallas_kernels.checks import bad_value, require_int, require_number, require_size, require_type
 from pallas_kernels.promotion import usual_promotion

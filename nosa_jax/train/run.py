@@ -15,8 +15,9 @@ import numpy as np
 
 from nosa_jax import processes
 from nosa_jax._paths import replacing
+from nosa_jax.convert import num_parameters
 from nosa_jax.environment import environment
-from nosa_jax.model import NosaLM, num_parameters
+from nosa_jax.model import NosaLM
 from nosa_jax.train._progress import Progress, describe
 from nosa_jax.train.checkpoint import Checkpoints
 from nosa_jax.train.config import TrainConfig

@@ -15,7 +15,8 @@ from jaxtyping import Array, Float32, Int32
 
 from nosa_jax import locality, parallel, processes
 from nosa_jax.attention.layer import Recorded
-from nosa_jax.model import cast, hidden_states
+from nosa_jax.convert import cast
+from nosa_jax.model import hidden_states
 from nosa_jax.train.data import Batch
 from pallas_kernels.checks import require_int
 from pallas_kernels.promotion import usual_promotion

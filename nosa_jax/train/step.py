@@ -22,7 +22,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Integer
 
 from nosa_jax import parallel
-from nosa_jax.model import Remat, cast, hidden_states
+from nosa_jax.convert import cast
+from nosa_jax.model import Remat, hidden_states
 from nosa_jax.train.accumulate import accumulate as in_parts
 from nosa_jax.train.data import Batch
 from nosa_jax.train.finite import Skipped, keep_if_finite
