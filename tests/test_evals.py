@@ -338,6 +338,7 @@ def test_a_model_is_evaluated_by_itself_and_by_teacher_forcing():
         ({"task": "common_words", "repeats": 3, "noise_repeats": 3}, "noise_repeats: must be < repeats = 3"),
         ({"task": "frequent_words", "alpha": 0.5}, "alpha: must lie between 1.0 and 10.0"),
         ({"haystack": " \n"}, "haystack: must hold text"),
+        ({"haystack": __file__}, "haystack: must be text, not the name of a file"),
         ({"haystack": 5}, "haystack: must be a str"),
         ({"chat": True}, "template: must be given"),
         ({"chat": True, "template": "{% for %}"}, "template: must be a Jinja template"),

@@ -6,6 +6,7 @@ import bisect
 import dataclasses
 import functools
 import inspect
+import os
 import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -140,11 +141,13 @@ class Haystack:
 
     text: any text with words in it; where more is asked for than there is, it begins again.
 
-    Raises TypeError for anything but text, ValueError for text without a word.
+    Raises TypeError for anything but text, ValueError for text without a word and for the name of a file.
     """
 
     def __init__(self, text: str) -> None:
         require_type("haystack", text, str, "Pass text, or None for docstrings of Python's standard library.")
+        if os.path.isfile(text):  # also of text that no name could be
+            raise bad_value("haystack", "must be text, not the name of a file", repr(text), "Pass what the file holds.")
         self._lines = [
             part
             for line in text.splitlines()
