@@ -206,6 +206,10 @@ REFUSED = {
     "a small working set": (
         lambda m: prefilled(m, SHADOW, working_set=1000), "working_set", "one row", "1000", "Raise it"
     ),
+    "more new tokens than a row may hold": (
+        lambda m: nosa_jax.plan(m.config, 3, 200, CacheConfig(policy=SHADOW), prompt=144, new=201),
+        "new", "<= 200", "201", "Lower it",
+    ),
     "forced ids": (
         lambda m: nosa_jax.generate(
             m, TOKENS, cache=CacheConfig(policy=SHADOW), forced_block_ids=np.zeros((2, 3, 2, 64, 8), int)

@@ -210,7 +210,7 @@ def plan(
         misses = require_number("misses", misses, 0.0)
     if cache.policy is not None:
         width = max_length if prompt is None else rounded(require_size("prompt", prompt, 1, max_length))
-        room = rounded_room(max_length - width if new is None else require_size("new", new, 0))
+        room = rounded_room(max_length - width if new is None else require_size("new", new, 0, max_length))
         sizes = policy_sizes(config, batch, max_length, width, room)
         require_policy(config, cache.policy, sizes, chunk)
         if misses is None:
