@@ -13,7 +13,7 @@ from pallas_kernels.decode_attention import Residence, Store, Token, decode_atte
 from pallas_kernels.fetch_blocks import fetch_blocks, write_back_blocks
 from pallas_kernels.pooled_keys import append_pooled_keys, pool_keys
 from pallas_kernels.rebuilt_attention import Chunks, Exact, Factors, rebuilt_attention
-from pallas_kernels.resolve_slots import resolve_slots
+from pallas_kernels.resolve_slots import Resolved, resolve_slots
 from pallas_kernels.rms_norm import rms_norm
 from pallas_kernels.select_blocks import select_blocks
 
@@ -27,6 +27,7 @@ __all__ = [
     "Op",
     "Projected",
     "Residence",
+    "Resolved",
     "Selectable",
     "Sizes",
     "Store",

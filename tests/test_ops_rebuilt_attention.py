@@ -74,6 +74,15 @@ def test_what_changes_no_bit(implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_64_bit_numbers(implementation):
+    inputs = made("ragged")
+    call = jax.jit(functools.partial(rebuilt_attention, implementation=implementation, scale=0.4))
+    with jax.enable_x64(True), _backend.interpreted():
+        ours = call(**inputs)
+    np.testing.assert_array_equal(ours, run(inputs, implementation))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("wild, means", [(-(2**31), 0), (-1, 0), (2**31 - 1, 70)])
 def test_lengths_out_of_range(implementation, wild, means):
     """None of the exact tokens, or all that there is room for."""

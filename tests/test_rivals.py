@@ -91,9 +91,10 @@ def test_what_is_fed_of_a_repetition_stands_in_the_prompt():
 
 
 def test_a_quarter_of_the_text_is_attended_to_in_losses():
-    shadow, arkvale, infllm = (losses.CASES[name][0].policy for name in ("shadowkv", "arkvale", "infllm"))
+    names = ("shadowkv", "shadowkv, chunks of 64", "arkvale", "infllm")
+    *shadows, arkvale, infllm = (losses.CASES[name][0].policy for name in names)
     attended = {
-        shadow.budget + (shadow.local_chunks + shadow.outlier_chunks) * shadow.chunk,
+        *(shadow.budget + (shadow.local_chunks + shadow.outlier_chunks) * shadow.chunk for shadow in shadows),
         arkvale.page * arkvale.budget,
         losses.BLOCKS["num_selected_blocks"] * 64,
         infllm.n_init + infllm.n_local + infllm.topk * infllm.block,

@@ -1,12 +1,13 @@
-"""What policies lose on text, on any machine: each token fed attends to a quarter of its document.
+"""What policies lose on text, on any machine: each token fed attends to a quarter of what came before it.
 
     python -m experiments.rivals.losses --model models/smollm2-135m --output experiments/results/rivals_losses_cpu.json
     python -m experiments.rivals.losses --repetition --output experiments/results/rivals_repetition_cpu.json
 
 Documents are of packages that the study holds out. Their first 2,048 tokens are the prompt, read with dense attention
-but by InfLLM, which reads prompts in its own way; the next 128 are fed one by one, with 512 tokens attended. `loss` is
-in nats per token, `above` how much more than dense attention, with its 95 % interval by paired bootstrap over
-documents; `fetched` are units per step, layer, row and KV head (InfLLM: row) that were not on the device.
+but by InfLLM, which reads prompts in its own way; the next 128 are fed one by one, with 512 tokens attended (ShadowKV
+attends to those that were fed besides). The first of them is predicted by the prompt alone. `loss` is in nats per
+token, `above` how much more than dense attention, with its 95 % interval by paired bootstrap over documents, whose
+losses are kept; `fetched` are units per step, layer, row and KV head (InfLLM: row) that were not on the device.
 With `--repetition` the prompt ends with 32 tokens that stand in it before, from token 512 on, and those behind them
 are fed: all of this text lies in the context word for word, where each token must be found.
 
@@ -40,10 +41,13 @@ BLOCKS = {"num_selected_blocks": 8, "num_sink_blocks": 1, "num_local_blocks": 3,
 CASES: dict[str, tuple[CacheConfig, dict[str, Any]]] = {
     "full": (CacheConfig(offload=False), {}),
     "shadowkv": (CacheConfig(policy=baselines.ShadowKV(8, 30, budget=384, local_chunks=4, outlier_chunks=12)), {}),
+    "shadowkv, chunks of 64": (
+        CacheConfig(policy=baselines.ShadowKV(64, 30, budget=320, local_chunks=1, outlier_chunks=2)), {},
+    ),
     "arkvale": (CacheConfig(policy=baselines.ArkVale(page=32, budget=16, page_topks=9, sink=1, window=4)), {}),
     "infllmv2, not trained": (CacheConfig(), {"variant": "infllmv2", **BLOCKS}),
     "infllm": (CacheConfig(policy=baselines.InfLLM(32, 32, n_local=128, topk=11, max_cached=11, exc=64, rep=4)), {}),
-}
+}  # fmt: skip
 
 Losses = Float[np.ndarray, "B steps"]
 
@@ -146,6 +150,7 @@ def main() -> None:
         dense = losses if dense is None else dense
         above = tables.interval(np.asarray(losses - dense, np.float64))
         entries.append({"name": name, "loss": round(float(losses.mean()), 5), "above": above,
+                        "documents": losses.mean(1, dtype=float).round(5).tolist(),
                         "fetched": round(fetched, 3), "policy": repr(cache.policy or attention)})  # fmt: skip
         mean, low, high = above
         print(f"| {name} | {losses.mean():.4f} | {mean:+.4f} ({low:+.4f} to {high:+.4f}) | {fetched:.2f} |", flush=True)

@@ -30,7 +30,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
@@ -307,9 +306,10 @@ def attended_positions(
     """Tokens attended to by that at `positions`, in the original's order, -1 for none at any place: local ones,
     outliers, those of selected chunks, generated ones."""
     outliers, others = exact_positions(policy, prompt_lengths, outlier_ids, room)
-    local = jnp.where(others < prompt_lengths[:, None], others, -1)
+    outliers = outliers[..., : policy.outlier_chunks * policy.chunk]
+    local = jnp.where(others < prompt_lengths[:, None], others, -1)[:, : _prompt_room(policy)]
     generated = jnp.where((others >= prompt_lengths[:, None]) & (others <= positions[:, None]), others, -1)
-    by_head = lambda x: jnp.broadcast_to(x[:, None], outliers.shape)
+    by_head = lambda x: jnp.broadcast_to(x[:, None], (*outlier_ids.shape[:2], x.shape[1]))
     return jnp.concatenate(
         [by_head(local), outliers, common.unit_tokens(ids, policy.chunk), by_head(generated)], axis=2
     )
@@ -355,8 +355,7 @@ def decode(
     places = jnp.where(positions >= 0, positions - num_skipped(policy, lengths), -1)
     exact = common.put_token(state.exact, jnp.stack([k, v], axis=2), places, layer)
 
-    # Behind a barrier, or XLA copies landmarks and exact keys into one operand, since the same queries meet both.
-    scores = score(policy, landmarks, jax.lax.optimization_barrier(q), lengths)
+    scores = score(policy, landmarks, q, lengths)
     ids, order = select(policy, landmarks, scores, jnp.where(positions >= 0, lengths, 0))
     held, last_used, slots, loads, fetched = resolve_slots(state.held, state.last_used, ids, positions, layer)
     pool = store.pool

@@ -25,8 +25,8 @@ def load(path: Path, variant: Variant | None, dtype: Dtype) -> NosaLM:
 def note_context(model: NosaLM, length: int) -> None:
     """Says so where texts of `length` tokens are longer than what the model was made for."""
     if length > model.config.max_context:
-        most = f"the {model.config.max_context:,} that the checkpoint was made for"
-        note(f"texts of {length:,} tokens are longer than {most} (max_position_embeddings); expect poor answers there")
+        most = f"the {model.config.max_context:,} that the model's configuration is for"
+        note(f"texts of {length:,} tokens are longer than {most}; expect poor answers there")
 
 
 def encode(tokenizer: ByteTokenizer | FileTokenizer, text: bytes, name: str) -> list[int]:

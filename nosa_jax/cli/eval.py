@@ -80,7 +80,8 @@ class Eval:
         require_whole_prompts(self.policy, self.chunk)
         if not self.generation and (self.policy is not None or self.prefill == "dense"):
             rule = "must not go with --policy or --prefill dense, which only answers show"
-            raise bad_value("--no-generation", rule, "both", "Leave out one.")
+            given = "--prefill dense" if self.policy is None else f"--policy {self.policy}"
+            raise bad_value("--no-generation", rule, given, "Leave out one.")
         haystack = None
         if self.haystack is not None:
             haystack = train.read_text(self.haystack, argument="--haystack").tobytes().decode("utf-8", errors="replace")

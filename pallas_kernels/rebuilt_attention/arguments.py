@@ -31,7 +31,7 @@ class Chunks(NamedTuple):
 
 
 class Exact(NamedTuple):
-    """Tokens whose keys, after RoPE, and values are kept as they are, the two of all tokens behind each other. The
+    """Tokens whose keys, after RoPE, and values are kept as they are: tokens[:, :, :, 0] and tokens[:, :, :, 1]. The
     first `lengths` of each row are attended to."""
 
     tokens: Float[Array, "L B K 2 E D"]

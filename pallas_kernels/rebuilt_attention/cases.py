@@ -35,7 +35,7 @@ class Case:
 
 
 def _released(tokens: int, batch: int, slots: int) -> Case:
-    """ShadowKV as it is set by default, at the shape of the 8B model; 64 tokens are generated."""
+    """ShadowKV as it is set by default, at the shape of the 8B model, with room for 64 generated tokens."""
     chunks = tokens // 8 - 32
     return Case((chunks,) * batch, (1024,) * batch, slots or chunks, 1096, 384, 8, 40, 2, 16, 128, dtype="bfloat16")
 

@@ -108,8 +108,9 @@ def _kernel(
     )
     carry = jax.lax.fori_loop(0, last_listed(), visit_chunks, carry)
     # The run's tiles among those that exact tokens fill, the last one in part.
-    tiles = jax.lax.div(num_exact + tile - 1, tile)
-    visits = jax.lax.div(jnp.maximum(tiles - run + runs - 1, 0), runs)
+    tiles = jax.lax.div(num_exact + (tile - 1), jnp.full_like(num_exact, tile))
+    left = jnp.maximum(tiles - run + (runs - 1), 0)
+    visits = jax.lax.div(left, jnp.full_like(left, runs))
     part = (row, head, run)
     sums[part], tops[part], totals[part] = jax.lax.fori_loop(0, visits, visit_exact, carry)
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+
+from pallas_kernels.resolve_slots.xla import Resolved
 
 
 def resolve_slots_ref(
     blocks: np.ndarray, last_used: np.ndarray, wanted: np.ndarray, step: np.ndarray, layer: int
-) -> tuple[np.ndarray, ...]:
+) -> Resolved:
     blocks, last_used = blocks.copy(), last_used.copy()
     slots, missing = np.full(wanted.shape, -1, np.int32), np.zeros(wanted.shape, bool)
     for b, k in np.ndindex(*wanted.shape[:2]):
@@ -23,4 +27,5 @@ def resolve_slots_ref(
             slots[b, k, j] = where[0] if where.size else next(leaving)
         taken = wanted[b, k] >= 0
         table[slots[b, k, taken]], used[slots[b, k, taken]] = wanted[b, k, taken], step[b]
-    return blocks, last_used, slots, np.where(missing, wanted, -1), missing.sum(-1, dtype=np.int32)
+    found: Any = (blocks, last_used, slots, np.where(missing, wanted, -1), missing.sum(-1, dtype=np.int32))
+    return Resolved(*found)
