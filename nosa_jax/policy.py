@@ -104,6 +104,11 @@ class Policy:
         """J, units that a step wants."""
         raise NotImplementedError
 
+    @property
+    def num_attended(self) -> int:
+        """Tokens of a prompt that a step attends to where there are more."""
+        raise NotImplementedError
+
     def num_units(self, sizes: Sizes) -> int:
         """U."""
         raise NotImplementedError

@@ -9,6 +9,7 @@ def fails(arguments: list[str], capsys) -> str:
     """Runs `nosa`, expects exit code 2 and one line on stderr, and returns what it says."""
     assert main(arguments) == 2
     captured = capsys.readouterr()
-    (line,) = [line for line in captured.err.splitlines() if not line.endswith(" ...")]
+    lines = captured.err.splitlines()
+    (line,) = [line for line in lines if not line.endswith(" ...") and not line.startswith("nosa: note: ")]
     assert line.startswith("nosa: error: ") and "Traceback" not in captured.err
     return line.removeprefix("nosa: error: ")

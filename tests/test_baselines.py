@@ -254,6 +254,13 @@ BAD = {
         replayed(q_last_post=np.zeros((5, 16), np.float32), dec_q_post=np.zeros((20, 5, 16), np.float32)),
         "case", "multiple of K", "5 query heads and 2", "Change"
     ),
+    "an odd head dim": (
+        lambda: baselines.replay(SMALL, {name: array[..., :15] for name, array in ZEROS.items()}),
+        "case", "even head dim", "15", "Pad",
+    ),
+    "no RopeConfig": (
+        lambda: baselines.replay(SMALL, ZEROS, rope_config="yarn"), "rope_config", "RopeConfig", "'yarn'", "Pass"
+    ),
     "rank beyond the keys": (replayed(baselines.ShadowKV()), "ShadowKV.rank", "K * D = 32", "40", "rank=32"),
     "empty prompt": (
         replayed(**{name: np.zeros((2, 0, 16), np.float32) for name in ("k_pre", "k_post", "v")}),

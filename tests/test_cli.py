@@ -289,6 +289,11 @@ def test_plan_takes_a_policy(capsys):
     assert planned.misses_per_step == policy.fetch_share * 1536 / 8 > 0
     assert nosa_jax.plan(config, 16, 16384, dataclasses.replace(cache, offload=False)).misses_per_step == 0
     assert (printed["variant"], printed["policy"]) == ("full", repr(policy))
+    assert main([*arguments, "--prompt", "1024", "--new", "512"]) == 0
+    captured = capsys.readouterr()
+    cache = nosa_jax.CacheConfig(policy=nosa_jax.baselines.ShadowKV())
+    planned = nosa_jax.plan(config, 16, 16384, cache, prompt=1024, new=512)
+    assert json.loads(captured.out)["device_bytes"] == planned.device_bytes and "prompts as long" not in captured.err
 
 
 def test_doctor_names_every_op_and_why(capsys):
@@ -308,7 +313,7 @@ def test_extras_are_those_of_the_package():
     assert set(EXTRAS) == set(declared) - {"all", "notebooks", "test", "lint", "dev"}
 
 
-def test_texts_beyond_the_context_are_noted(trained, capsys, monkeypatch):
+def test_texts_too_long_or_too_short_are_noted(trained, capsys, monkeypatch):
     """Before anything is generated."""
 
     def nothing(*_: object, **__: object) -> None:
@@ -318,6 +323,11 @@ def test_texts_beyond_the_context_are_noted(trained, capsys, monkeypatch):
     for room, said in ((191, False), (192, True)):
         assert main(["generate", str(trained / "model"), "--prompt", "x", "--max-new-tokens", str(room)]) == 130
         assert ("longer than the 192 that the model" in capsys.readouterr().err) == said
+    settings = ["--policy-settings", "chunk=4", "budget=4", "local_chunks=1", "outlier_chunks=1", "rank=4"]
+    for prompt, said in (("x" * 12, True), ("x" * 13, False)):
+        arguments = ["generate", str(trained / "model"), "--prompt", prompt, "--policy", "shadowkv", *settings]
+        assert main(arguments) == 130
+        assert ("attends to 12 tokens as it is set, so to all" in capsys.readouterr().err) == said
 
 
 def test_mistakes_that_need_a_checkpoint(trained, tmp_path, capsys):

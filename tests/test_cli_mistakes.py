@@ -29,21 +29,26 @@ from nosa_jax.cli.app import TRACEBACK_VARIABLE
         (["eval", "nowhere", "--no-offload", "--slots", "9"], "--slots: has a meaning only with --offload, got"),
         (["plan", "--slots", "3"], "--slots: must hold one selection"),
         (["plan", "--policy", "arkvale", "--slots", "80"], "--slots: has no meaning with a policy"),
-        (["plan", "--policy", "arkvale", "--variant", "nosa"], "--policy: must go with a model of variant 'full'"),
+        *(
+            ([*command, "--policy", "arkvale", "--variant", "nosa"], "--variant: must be full beside --policy")
+            for command in (["plan"], ["generate", "x", "--prompt", "y"], ["eval", "x"])
+        ),
+        (["plan", "--policy", "arkvale", "--misses", "33"], "--misses: must lie between 0.0 and 32"),
+        (["plan", "--misses", "65"], "--misses: must lie between 0.0 and 64"),
         (
             ["plan", "--policy", "arkvale", "--policy-settings", "chunk=8"],
             "--policy-settings: must be settings of arkvale, which has page, ",
         ),
         (["plan", "--policy-settings", "chunk=8"], "--policy-settings: must go with --policy"),
         (
-            ["generate", "x", "--policy", "shadowkv", "--policy-settings", "chunk=-8"],
-            "--policy-settings: must be NAME=NUMBER, got 'chunk=-8'",
+            ["generate", "x", "--policy", "shadowkv", "--policy-settings", "chunk=x8"],
+            "--policy-settings: must be NAME=NUMBER, got 'chunk=x8'",
         ),
         (
             ["plan", "--policy", "shadowkv", "--policy-settings", "rank=4", "rank=8"],
             "--policy-settings: must name a setting once",
         ),
-        (["plan", "--policy", "shadowkv", "--policy-settings", "chunk=0"], "ShadowKV.chunk: must be"),
+        (["plan", "--policy", "shadowkv", "--policy-settings", "chunk = -8"], "ShadowKV.chunk: must be >= 1"),
         *(
             ([command, "x", "--policy", "arkvale", "--chunk", "64"], "--chunk: must not go with --policy")
             for command in ("generate", "eval")

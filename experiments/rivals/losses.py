@@ -32,6 +32,7 @@ from experiments.environment import save
 from experiments.study import held, tables, text
 from nosa_jax import CacheConfig, NosaLM, baselines, decode, from_pretrained, with_attention
 from nosa_jax.hf import load_tokenizer
+from pallas_kernels.checks import bad_value
 from pallas_kernels.device import current_device
 
 PROMPT, STEPS, ROWS = 2048, 128, 4
@@ -101,16 +102,17 @@ def replayed(
     return np.asarray(cross_entropy(logits, tokens[:, -steps:])), float(np.mean(fetched))
 
 
-def documents(tokenizer: Any, count: int, length: int) -> Int32[np.ndarray, "N T"]:
-    """The first tokens of `count` packages that the study holds out, those that have so many."""
-    found = []
+def documents(tokenizer: Any, count: int, length: int) -> tuple[list[str], Int32[np.ndarray, "N T"]]:
+    """The first tokens of `count` packages that the study holds out, those that have so many, and their names."""
+    found: dict[str, list[int]] = {}
     for name, files in text.packages().items():
         if text.is_held_out(name, held.HELD_OUT):
             ids = tokenizer.encode(text.joined(files)[: 8 * length])
-            found += [ids[:length]] if len(ids) >= length else []
+            found |= {name: ids[:length]} if len(ids) >= length else {}
         if len(found) == count:
-            return np.array(found, np.int32)
-    raise ValueError(f"--documents: must be at most {len(found)}, as many as the packages installed here have.")
+            return list(found), np.array(list(found.values()), np.int32)
+    rule = f"must be at most {len(found)}, as many as the packages installed here have"
+    raise bad_value("--documents", rule, count, "Lower it, or install more packages.")
 
 
 def repetitions(rows: Int32[np.ndarray, "N T"]) -> Int32[np.ndarray, "N T"]:
@@ -128,7 +130,8 @@ def measure(name: str, model: NosaLM, rows: Int32[np.ndarray, "N T"]) -> tuple[L
         tokens = jnp.asarray(rows[begin : begin + ROWS])
         by_replay = isinstance(cache.policy, baselines.InfLLM)
         results.append(replayed(model, tokens, cache.policy) if by_replay else decoded(model, tokens, cache))
-    return np.concatenate([losses for losses, _ in results]), float(np.mean([fetched for _, fetched in results]))
+    losses, fetched = zip(*results, strict=True)
+    return np.concatenate(losses), float(np.average(fetched, weights=[len(part) for part in losses]))
 
 
 def main() -> None:
@@ -138,9 +141,13 @@ def main() -> None:
     parser.add_argument("--repetition", action="store_true", help="feed what stands in the prompt before")
     parser.add_argument("--output", type=Path, help="where the JSON goes")
     args = parser.parse_args()
+    if args.documents < 1:
+        parser.error(f"--documents: must be >= 1, got {args.documents}. Raise it.")
+    if args.output is not None and (args.output.is_dir() or not args.output.parent.is_dir()):
+        parser.error(f"--output: must be a file in a folder that is there, got {args.output}. Name another.")
     dtype = jnp.bfloat16 if current_device().is_gpu else jnp.float32
     model = from_pretrained(args.model, variant="full", dtype=dtype)
-    rows = documents(load_tokenizer(args.model, model.config.vocab_size), args.documents, PROMPT + STEPS)
+    names, rows = documents(load_tokenizer(args.model, model.config.vocab_size), args.documents, PROMPT + STEPS)
     rows = repetitions(rows) if args.repetition else rows
     entries: list[dict[str, Any]] = []
     dense = None
@@ -154,7 +161,7 @@ def main() -> None:
                         "fetched": round(fetched, 3), "policy": repr(cache.policy or attention)})  # fmt: skip
         mean, low, high = above
         print(f"| {name} | {losses.mean():.4f} | {mean:+.4f} ({low:+.4f} to {high:+.4f}) | {fetched:.2f} |", flush=True)
-        save(args.output, model=args.model.name, prompt=PROMPT, steps=STEPS, documents=len(rows),
+        save(args.output, model=args.model.name, prompt=PROMPT, steps=STEPS, documents=names,
              repetition=args.repetition, entries=entries)  # fmt: skip
 
 

@@ -82,6 +82,10 @@ class ArkVale(Policy):
         return self.page_topks - self.sink - (self.window - 1)
 
     @property
+    def num_attended(self) -> int:
+        return self.budget * self.page
+
+    @property
     def unit(self) -> int:
         return self.page
 

@@ -30,6 +30,7 @@ from pallas_kernels.checks import (
     is_concrete,
     require_floats,
     require_shape,
+    require_type,
 )
 
 AnyArray = Array | np.ndarray
@@ -98,6 +99,8 @@ def replay(
     if type(policy) not in _INPUTS:
         known = ", ".join(kind.__name__ for kind in _INPUTS)
         raise bad_type("policy", f"must be one of {known}", f"{policy!r:.60}", "Pass ShadowKV(), for example.")
+    if rope_config is not None:
+        require_type("rope_config", rope_config, RopeConfig, "Pass RopeConfig(...), or None.")
     arrays, batched = _checked(policy, case)
     sizes = _checked_lengths(lengths, arrays["v"].shape[0], arrays["v"].shape[2])
     trace: Trace = _run(policy, arrays, sizes, rope_config or RopeConfig())
@@ -145,6 +148,9 @@ def _checked(policy: Any, case: Any) -> tuple[dict[str, AnyArray], bool]:
         sizes |= zip(letters, array.shape, strict=True)
     if empty := [letter for letter, size in sizes.items() if size == 0 and letter != "S"]:
         raise bad_value("case", "must not be empty", f"a size of 0 for {empty}", "Pass at least one token and head.")
+    if sizes["D"] % 2:
+        rule = "must have an even head dim, which RoPE turns in halves"
+        raise bad_value("case", rule, sizes["D"], "Pad queries, keys and values.")
     if sizes["N"] % sizes["K"]:
         got = f"{sizes['N']} query heads and {sizes['K']} KV heads"
         raise bad_value("case", "must have a multiple of K query heads", got, "Change one of the two.")

@@ -95,6 +95,10 @@ class ShadowKV(Policy):
     def num_wanted(self) -> int:
         return self.num_selected
 
+    @property
+    def num_attended(self) -> int:
+        return self.budget + (self.local_chunks + self.outlier_chunks) * self.chunk
+
     def num_units(self, sizes: Sizes) -> int:
         # Room for all outliers and one selection even where the text is short, so that no width depends on it.
         return max(sizes.prompt // self.chunk - self.local_chunks, self.outlier_chunks + self.num_selected)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -191,7 +192,8 @@ def plan(
         on the card that JAX uses, if it is a known one (H100 or H200), else on an H200. Planning alone makes JAX use
         no device, so that `set_host_memory_limit` can follow it: before the first use it is an H200's, too.
     new: with a policy, the most tokens that any row generates; None for what the prompt leaves of `max_length`.
-    Raises ValueError for sizes below 1, slots that cannot work and a working set too small for one row.
+    Raises ValueError for sizes below 1, slots that cannot work, a working set too small for one row and more misses
+    than a step wants.
     """
     require_type("config", config, ModelConfig, "Pass presets.nosa_8b() or model.config.")
     require_type("cache", cache, CacheConfig, "Pass CacheConfig(...).")
@@ -207,7 +209,7 @@ def plan(
             raise bad_value(name, "must be above 0", rate, "Pass bytes per second.")
     limits = as_limits(chunk, working_set)
     if misses is not None:
-        misses = require_number("misses", misses, 0.0)
+        misses = require_number("misses", misses, 0.0, _most_misses(config, cache))
     if cache.policy is not None:
         width = max_length if prompt is None else rounded(require_size("prompt", prompt, 1, max_length))
         room = rounded_room(max_length - width if new is None else require_size("new", new, 0, max_length))
@@ -284,6 +286,13 @@ def require_policy(config: ModelConfig, policy: Policy, sizes: Sizes, chunk: int
         remedy = "Use chunk=None; working_set says how many rows are read at once."
         raise bad_value("chunk", "must be None with a policy, which reads whole prompts", chunk, remedy)
     policy.check(sizes)
+
+
+def _most_misses(config: ModelConfig, cache: CacheConfig) -> float:
+    """Blocks or units that a step may want."""
+    if cache.policy is not None:
+        return float(cache.policy.num_wanted)
+    return float(config.attention.num_selected_blocks) if config.attention.is_sparse else math.inf
 
 
 def _plan_policy(

@@ -29,6 +29,12 @@ def note_context(model: NosaLM, length: int) -> None:
         note(f"texts of {length:,} tokens are longer than {most}; expect poor answers there")
 
 
+def note_attended(name: str, most: int, length: int) -> None:
+    """Says so where what `name` attends to, `most` tokens, is all there is of texts of `length` tokens."""
+    if length <= most:
+        note(f"{name} attends to {most:,} tokens as it is set, so to all of a text of {length:,}: nothing is left out")
+
+
 def encode(tokenizer: ByteTokenizer | FileTokenizer, text: bytes, name: str) -> list[int]:
     """Token ids of a text as it lies in a file: where tokens are bytes its own, whatever its encoding.
 

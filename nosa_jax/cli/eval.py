@@ -9,9 +9,9 @@ from typing import Literal
 from nosa_jax import evals, train
 from nosa_jax._extras import require_extras
 from nosa_jax._paths import only_run
-from nosa_jax.cli.checkpoint import Dtype, load, note_context
+from nosa_jax.cli.checkpoint import Dtype, load, note_attended, note_context
 from nosa_jax.cli.policy import PolicyName, cache_of, require_whole_prompts, variant_of
-from nosa_jax.cli.terminal import facts, heading, indented, working
+from nosa_jax.cli.terminal import facts, heading, indented, note, working
 from nosa_jax.config import Variant
 from nosa_jax.evals.examples import find_task
 from nosa_jax.hf.text import tokenizer_of
@@ -89,6 +89,10 @@ class Eval:
         tokenizer = tokenizer_of(model.origin.files, model.config.vocab_size, self.path)
         with only_run("--output", self.output):
             note_context(model, max(self.lengths))
+            if cache.policy is not None:
+                note_attended(str(self.policy), cache.policy.num_attended, max(self.lengths))
+            if (self.output / _FILES[0]).exists():
+                note(f"{self.output / _FILES[0]} is there and will be replaced at the end")
             with working(f"evaluating {self.count} examples of each task and length"):
                 table = evals.evaluate(
                     model,

@@ -14,7 +14,7 @@ import numpy as np
 
 import nosa_jax
 from nosa_jax import CacheConfig, NosaLM, Sampling, Step
-from nosa_jax.cli.checkpoint import Dtype, encode, load, note_context
+from nosa_jax.cli.checkpoint import Dtype, encode, load, note_attended, note_context
 from nosa_jax.cli.policy import PolicyName, cache_of, require_whole_prompts, variant_of
 from nosa_jax.cli.terminal import facts, show, size, working
 from nosa_jax.config import Variant
@@ -71,6 +71,8 @@ class Generate:
         if not tokens:
             raise bad_value("--prompt", "must hold at least one token", repr(prompt), "Give some text to continue.")
         note_context(model, len(tokens) + self.max_new_tokens)
+        if cache.policy is not None:
+            note_attended(str(self.policy), cache.policy.num_attended, len(tokens))
         waits = timed(
             nosa_jax.stream(
                 model,

@@ -13,8 +13,8 @@ import numpy as np
 from nosa_jax import CacheConfig, NosaLM, Plan, Selections, train
 from nosa_jax._extras import require_extras
 from nosa_jax._paths import only_run, replacing
-from nosa_jax.cli.checkpoint import Dtype, encode, load, note_context
-from nosa_jax.cli.terminal import facts, heading, indented, working
+from nosa_jax.cli.checkpoint import Dtype, encode, load, note_attended, note_context
+from nosa_jax.cli.terminal import facts, heading, indented, note, working
 from nosa_jax.cli.train import read_corpus
 from nosa_jax.config import ModelConfig, Variant
 from nosa_jax.hf.text import tokenizer_of
@@ -29,6 +29,8 @@ from nosa_jax.locality import (
     record,
 )
 from pallas_kernels.checks import bad_value
+
+_FILE = "locality.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +88,11 @@ class Locality:
                 tokens = self._read_tokens(model)
                 tokenizer = tokenizer_of(model.origin.files, model.config.vocab_size, self.path)
                 stack.enter_context(only_run("--out", self.out))  # no folder is made for what cannot be read
-                note_context(model, self.prompt_length + self.new_tokens)
+                length, attention = self.prompt_length + self.new_tokens, model.config.attention
+                note_context(model, length)
+                note_attended(variant, attention.num_selected_blocks * attention.block_size, length)
+                if (self.out / _FILE).exists():
+                    note(f"{self.out / _FILE} is there and will be replaced; other files of that run stay")
             with working(f"decoding {self.new_tokens} tokens with {variant}"):
                 forced = None if self.free_running else tokens[self.prompt_length :]
                 selections[variant] = record(
@@ -119,7 +125,7 @@ class Locality:
             if self.save_selections:
                 written += self._save(selections)
             content = {"settings": self._settings(), "reports": as_json(reports), "costs": _plain(costs)}
-            written.append(write_json(self.out / "locality.json", content))
+            written.append(write_json(self.out / _FILE, content))
         heading("Written")
         facts((path.name, path) for path in written)
         return 0

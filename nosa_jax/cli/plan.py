@@ -8,7 +8,7 @@ from typing import Literal
 
 from nosa_jax import ModelConfig, plan, presets
 from nosa_jax.cli.policy import PolicyName, cache_of, variant_of
-from nosa_jax.cli.terminal import show
+from nosa_jax.cli.terminal import note, show
 from nosa_jax.config import Variant
 from pallas_kernels.device import current_device
 
@@ -32,6 +32,10 @@ class Plan:
     """Rows that run together."""
     max_length: int | None = None
     """Tokens a row may grow to, prompt included; default: the model's context."""
+    prompt: int | None = None
+    """Tokens of the longest prompt; default: all of --max-length."""
+    new: int | None = None
+    """With a policy, tokens that any row generates at most; default: what --prompt leaves of --max-length."""
     offload: bool = True
     """Whether the KV cache lives in host memory, with a pool of blocks on the device."""
     slots: int | None = None
@@ -61,10 +65,14 @@ class Plan:
             config.max_context if self.max_length is None else self.max_length,
             cache_of(self.offload, self.slots, self.policy, self.policy_settings),
             dtype=self.dtype,
+            prompt=self.prompt,
+            new=self.new,
             misses=self.misses,
             link_bytes_per_second=self.link_bytes_per_second,
             hbm_bytes_per_second=self.hbm_bytes_per_second,
         )
+        if self.policy is not None and self.prompt is None:
+            note("counted for prompts as long as rows may grow; where more is generated, say so by --prompt and --new")
         what = {"preset": self.preset, "variant": variant, "dtype": self.dtype}
         if self.json:
             show(json.dumps(what | result.to_dict(), indent=2))

@@ -25,11 +25,11 @@ def cache_of(offload: bool, slots: int | None, policy: PolicyName | None, settin
     given: dict[str, int] = {}
     known = [field.name for field in dataclasses.fields(_POLICIES[policy])]
     for setting in settings:
-        name, _, value = setting.partition("=")
+        name, _, value = (part.strip() for part in setting.partition("="))
         if name not in known:
             rule = f"must be settings of {policy}, which has {', '.join(known)}"
             raise bad_value("--policy-settings", rule, repr(setting), "Use one of these names.")
-        if not value.isdecimal():
+        if not value.removeprefix("-").isdecimal():
             raise bad_value("--policy-settings", "must be NAME=NUMBER", repr(setting), "Give a whole number.")
         if name in given:
             raise bad_value("--policy-settings", "must name a setting once", repr(setting), "Leave one of them out.")
@@ -44,5 +44,10 @@ def require_whole_prompts(policy: PolicyName | None, chunk: int | None) -> None:
 
 
 def variant_of(variant: Variant | None, policy: PolicyName | None) -> Variant | None:
-    """The variant that a model is loaded with: a policy takes the place of the attention of a full one."""
+    """The variant that a model is loaded with: a policy takes the place of the attention of a full one.
+
+    Raises ValueError for another one beside a policy.
+    """
+    if policy is not None and variant not in (None, "full"):
+        raise bad_value("--variant", "must be full beside --policy", variant, "Leave out one of them.")
     return "full" if variant is None and policy is not None else variant
