@@ -233,7 +233,11 @@ def cheating(monkeypatch):
 def test_the_table(cheating, tmp_path, monkeypatch):
     model = lively_model(small_config())
     tasks = ("mqar", "niah_single")
-    table = evals.evaluate(model, BYTES, tasks, (800, 1100), count=4, haystack=TEXT, label="a <model>", progress=False)
+    seen: list[evals.Table] = []
+    table = evals.evaluate(
+        model, BYTES, tasks, (800, 1100), count=4, haystack=TEXT, label="a <model>", progress=False, told=seen.append
+    )
+    assert seen[-1] == table and [one.rows for one in seen] == [table.rows[: n + 1] for n in range(4)]
     assert [(row["task"], row["length"]) for row in table.rows] == [(t, n) for t in tasks for n in (800, 1100)]
     first, last = table.rows[0], table.rows[-1]
     assert (first["score"], first["stderr"], first["forced_exact"], first["forced_tokens"]) == (1, 0, 1, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -92,7 +93,7 @@ class Eval:
             if cache.policy is not None:
                 note_attended(str(self.policy), cache.policy.num_attended, max(self.lengths))
             if (self.output / _FILES[0]).exists():
-                note(f"{self.output / _FILES[0]} is there and will be replaced at the end")
+                note(f"{self.output / _FILES[0]} is there and will be replaced")
             with working(f"evaluating {self.count} examples of each task and length"):
                 table = evals.evaluate(
                     model,
@@ -109,12 +110,19 @@ class Eval:
                     haystack=haystack,
                     chat=self.chat,
                     label=self.path.name or str(self.path),
+                    told=self._keep,
                 )
             heading(f"{table.label}: {model.config.attention.variant}, {self.count} examples each")
             indented(str(table))
             written = [self.output / name for name in _FILES]
-            table.save(written[0])
             table.plot(written[1])
         heading("Written")
         facts((path.name, path) for path in written)
         return 0
+
+    def _keep(self, table: evals.Table) -> None:
+        """Writes what is there, so that an interrupt loses no more than one task at one length."""
+        table.save(self.output / _FILES[0])
+        if not sys.stderr.isatty():  # a terminal has a bar
+            row = table.rows[-1]
+            note(f"{row['task']} at {row['length']} tokens is done and kept")

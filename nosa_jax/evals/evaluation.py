@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -45,6 +45,7 @@ def evaluate(
     difficulty: Mapping[str, Mapping[str, Any]] | None = None,
     label: str | None = None,
     progress: bool = True,
+    told: Callable[[Table], object] | None = None,
 ) -> Table:
     """Lets a model answer examples of tasks, and scores its answers.
 
@@ -69,6 +70,7 @@ def evaluate(
     difficulty: options by task, such as {"niah_multikey": {"keys": 16}}.
     label: of the table, which names the cache's policy behind it; None for the model's variant.
     progress: whether a bar is shown on a terminal.
+    told: called with the table so far whenever a task is done at a length, to save it, for example.
 
     Raises TypeError or ValueError, before the model runs, for bad input, a length too short for a task included;
     CacheTooLargeError where a batch does not fit.
@@ -99,8 +101,19 @@ def evaluate(
     for task in names:
         for length in sizes:
             of(task, length, 1)  # says so early where one cannot be
-    rows: list[dict[str, Any]] = []
-    examples: list[dict[str, Any]] = []
+    settings = {
+        "seed": seed,
+        "count": count,
+        "chat": chat,
+        "prefill": prefill if cache.policy is None else "dense",
+        "variant": model.config.attention.variant,
+        "cache": dataclasses.asdict(cache) | {"policy": None if cache.policy is None else repr(cache.policy)},
+        "difficulty": options,
+    }
+    label = model.config.attention.variant if label is None else label
+    if cache.policy is not None:
+        label = f"{label}, {type(cache.policy).__name__}"
+    table = Table(label, [], [], settings)
     passes = int(generation) + int(teacher_forcing)
     with progress_bar("evaluating", total=len(names) * len(sizes) * count * passes, unit="", shown=progress) as bar:
         for task in names:
@@ -116,21 +129,11 @@ def evaluate(
                         prefill_chunk=prefill_chunk, dense=dense, advance=advance,
                     )  # fmt: skip
                 found = judge(made, outputs, forced)
-                examples += found
-                rows.append(summarize(made, found, forced))
-    settings = {
-        "seed": seed,
-        "count": count,
-        "chat": chat,
-        "prefill": prefill if cache.policy is None else "dense",
-        "variant": model.config.attention.variant,
-        "cache": dataclasses.asdict(cache) | {"policy": None if cache.policy is None else repr(cache.policy)},
-        "difficulty": options,
-    }
-    label = model.config.attention.variant if label is None else label
-    if cache.policy is not None:
-        label = f"{label}, {type(cache.policy).__name__}"
-    return Table(label, rows, examples, settings)
+                row = summarize(made, found, forced)
+                table = dataclasses.replace(table, rows=[*table.rows, row], examples=[*table.examples, *found])
+                if told is not None:
+                    told(table)
+    return table
 
 
 def judge(
