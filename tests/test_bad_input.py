@@ -152,7 +152,8 @@ CASES = {
     "offload is not a bool": (lambda: CacheConfig(offload=1), "CacheConfig.offload", "bool", "1"),
     "no batch": (lambda: nosa_jax.plan(small_config(), 0, 8), "batch", ">= 1", "0"),
     "half a row": (lambda: nosa_jax.plan(small_config(), 1.5, 8), "batch", "must be a whole number >= 1", "1.5"),
-    "misses below 0": (lambda: nosa_jax.plan(small_config(), 1, 8, misses=-1), "misses", "must be >= 0", "-1"),
+    "misses below 0": (lambda: nosa_jax.plan(small_config(), 1, 8, misses=-1), "misses", "between 0.0 and 8.0", "-1"),
+    "more misses than J": (lambda: nosa_jax.plan(small_config(), 1, 8, misses=9), "misses", "between 0.0 and 8.0", "9"),
     "no link": (
         lambda: nosa_jax.plan(small_config(), 1, 8, link_bytes_per_second=0),
         "link_bytes_per_second",
@@ -280,7 +281,7 @@ CASES = {
     "a number as dtype": (lambda: nosa_jax.cast(model(), np.float32(2)), "dtype", "float", "2.0"),
     "no dtype": (lambda: nosa_jax.cast(model(), None), "dtype", "float", "None"),
     "parameters of a config": (lambda: nosa_jax.num_parameters(small_config()), "model", "NosaLM", "ModelConfig"),
-    "NaN misses": (lambda: nosa_jax.plan(small_config(), 1, 8, misses=float("nan")), "misses", ">= 0", "nan"),
+    "NaN misses": (lambda: nosa_jax.plan(small_config(), 1, 8, misses=float("nan")), "misses", "and finite", "nan"),
     "a dict for a planned cache": (lambda: nosa_jax.plan(small_config(), 1, 8, {}), "cache", "a CacheConfig", "dict"),
     "weights of integers": (
         lambda: nosa_jax.NosaLM(small_config(), rngs=nnx.Rngs(0), dtype=jnp.int8), "dtype", "float", "int8"
