@@ -9,8 +9,8 @@ with a file of `Selections.save`, as `nosa locality --save-selections` writes on
 text (`experiments.traces` says how it is mapped; the timed model takes the file's attention); without, it is what the
 weights select. Weights are random unless a checkpoint is given, keys and values always; all loops are one jitted
 `lax.fori_loop` of `decode.run_step` with the state donated. Medians, synchronised. Shares compare the step with its
-bytes (`nosa_jax.cache.plan.step_bytes`) at rates measured in the same process: a sum over device memory for what it
-reads there, `device_put` for what crosses the link.
+bytes (`nosa_jax.cache.step_costs.step_bytes`) at rates measured in the same process: a sum over device memory for what
+it reads there, `device_put` for what crosses the link.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ from experiments.environment import gpu_arguments, save
 from experiments.profiling import link_rate, memory_rate, profile
 from nosa_jax import CacheConfig, ModelConfig, NosaLM, Selections, decode, from_pretrained, presets
 from nosa_jax.cache import slots
-from nosa_jax.cache.plan import plan, step_bytes
+from nosa_jax.cache.plan import plan
 from nosa_jax.cache.state import DecodeState, empty_state
+from nosa_jax.cache.step_costs import step_bytes
 from nosa_jax.convert import with_attention
 from nosa_jax.locality import replay_misses
 from pallas_kernels import blocks

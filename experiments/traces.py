@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from nosa_jax import Selections
-from nosa_jax.cache.plan import expected_misses
+from nosa_jax.cache.step_costs import expected_misses
 from nosa_jax.config import ModelConfig
 from pallas_kernels.checks import bad_value
 

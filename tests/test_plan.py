@@ -15,8 +15,9 @@ from support import lively_model, random_tokens, small_config
 import nosa_jax
 from nosa_jax import CacheConfig, baselines, presets
 from nosa_jax.cache import memory
-from nosa_jax.cache.plan import default_rates, expected_misses, parameter_bytes, step_bytes
+from nosa_jax.cache.plan import default_rates
 from nosa_jax.cache.state import empty_state
+from nosa_jax.cache.step_costs import expected_misses, parameter_bytes, step_bytes
 from pallas_kernels import device
 
 

@@ -72,7 +72,7 @@ def put_token(
     """The stack with a token of each row written at its place; one outside of it is dropped. Writes these alone."""
     places = jnp.where(places < 0, store.shape[-2], places)
     # Every axis but the last by index: of a slice in between XLA would turn the whole stack around.
-    cells = jnp.meshgrid(*(jnp.arange(size, dtype=jnp.int32) for size in token.shape[:-1]), indexing="ij", sparse=True)
+    cells = jnp.indices(token.shape[:-1], dtype=jnp.int32, sparse=True)
     put = store.at[layer, *cells, places.reshape(-1, *(1,) * (token.ndim - 2))]
     return put.set(token.astype(store.dtype), mode="drop", unique_indices=True)
 

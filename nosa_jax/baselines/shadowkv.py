@@ -262,9 +262,11 @@ def read_prompt(
     """
     units = policy.num_units(sizes)
     landmarks = find_landmarks(policy, k_post, lengths, units)
-    outliers, others = exact_positions(policy, lengths, landmarks.outlier_ids, _prompt_room(policy) + sizes.new)
+    later = later_positions(policy, lengths, _prompt_room(policy) + sizes.new)
+    outliers = common.unit_tokens(landmarks.outlier_ids, policy.chunk)
+    outliers = jnp.pad(outliers, ((0, 0), (0, 0), (0, later.shape[1] - outliers.shape[2])), constant_values=-1)
     # Behind the end of the prompt lies anything, until tokens are generated.
-    positions = jnp.where(outliers >= 0, outliers, others[:, None])
+    positions = jnp.where(outliers >= 0, outliers, later[:, None])
     exact = jnp.stack([common.take_tokens(x, positions) for x in (k_post, v)], axis=2)
     scores = score(policy, landmarks, q_last, lengths)
     ids, order = select(policy, landmarks, scores, lengths)
@@ -287,16 +289,12 @@ def num_skipped(policy: ShadowKV, prompt_lengths: Int32[Array, " B"]) -> Int32[A
     return num_landmarks(policy, prompt_lengths) * policy.chunk
 
 
-def exact_positions(
-    policy: ShadowKV, prompt_lengths: Int32[Array, " B"], outlier_ids: Int32[Array, "B K o"], room: int
-) -> tuple[Int32[Array, "B K E"], Int32[Array, "B E"]]:
-    """Which token lies at every place of the exact ones: (of an outlier, -1 elsewhere; local or generated, -1
-    elsewhere), the latter as if generation went on until the room is full."""
-    outliers = common.unit_tokens(outlier_ids, policy.chunk)
-    outliers = jnp.pad(outliers, ((0, 0), (0, 0), (0, room - outliers.shape[2])), constant_values=-1)
+def later_positions(policy: ShadowKV, prompt_lengths: Int32[Array, " B"], room: int) -> Int32[Array, "B E"]:
+    """Which token lies at every place of the exact ones behind the outliers, as if generation went on until the room is
+    full; -1 where outliers lie."""
     tokens = num_skipped(policy, prompt_lengths)[:, None] + jnp.arange(room, dtype=jnp.int32)
     is_later = tokens >= num_chunks(policy, prompt_lengths)[:, None] * policy.chunk
-    return outliers, jnp.where(is_later, tokens, -1)
+    return jnp.where(is_later, tokens, -1)
 
 
 def attended_positions(
@@ -309,14 +307,12 @@ def attended_positions(
 ) -> Int32[Array, "B K _"]:
     """Tokens attended to by that at `positions`, in the original's order, -1 for none at any place: local ones,
     outliers, those of selected chunks, generated ones."""
-    outliers, others = exact_positions(policy, prompt_lengths, outlier_ids, room)
-    outliers = outliers[..., : policy.outlier_chunks * policy.chunk]
-    local = jnp.where(others < prompt_lengths[:, None], others, -1)[:, : _prompt_room(policy)]
-    generated = jnp.where((others >= prompt_lengths[:, None]) & (others <= positions[:, None]), others, -1)
+    later = later_positions(policy, prompt_lengths, room)
+    local = jnp.where(later < prompt_lengths[:, None], later, -1)[:, : _prompt_room(policy)]
+    generated = jnp.where((later >= prompt_lengths[:, None]) & (later <= positions[:, None]), later, -1)
     by_head = lambda x: jnp.broadcast_to(x[:, None], (*outlier_ids.shape[:2], x.shape[1]))
-    return jnp.concatenate(
-        [by_head(local), outliers, common.unit_tokens(ids, policy.chunk), by_head(generated)], axis=2
-    )
+    outliers, chosen = (common.unit_tokens(x, policy.chunk) for x in (outlier_ids, ids))
+    return jnp.concatenate([by_head(local), outliers, chosen, by_head(generated)], axis=2)
 
 
 def score(

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import itertools
 import math
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import nnx
 
 from nosa_jax.cache import memory
 from nosa_jax.cache.pages import as_row_limits
 from nosa_jax.cache.state import policy_bytes, policy_sizes
+from nosa_jax.cache.step_costs import expected_misses, parameter_bytes, step_bytes, weights_of
 from nosa_jax.cache.working_set import Limits, Reading, as_limits, plan_reading, rounded, rounded_room
 from nosa_jax.config import CacheConfig, ModelConfig
-from nosa_jax.model import NosaLM
 from nosa_jax.policy import Policy, Sizes
 from pallas_kernels import blocks
 from pallas_kernels.checks import (
@@ -34,12 +28,6 @@ from pallas_kernels.checks import (
 from pallas_kernels.device import RATES, Rates, current_device
 
 GB = 10**9
-
-# Blocks fetched per step, layer, KV head and row by a least-recently-used pool of `slots` blocks, as a share of the
-# selection J, by slots / J. NOSA: 3.58, 1.20, 0.86 and 0.71 of 64 blocks at 64, 80, 96 and 128 slots (third-party
-# measurement of NOSA-8B). InfLLMv2: its published mean overlap is 0.889 against NOSA's 0.944, scaled alike.
-_MISS_SHARE = ((1.0, 3.58 / 64), (1.25, 1.20 / 64), (1.5, 0.86 / 64), (2.0, 0.71 / 64))
-_MISS_FACTOR = {"nosa": 1.0, "dma": 1.0, "infllmv2": (1 - 0.889) / (1 - 0.944), "full": 0.0}
 
 
 class CacheTooLargeError(MemoryError, ValueError):
@@ -252,7 +240,7 @@ def plan(
     held = [m] if row_limits is None else [blocks.num_blocks(int(limit), attention.block_size) for limit in row_limits]
     full_rows = [count * attention.block_size for count in held]
     moved = step_bytes(config, full_rows, dtype=dtype, fetched=misses, offloaded=slots is not None)
-    shared = _weights(config, dtype).read
+    shared = weights_of(config, dtype).read
     pages = batch * m if row_limits is None else sum(held)
     return Plan(
         batch=batch,
@@ -303,7 +291,7 @@ def _plan_policy(
     policy, batch = cache.policy, sizes.rows
     assert policy is not None
     parts, host_bytes, read = policy_bytes(sizes, cache, jnp.dtype(dtype))
-    units, weights = policy.num_units(sizes), _weights(config, jnp.dtype(dtype))
+    units, weights = policy.num_units(sizes), weights_of(config, jnp.dtype(dtype))
     unit_bytes = policy.parts * policy.unit * sizes.dim * jnp.dtype(dtype).itemsize
     reading = plan_reading(
         config, batch, sizes.prompt, units, dtype=dtype, row_bytes=sum(parts.values()) // batch, fresh=True,
@@ -342,68 +330,3 @@ def default_rates() -> Rates:
     """What was measured on the card that JAX uses; on an H200 for an unknown card and before JAX uses any."""
     kind = current_device().kind if memory.has_device() else ""
     return RATES.get(kind, RATES["NVIDIA H200"])
-
-
-class StepBytes(NamedTuple):
-    """Bytes that one decode step of a batch moves. device: read from device memory. link: between host and device."""
-
-    device: int
-    link: float
-
-
-def step_bytes(
-    config: ModelConfig, lengths: Iterable[int], *, dtype: Any = jnp.bfloat16, fetched: float | int, offloaded: bool
-) -> StepBytes:
-    """What a decode step of rows of `lengths` tokens must move.
-
-    From device memory it reads the weights once, and for each row, layer and KV head the selected blocks with the bias
-    of their tokens, and the pooled keys that are scored. Across the link go the blocks that are fetched, `fetched` per
-    row, layer and KV head, and those that fill up and are written back, one every `block_size` steps.
-
-    lengths: tokens in the cache of each row.   dtype: of weights and cache.   offloaded: whether the cache is in host
-    memory; without, nothing crosses.
-    """
-    attention, itemsize = config.attention, jnp.dtype(dtype).itemsize
-    block_bytes = blocks.block_bytes(attention.block_size, config.head_dim, itemsize)
-    attended_bytes = block_bytes + (4 * attention.block_size if attention.uses_importance else 0)
-    read, rows = 0, 0
-    for length in lengths:
-        held = blocks.num_blocks(int(length), attention.block_size)
-        read += attended_bytes * (min(attention.num_selected_blocks, held) if attention.is_sparse else held)
-        if attention.uses_query_scores:
-            read += blocks.num_windows(int(length), attention.pooling_stride) * config.head_dim * itemsize
-        rows += 1
-    heads = config.num_layers * config.num_kv_heads
-    crossing = heads * rows * (fetched + 1 / attention.block_size) * block_bytes if offloaded else 0.0
-    return StepBytes(_weights(config, jnp.dtype(dtype)).read + heads * read, crossing)
-
-
-def parameter_bytes(config: ModelConfig, dtype: Any = jnp.bfloat16) -> int:
-    """Bytes of all parameters of a model of this configuration in `dtype`; importance is float32 in any."""
-    return _weights(config, jnp.dtype(dtype)).all
-
-
-class _Weights(NamedTuple):
-    all: int
-    read: int  # by a decode step
-
-
-@functools.lru_cache(maxsize=64)
-def _weights(config: ModelConfig, dtype: np.dtype) -> _Weights:
-    model = nnx.eval_shape(lambda: NosaLM(config, rngs=nnx.Rngs(0), dtype=dtype))
-    size = lambda part: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(part))
-    # Of the input embedding a step reads a row per token; it counts where it is the output's, too.
-    return _Weights(size(model), size(model) - (0 if config.tie_embeddings else size(model.embed)))
-
-
-def expected_misses(config: ModelConfig, slots: int) -> float:
-    """Blocks fetched per step, layer, KV head and row, from published figures; interpolated in slots / J."""
-    selected = config.attention.num_selected_blocks
-    ratio = slots / selected
-    points = _MISS_SHARE
-    share = points[-1][1]
-    for (left, high), (right, low) in itertools.pairwise(points):
-        if ratio <= right:
-            share = high + (low - high) * (max(ratio, left) - left) / (right - left)
-            break
-    return share * selected * _MISS_FACTOR[config.attention.variant]

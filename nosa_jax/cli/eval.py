@@ -12,7 +12,7 @@ from nosa_jax._extras import require_extras
 from nosa_jax._paths import only_run
 from nosa_jax.cli.checkpoint import Dtype, load, note_attended, note_context
 from nosa_jax.cli.policy import PolicyName, cache_of, require_whole_prompts, variant_of
-from nosa_jax.cli.terminal import facts, heading, indented, note, working
+from nosa_jax.cli.terminal import facts, heading, indented, note, note_replaced, working
 from nosa_jax.config import Variant
 from nosa_jax.evals.examples import find_task
 from nosa_jax.hf.text import tokenizer_of
@@ -92,8 +92,6 @@ class Eval:
             note_context(model, max(self.lengths))
             if cache.policy is not None:
                 note_attended(str(self.policy), cache.policy.num_attended, max(self.lengths))
-            if (self.output / _FILES[0]).exists():
-                note(f"{self.output / _FILES[0]} is there and will be replaced")
             with working(f"evaluating {self.count} examples of each task and length"):
                 table = evals.evaluate(
                     model,
@@ -122,7 +120,10 @@ class Eval:
 
     def _keep(self, table: evals.Table) -> None:
         """Writes what is there, so that an interrupt loses no more than one task at one length."""
-        table.save(self.output / _FILES[0])
+        file = self.output / _FILES[0]
+        if len(table.rows) == 1:
+            note_replaced(file)
+        table.save(file)
         if not sys.stderr.isatty():  # a terminal has a bar
             row = table.rows[-1]
             note(f"{row['task']} at {row['length']} tokens is done and kept")

@@ -14,7 +14,7 @@ from nosa_jax import CacheConfig, NosaLM, Plan, Selections, train
 from nosa_jax._extras import require_extras
 from nosa_jax._paths import only_run, replacing
 from nosa_jax.cli.checkpoint import Dtype, encode, load, note_attended, note_context
-from nosa_jax.cli.terminal import facts, heading, indented, note, working
+from nosa_jax.cli.terminal import facts, heading, indented, note_replaced, working
 from nosa_jax.cli.train import read_corpus
 from nosa_jax.config import ModelConfig, Variant
 from nosa_jax.hf.text import tokenizer_of
@@ -91,8 +91,6 @@ class Locality:
                 length, attention = self.prompt_length + self.new_tokens, model.config.attention
                 note_context(model, length)
                 note_attended(variant, attention.num_selected_blocks * attention.block_size, length)
-                if (self.out / _FILE).exists():
-                    note(f"{self.out / _FILE} is there and will be replaced; other files of that run stay")
             with working(f"decoding {self.new_tokens} tokens with {variant}"):
                 forced = None if self.free_running else tokens[self.prompt_length :]
                 selections[variant] = record(
@@ -119,6 +117,7 @@ class Locality:
         indented(comparison_table(reports))
         heading(f"What its bytes would take, {self.batch} rows of {length} tokens: a bound, not a promise")
         indented(cost_table(costs))
+        note_replaced(self.out / _FILE)
         with working("writing"):
             written = draw(selections, reports, self.out, heatmaps=self.heatmaps)
             written += self._draw_importance(selections, tokens, tokenizer)

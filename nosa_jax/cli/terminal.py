@@ -65,6 +65,12 @@ def note(text: str) -> None:
     show(f"nosa: note: {text}", stderr=True)
 
 
+def note_replaced(path: Path) -> None:
+    """Says so where a file of an earlier run is about to be replaced."""
+    if path.exists():
+        note(f"{path} is of an earlier run and is replaced; what this run does not write stays")
+
+
 def facts(rows: Iterable[tuple[str, object]], *, stderr: bool = False) -> None:
     """Prints names and values in two columns, to stdout or stderr."""
     rows = list(rows)
