@@ -30,9 +30,9 @@ COMPILED = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "n
 # Files that take longest are begun first, so that no worker is left alone with one at the end.
 _LONG = ("test_rows", "test_offload", "test_generation", "test_cli", "test_triton_decode", "test_lowering_cuda",
          "test_lowering_decode", "test_model", "test_golden_model", "test_train", "test_readme", "test_docstrings",
-         "test_examples", "test_triton_block_attention", "test_bits", "test_devices", "test_parallel_steps", "test_parallel_ops",
-         "test_golden_parts", "test_train_evaluation", "test_evals_likelihood", "test_ops_append_token",
-         "test_bench", "test_architecture")  # fmt: skip
+         "test_examples", "test_triton_block_attention", "test_bits", "test_devices", "test_parallel_steps",
+         "test_parallel_ops", "test_golden_parts", "test_train_evaluation", "test_evals_likelihood",
+         "test_ops_append_token", "test_bench", "test_architecture")  # fmt: skip
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
